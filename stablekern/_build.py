@@ -1,0 +1,239 @@
+"""Compile the native CPU kernels, once per machine, compiler, torch and source: on first use, or from setup.py.
+
+The result lives in a directory of the user's cache whose name is a hash over everything that goes into it. One
+process builds, under an `flock` that dies with its holder; the others wait. What is built appears by a rename, so a
+killed build leaves nothing that looks finished. Only the standard library is imported here, since setup.py loads this
+file by its path, before the package exists.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+try:
+    from stablekern.errors import BuildError, message
+except ImportError:  # loaded by path from setup.py
+
+    class BuildError(RuntimeError):  # type: ignore[no-redef]
+        pass
+
+    def message(where: str, rule: str, *got: object) -> str:
+        return f"stablekern.{where}: {rule}: {' and '.join(str(item) for item in got)}"
+
+
+SOURCES = ("bindings.cpp", "cpu/eigh.cpp", "cpu/ssd_scan.cpp")
+
+# No fast-math: NaN and infinities must keep their meaning. These two give up what nobody reads (errno, trap flags).
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
+_LIBRARY = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def source_root() -> Path:
+    """`csrc`: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for root in (package / "csrc", package.parent / "csrc"):
+        if (root / SOURCES[0]).is_file():
+            return root
+    raise BuildError(message("build", "the C++ sources are missing from the installation", package))
+
+
+def compiler() -> str:
+    """The C++ compiler's path: $CXX, else c++, g++ or clang++ on PATH."""
+    asked = os.environ.get("CXX", "").strip()
+    for name in (asked,) if asked else ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return path
+    raise BuildError(message("build", "no C++ compiler found (install g++ or clang++, or set CXX)", asked or "none on PATH"))
+
+
+def _ninja() -> str:
+    spec = importlib.util.find_spec("ninja")
+    if spec is not None and spec.origin is not None:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    if path := shutil.which("ninja"):
+        return path
+    raise BuildError(message("build", "ninja is not installed (pip install ninja)", "none on PATH"))
+
+
+def _includes() -> list[str]:
+    torch_root = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+    pybind_root = Path(importlib.util.find_spec("pybind11").origin).parent  # type: ignore[union-attr, arg-type]
+    return [
+        str(source_root() / "include"),
+        str(torch_root / "include"),
+        str(pybind_root / "include"),
+        sysconfig.get_paths()["include"],
+    ]
+
+
+def _link_flags() -> list[str]:
+    torch_root = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+    # Already loaded by `import torch` under the same soname, so no rpath is needed.
+    return ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+
+
+def _identity(march: str) -> str:
+    """Hash of compiler, instruction set, torch, Python, flags and sources."""
+    import torch
+
+    cxx = compiler()
+    run = {"capture_output": True, "text": True, "check": True, "timeout": 60}
+    try:
+        version = subprocess.run([cxx, "--version"], **run).stdout  # type: ignore[call-overload]
+        # `-march=native` means something else on another machine with the same home directory: hash what it means.
+        macros = subprocess.run([cxx, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull], **run).stdout  # type: ignore[call-overload]
+    except (subprocess.SubprocessError, OSError) as error:
+        raise BuildError(message("build", "the C++ compiler does not run", error)) from None
+    digest = hashlib.sha256()
+    for part in (version, macros, torch.__version__, sys.version, *FLAGS, march):
+        digest.update(part.encode() + b"\0")
+    root = source_root()
+    headers = sorted(root.glob("include/stablekern/*.h"))
+    for path in [*(root / name for name in SOURCES), *headers]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def cache_directory(cache: str | None) -> Path:
+    """The private cache directory, created if need be; refused if others could write code into it."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stablekern"
+    directory = Path(cache).expanduser() if cache else default
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        facts = directory.stat()
+    except OSError as error:
+        raise BuildError(message("build", "the cache directory cannot be used (set STABLEKERN_CACHE_DIR)", error)) from None
+    if facts.st_uid != os.getuid():
+        raise BuildError(message("build", f"the cache directory {directory} must belong to you", f"owner {facts.st_uid}"))
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = oct(stat.S_IMODE(facts.st_mode))
+        raise BuildError(message("build", f"the cache directory {directory} must be writable by you alone (0700)", mode))
+    return directory
+
+
+def prebuilt() -> Path | None:
+    """The library that a wheel built ahead of time carries, if it does."""
+    path = Path(__file__).resolve().parent / _LIBRARY
+    return path if path.is_file() else None
+
+
+def find(cache: str | None, march: str) -> Path | None:
+    """The library if it is there already; builds nothing."""
+    if path := prebuilt():
+        return path
+    path = cache_directory(cache) / f"native-{_identity(march)}" / _LIBRARY
+    return path if path.is_file() else None
+
+
+def build(cache: str | None = None, march: str = "native") -> Path:
+    """The path of the library, compiled now if it is not in the cache. Raises `BuildError` with the cause."""
+    if path := prebuilt():
+        return path
+    directory = cache_directory(cache)
+    final = directory / f"native-{_identity(march)}"
+    if (final / _LIBRARY).is_file():
+        return final / _LIBRARY
+    with open(directory / f"{final.name}.lock", "w") as lock:
+        _wait_for(lock)
+        if not (final / _LIBRARY).is_file():
+            for stale in directory.glob(f"{final.name}.*.partial"):  # of builders that were killed: we hold the lock
+                shutil.rmtree(stale, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".partial", dir=directory))
+            try:
+                compile_into(partial, march)
+                if final.exists():  # a directory without a library: left by something else than a build
+                    shutil.rmtree(final)
+                os.replace(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return final / _LIBRARY
+
+
+def _wait_for(lock) -> None:
+    told = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not told:
+                _say("stablekern: another process is compiling the CPU kernels; waiting for it\n")
+                told = True
+            time.sleep(0.1)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def compile_into(directory: Path, march: str = "native") -> Path:
+    """Write a build.ninja into `directory`, run it, and return the library's path there."""
+    root = source_root()
+    flags = [*FLAGS, f"-march={march}", *(f"-I{path}" for path in _includes())]
+    if march == "native":
+        flags.append("-mprefer-vector-width=512" if _is_x86() else "")
+    quote = lambda text: text.replace("$", "$$").replace(" ", "$ ")  # noqa: E731 (ninja's own escapes)
+    objects = [f"{Path(name).stem}.o" for name in SOURCES]
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {quote(compiler())}",
+        "rule compile",
+        f"  command = $cxx {' '.join(quote(flag) for flag in flags if flag)} -c $in -o $out",
+        "  description = compile $in",
+        "rule link",
+        f"  command = $cxx $in {' '.join(quote(flag) for flag in _link_flags())} -o $out",
+        "  description = link",
+        *(f"build {o}: compile {quote(str(root / name))}" for o, name in zip(objects, SOURCES, strict=True)),
+        f"build {_LIBRARY}: link {' '.join(objects)}",
+        f"default {_LIBRARY}",
+        "",
+    ]
+    (directory / "build.ninja").write_text("\n".join(lines))
+    jobs = os.environ.get("MAX_JOBS", "")
+    command = [_ninja(), "-C", str(directory), *(["-j", jobs] if jobs.isdigit() else [])]
+    start = time.monotonic()
+    _say(f"stablekern: compiling the CPU kernels for this machine (once; under a minute) [0/{len(SOURCES) + 1}]")
+    output = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "NINJA_STATUS": "[%f/%t] "}
+    ) as process:
+        for line in process.stdout:  # type: ignore[union-attr]
+            output.append(line)
+            if line.startswith("["):
+                _say(f"\rstablekern: compiling the CPU kernels for this machine (once; under a minute) {line.split(']')[0]}]")
+    if process.returncode != 0:
+        _say("\n")
+        raise BuildError(message("build", "the compiler failed", "".join(output[-30:]).strip()))
+    _say(f"\rstablekern: compiled the CPU kernels in {time.monotonic() - start:.0f} s, kept for the next run" + " " * 24 + "\n")
+    return directory / _LIBRARY
+
+
+def _is_x86() -> bool:
+    return os.uname().machine in ("x86_64", "amd64")

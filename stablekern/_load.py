@@ -1,0 +1,84 @@
+"""Lazy loading of what ops run on. Each attempt is made once per process; a failure is kept with its reason."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import threading
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from stablekern import _build, settings
+from stablekern.errors import BackendUnavailableError, BuildError, message
+
+__all__ = ["cuda_reason", "native", "native_module", "native_reason", "triton_reason"]
+
+_lock = threading.RLock()
+
+
+@functools.cache
+def _attempt(cache: str | None, march: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        path = _build.build(cache, march)
+        loader = importlib.machinery.ExtensionFileLoader("stablekern._native", str(path))
+        spec = importlib.util.spec_from_file_location("stablekern._native", path, loader=loader)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        loader.exec_module(module)
+        sys.modules["stablekern._native"] = module
+        return module, None
+    except (BuildError, ImportError, OSError) as error:
+        reason = str(error).removeprefix("stablekern.build: ")
+        warnings.warn(
+            message("native", "the CPU kernels are not available, plain torch runs instead (slower)", reason),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, reason
+
+
+def native_reason() -> str | None:
+    """None once the native kernels are loaded (the first call builds them), else why they cannot be."""
+    if not settings.get("STABLEKERN_NATIVE"):
+        return "switched off by STABLEKERN_NATIVE"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        return f"torch >= 2.10 is needed, found {torch.__version__}"
+    with _lock:
+        return _attempt(settings.get("STABLEKERN_CACHE_DIR"), settings.get("STABLEKERN_MARCH"))[1]
+
+
+def native() -> Any:
+    """The dispatcher namespace of the native kernels, `torch.ops.stablekern_native`."""
+    reason = native_reason()
+    if reason is not None:
+        raise BackendUnavailableError(message("native", f"the CPU kernels are not available ({reason})"))
+    return torch.ops.stablekern_native
+
+
+def native_module() -> ModuleType:
+    """`stablekern._native`: facts of the build, and C++ internals for tests."""
+    native()
+    return sys.modules["stablekern._native"]
+
+
+def triton_reason(device: str) -> str | None:
+    """None if Triton kernels can run on `device` ("cpu": in Triton's interpreter, when it is switched on)."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on a CPU only under TRITON_INTERPRET=1"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def cuda_reason() -> str | None:
+    """None if CUDA C++ kernels can be compiled (NVRTC) and run."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("cuda") is None:
+        return "cuda-bindings is not installed"
+    return None

@@ -1,0 +1,149 @@
+"""Which code runs an op: schemas, launchers, and the choice between them.
+
+An op is defined once (`define`), with a schema and a fake implementation, in the dispatcher namespace `stablekern`.
+Launchers for it are registered per device and backend (`launcher`). The choice is made inside the op, on real
+tensors, so traced graphs do not depend on it:
+
+- forced (`use_backend`, or STABLEKERN_BACKEND): that backend or `BackendUnavailableError` with the reason;
+- otherwise the best one that is present and supports the arguments. Absence is passed over; an exception raised by a
+  kernel never is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from stablekern import _check, _load, settings
+from stablekern.errors import BackendUnavailableError, message
+
+__all__ = ["available_backends", "backend_for", "define", "launcher", "ops", "use_backend"]
+
+# Best first. Triton on a CPU is its interpreter: only for tests, never chosen by itself.
+_ORDER = {"cpu": ("native", "torch", "triton"), "cuda": ("cuda", "triton", "torch")}
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_library = torch.library.Library("stablekern", "DEF")
+
+
+class _Launcher(NamedTuple):
+    function: Callable[..., Any]
+    supports: Callable[..., str | None] | None
+
+
+_launchers: dict[str, dict[str, dict[str, _Launcher]]] = {}
+_forced: str | None = None
+
+
+def define(schema: str, *, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define `stablekern::<schema>` and return the callable op. Nothing runs until launchers are registered."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _launchers[name] = {device: {} for device in _ORDER}
+    for device, key in _KEYS.items():
+        _library.impl(name, functools.partial(_run, name, device), key)
+    torch.library.register_fake(f"stablekern::{name}", fake, lib=_library)
+    return getattr(torch.ops.stablekern, name).default
+
+
+def launcher(
+    op: str, *, device: str, backend: str, supports: Callable[..., str | None] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function to run `op` on `device` by `backend`.
+
+    `supports(*arguments)` returns None if it can run them, else the reason why not.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _launchers[op][device][backend] = _Launcher(function, supports)
+        return function
+
+    return register
+
+
+def _missing(backend: str, device: str) -> str | None:
+    """Why a backend cannot run at all on this machine, or None."""
+    if backend == "native":
+        return _load.native_reason()
+    if backend == "triton":
+        return _load.triton_reason(device)
+    if backend == "cuda":
+        return _load.cuda_reason()
+    return None
+
+
+def _choose(name: str, device: str, arguments: tuple[Any, ...]) -> tuple[str, Callable[..., Any]]:
+    here = _launchers[name][device]
+    wanted = _forced or settings.get("STABLEKERN_BACKEND")
+    reasons = []
+    for backend in (wanted,) if wanted else _ORDER[device]:
+        if backend not in here:
+            reasons.append(f"{backend}: no kernel for `{name}` on {device}")
+            continue
+        if not wanted and backend == "triton" and device == "cpu":
+            continue
+        reason = None if here[backend].supports is None else here[backend].supports(*arguments)
+        reason = reason or _missing(backend, device)
+        if reason is None:
+            return backend, here[backend].function
+        reasons.append(f"{backend}: {reason}")
+    rule = f"backend `{wanted}` is forced and cannot run" if wanted else f"no backend can run on {device}"
+    raise BackendUnavailableError(message(name, f"{rule} ({'; '.join(reasons)})"))
+
+
+def _run(name: str, device: str, *arguments: Any) -> Any:
+    return _choose(name, device, arguments)[1](*arguments)
+
+
+def ops() -> tuple[str, ...]:
+    """The dispatcher names of all defined ops."""
+    return tuple(sorted(_launchers))
+
+
+def _dispatcher_name(op: str) -> str:
+    name = op if op in _launchers else f"{op}_fwd"
+    if name not in _launchers:
+        raise ValueError(message("available_backends", f"`op` must be one of {', '.join(ops())}", repr(op)))
+    return name
+
+
+def available_backends(op: str, device: str = "cpu") -> dict[str, str | None]:
+    """The backends of an op, best first, each with None if it can run here, else the reason why it cannot.
+
+    `op` is a public name (`"eigh"`) or that of one dispatcher op (`"eigh_bwd"`). Asking may build the native kernels.
+    """
+    _check.choice("available_backends", "device", device, tuple(_ORDER))
+    here = _launchers[_dispatcher_name(op)][device]
+    return {backend: _missing(backend, device) for backend in _ORDER[device] if backend in here}
+
+
+def backend_for(op: str, *arguments: Any, device: str = "cpu") -> str:
+    """The name of the backend that would run the dispatcher op on these arguments."""
+    return _choose(_dispatcher_name(op), device, arguments)[0]
+
+
+class use_backend:
+    """Force one backend for every op of the process, from this call on, or inside a `with` block.
+
+    `use_backend("torch")` holds until `use_backend(None)`; `with use_backend("torch"): ...` restores what held before.
+    The choice is global, not per thread: autograd runs CUDA backwards on threads of its own. It takes precedence over
+    STABLEKERN_BACKEND.
+
+    **Raises:** `ValueError` for a name that is no backend. An op that does not have the backend, or cannot run it on
+    this machine, raises `BackendUnavailableError` with the reason when it is called.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            _check.choice("use_backend", "name", name, ("native", "torch", "triton", "cuda"))
+        self._before, _forced = _forced, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._before

@@ -1,0 +1,197 @@
+"""A scalp recording on the 19 electrodes, and how signals with any labels, rates and defects become one.
+
+Whatever comes in, a `Recording` that comes out is finite, at one rate and in one order of channels; everything that was
+done to get there is a sentence in its `notes`. What cannot be repaired is a `RecordingError` that says what is wrong and
+what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from stablekern._check import integer, number
+from stablekern.eeg.montage import CHANNELS, canonical_name, electrode_name, interpolation_weights, is_bipolar, split_label
+from stablekern.eeg.preprocess import FLAT_MICROVOLTS, resample
+from stablekern.errors import RecordingError, message
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Signals of the 19 electrodes.
+
+    - `data`: float32 (19, samples), always finite; other real types are converted.
+    - `sample_rate`: Hz. `samples` and `seconds` give the length.
+    - `source`: where it came from, for messages.
+    - `channels`: the names of the rows.
+    - `unit`: `"uV"`, or `"sigma"` after `prepare`.
+    - `notes`: one sentence for each thing that was done to the data.
+    - `labels`: float32 (samples,), 1 where a discharge is; None if nobody has said.
+
+    Raises RecordingError if shapes disagree or `data` is not finite.
+    """
+
+    data: np.ndarray
+    sample_rate: float
+    source: str = "arrays"
+    channels: tuple[str, ...] = CHANNELS
+    unit: str = "uV"
+    notes: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        where = "eeg.Recording"
+        number(where, "sample_rate", self.sample_rate, low=0, strict=True)
+        object.__setattr__(self, "data", np.ascontiguousarray(self.data, np.float32))
+        if self.data.ndim != 2 or self.data.shape[0] != len(self.channels):
+            rule = f"`data` must have the shape ({len(self.channels)}, samples)"
+            raise RecordingError(message(where, rule, self.data.shape))
+        bad = ", ".join(name for name, row in zip(self.channels, self.data, strict=True) if not np.isfinite(row).all())
+        if bad:
+            raise RecordingError(message(where, "`data` must be finite", f"NaN or infinity in {bad}"))
+        if self.labels is not None:
+            object.__setattr__(self, "labels", np.ascontiguousarray(self.labels, np.float32))
+            if self.labels.shape != (self.samples,):
+                rule = f"`labels` must have the shape ({self.samples},)"
+                raise RecordingError(message(where, rule, self.labels.shape))
+
+    @property
+    def samples(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.sample_rate
+
+    def crop(self, start: int, stop: int) -> Recording:
+        """The samples `start` to `stop` by Python's slice rules, and their labels."""
+        labels = None if self.labels is None else self.labels[start:stop]
+        return replace(self, data=self.data[:, start:stop], labels=labels)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One channel as it comes: `read` gives its samples in microvolts, `fault` says why they are of no use."""
+
+    label: str
+    rate: float
+    read: Callable[[], np.ndarray]
+    fault: str | None = None
+
+    def load(self) -> tuple[np.ndarray, str | None]:
+        """The samples, and what is wrong with them."""
+        data = np.zeros(0) if self.fault else self.read()
+        if self.fault or data.size == 0:
+            return data, self.fault or "no samples"
+        if not np.isfinite(data).all():
+            return data, "NaN or infinite samples"
+        return data, f"flat, standard deviation below {FLAT_MICROVOLTS} uV" if data.std() < FLAT_MICROVOLTS else None
+
+
+def from_arrays(
+    signals: Sequence[np.ndarray],
+    labels: Sequence[str],
+    rates: float | Sequence[float],
+    *,
+    sample_rate: float = 256.0,
+    max_interpolated: int = 6,
+    source: str = "arrays",
+) -> Recording:
+    """As `read_edf`, from signals in memory: one array (samples,) in microvolts per label, `rates` in Hz for each or all.
+
+    A signal with a NaN or an infinity anywhere counts as missing.
+    """
+    arrays = [np.asarray(signal, np.float64) for signal in signals]
+    each = [float(rate) for rate in np.broadcast_to(rates, len(arrays))] if np.ndim(rates) == 0 else list(rates)
+    if not len(arrays) == len(labels) == len(each):
+        rule = "`signals`, `labels` and `rates` must be of one length"
+        raise ValueError(message("eeg.from_arrays", rule, len(arrays), len(labels), len(each)))
+    for array, rate in zip(arrays, each, strict=True):
+        number("eeg.from_arrays", "rates", rate, low=0, strict=True)
+        if array.ndim != 1:
+            raise ValueError(message("eeg.from_arrays", "each of `signals` must have the shape (samples,)", array.shape))
+    made = [Signal(*item, lambda array=array: array) for *item, array in zip(labels, each, arrays, strict=True)]
+    return assemble("eeg.from_arrays", made, sample_rate, max_interpolated, source, ())
+
+
+def assemble(
+    where: str, signals: list[Signal], sample_rate: float, max_interpolated: int, source: str, notes: tuple[str, ...]
+) -> Recording:
+    """Pick the 19 electrodes, resample, and interpolate what is missing; the rules are those of `read_edf`."""
+    number(where, "sample_rate", sample_rate, low=0, strict=True)
+    integer(where, "max_interpolated", max_interpolated, low=0, high=len(CHANNELS) - 4)  # the spline needs 4 electrodes
+    picked: dict[str, Signal] = {}
+    loaded: dict[str, np.ndarray] = {}
+    faults, duplicates = [], []
+
+    def pick(name: str, signal: Signal) -> None:
+        if name in picked:
+            duplicates.append(f"{signal.label} (after {picked[name].label})")
+            return
+        data, fault = signal.load()
+        if fault:
+            faults.append(f"{signal.label}: {fault}")
+        else:
+            picked[name], loaded[name] = signal, resample(data, signal.rate, sample_rate).astype(np.float32)
+
+    others = []
+    for signal in signals:
+        name = canonical_name(signal.label)
+        others.append(signal) if name is None else pick(name, signal)
+    found = [name for name in CHANNELS if name in picked]
+    missing = [name for name in CHANNELS if name not in picked]
+    if len(missing) > max_interpolated:
+        raise RecordingError(_too_many_missing(where, source, found, missing, others, faults, max_interpolated))
+    if missing:
+        for signal in others:
+            name = electrode_name(signal.label)
+            if name is not None:
+                pick(name, signal)
+
+    length = min(data.size for data in loaded.values())
+    sources = list(loaded)
+    stacked = np.stack([data[:length] for data in loaded.values()])
+    data = np.empty((len(CHANNELS), length), np.float32)
+    data[[CHANNELS.index(name) for name in found]] = stacked[[sources.index(name) for name in found]]
+    if missing:
+        weights = interpolation_weights(sources, missing).astype(np.float32)
+        data[[CHANNELS.index(name) for name in missing]] = weights @ stacked
+
+    rates = sorted({signal.rate for signal in picked.values()} - {sample_rate})
+    renamed = [f"{picked[name].label} to {name}" for name in found if split_label(picked[name].label)[0] != name.upper()]
+    references = sorted({split_label(picked[name].label)[1] or "none" for name in found})
+    said = {
+        f"resampled from {', '.join(f'{rate:g}' for rate in rates)} to {sample_rate:g} Hz": rates,
+        f"renamed {', '.join(renamed)}": renamed,
+        f"the channels name different references: {', '.join(references)}": len(references) > 1,
+        f"interpolated {', '.join(missing)} by spherical splines from {len(sources)} electrodes": missing,
+        f"unusable: {'; '.join(faults)}": faults,
+        f"left out as duplicates: {', '.join(duplicates)}": duplicates,
+        f"left out, not among the 19 electrodes: {', '.join(signal.label for signal in others)}": others,
+    }
+    notes = (*notes, *(note for note, happened in said.items() if happened))
+    return Recording(data, float(sample_rate), source, notes=notes)
+
+
+def _too_many_missing(
+    where: str,
+    source: str,
+    found: list[str],
+    missing: list[str],
+    others: list[Signal],
+    faults: list[str],
+    max_interpolated: int,
+) -> str:
+    rule = f"`{source}` lacks {len(missing)} of the 19 electrodes ({', '.join(missing)}); {max_interpolated} can be interpolated"
+    if faults:
+        rule += f"; unusable are {'; '.join(faults)}"
+    bipolar = [signal.label for signal in others if is_bipolar(signal.label)]
+    if bipolar:
+        rule += (
+            f"; {', '.join(bipolar)} are bipolar derivations, differences of two electrodes, and cannot be mapped to "
+            "either: export the recording against one common reference"
+        )
+    rest = [signal.label for signal in others if signal.label not in bipolar]
+    return message(where, rule, f"{', '.join(found) or 'none of them'}; not recognised: {', '.join(rest) or 'nothing'}")

@@ -1,0 +1,87 @@
+"""Windows of fixed length cut from recordings, and the way back from windows to a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stablekern._check import number
+from stablekern.eeg.recording import Recording
+from stablekern.errors import RecordingError, message
+
+
+class WindowDataset(torch.utils.data.Dataset):
+    """Windows of `window_seconds`, one every `stride_seconds`, from one or more recordings.
+
+    Item i is `(data, labels)`: float32 tensors (channels, L) and (L,), copies, L = round(window_seconds * sample_rate).
+    A recording without labels gives zeros. `starts[i]` is the pair (index of the recording, first sample). No window
+    crosses from one recording into the next, so train and held-out parts made by `split` share no sample.
+
+    With `tail` a last window that ends with the recording is added where the stride would leave samples uncovered: every
+    sample is then in a window, as detection needs. Without it the rest is dropped.
+
+    Raises RecordingError for no recordings, different rates or channels, or a recording shorter than one window;
+    ValueError unless 0 < stride and at least one sample fits a window.
+    """
+
+    def __init__(
+        self,
+        recordings: Recording | Sequence[Recording],
+        *,
+        window_seconds: float = 60.0,
+        stride_seconds: float = 10.0,
+        tail: bool = False,
+    ) -> None:
+        where = "eeg.WindowDataset"
+        number(where, "window_seconds", window_seconds, low=0, strict=True)
+        number(where, "stride_seconds", stride_seconds, low=0, strict=True)
+        self.recordings = [recordings] if isinstance(recordings, Recording) else list(recordings)
+        if not self.recordings:
+            raise RecordingError(message(where, "`recordings` must hold at least one recording", 0))
+        for name in ("sample_rate", "channels", "unit"):
+            values = sorted({str(getattr(recording, name)) for recording in self.recordings})
+            if len(values) > 1:
+                raise RecordingError(message(where, f"all `recordings` must have one `{name}`", *values))
+        self.sample_rate = self.recordings[0].sample_rate
+        self.length = round(window_seconds * self.sample_rate)
+        stride = round(stride_seconds * self.sample_rate)
+        if self.length < 1 or stride < 1:
+            raise ValueError(message(where, f"window and stride must hold a sample at {self.sample_rate:g} Hz", self.length, stride))
+        self.starts: list[tuple[int, int]] = []
+        for index, recording in enumerate(self.recordings):
+            last = recording.samples - self.length
+            if last < 0:
+                rule = f"`{recording.source}` is shorter than one window of {window_seconds:g} s"
+                raise RecordingError(message(where, rule, f"{recording.seconds:g} s"))
+            first = list(range(0, last + 1, stride))
+            if tail and first[-1] < last:
+                first.append(last)
+            self.starts.extend((index, start) for start in first)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        index, start = self.starts[item]
+        window = self.recordings[index].crop(start, start + self.length)
+        labels = torch.zeros(self.length) if window.labels is None else torch.from_numpy(window.labels.copy())
+        return torch.from_numpy(window.data.copy()), labels
+
+
+def stitch(dataset: WindowDataset, outputs: Tensor) -> list[Tensor]:
+    """Put one output per sample of each window, (windows, L), back together: one (samples,) tensor per recording.
+
+    Where windows overlap the mean is taken; a sample in no window is NaN (there is none with `tail=True` and a stride no
+    longer than the window). ValueError unless `outputs` has the shape (len(dataset), dataset.length).
+    """
+    if tuple(outputs.shape) != (len(dataset), dataset.length):
+        rule = f"`outputs` must have the shape ({len(dataset)}, {dataset.length})"
+        raise ValueError(message("eeg.stitch", rule, tuple(outputs.shape)))
+    sums = [outputs.new_zeros(recording.samples) for recording in dataset.recordings]
+    counts = [torch.zeros_like(total) for total in sums]
+    for (index, start), output in zip(dataset.starts, outputs, strict=True):
+        sums[index][start : start + dataset.length] += output
+        counts[index][start : start + dataset.length] += 1
+    return [total / count for total, count in zip(sums, counts, strict=True)]

@@ -1,0 +1,78 @@
+"""Every epsilon, floor and switch point of the package: its value per dtype, why it is there, where it comes from.
+
+Ops take these as defaults or send them through their schema, so that all backends compute with the same number; a
+kernel holds no such literal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "COSINE_EPS",
+    "COSINE_GRAD_FLOOR",
+    "EDGE_THRESHOLD",
+    "EIGH_AUTO_GAP_ULPS",
+    "EIGH_LORENTZ_GAP_FLOOR",
+    "EIGH_MASK_GAP_ULPS",
+    "EIGH_NOISE_FLOOR",
+    "EIGH_NOISE_KAPPA",
+    "Constant",
+]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number with its reason. `constant.of(dtype)` is its value; `ulps` are multiples of the dtype's epsilon."""
+
+    value: float
+    reason: str
+    source: str
+    ulps: bool = False
+
+    def of(self, dtype: torch.dtype = torch.float32) -> float:
+        return self.value * torch.finfo(dtype).eps if self.ulps else self.value
+
+
+EIGH_AUTO_GAP_ULPS = Constant(
+    4.0,
+    "eigenvalues are known to a few ulp of the largest one, so a smaller gap has no sign; as the width of a Lorentzian "
+    "it bounds the gradient by 1/(8 eps max|w|) and changes gaps above 1e3 ulp by less than 1e-5",
+    "backward stability of tridiagonal QL: Parlett, The Symmetric Eigenvalue Problem, sec. 8.14",
+    ulps=True,
+)
+EIGH_LORENTZ_GAP_FLOOR = Constant(
+    1e-3,
+    "relative width of the Lorentzian for heads that see raw eigenvectors: bounds the gradient by 500/max|w|; without "
+    "it two-cluster graphs have finite gradients a thousand times those of generic graphs",
+    "Liao et al. 2019, arXiv:1903.09650, sec. III (broadening of eigenvector gradients)",
+)
+EIGH_MASK_GAP_ULPS = Constant(
+    16.0,
+    "pairs closer than the accuracy of the eigenvalues count as one eigenvalue",
+    "as EIGH_AUTO_GAP_ULPS, with room for the accumulated rounding of n <= 32 sweeps",
+    ulps=True,
+)
+EIGH_NOISE_KAPPA = Constant(
+    16.0,
+    "a cotangent pair |M_ij - M_ji| below this many ulp of |M_ij| + |M_ji| is rounding of a loss that treats the pair "
+    "as one subspace; dividing it by a tiny gap would make noise the largest entry of the gradient",
+    "rounding of an n-term dot product, n <= 32, in M = V^T g: Higham, Accuracy and Stability, sec. 3.1",
+)
+EIGH_NOISE_FLOOR = Constant(
+    0.1,
+    "the dot products behind M round relative to the size of all of M, not of one entry: entries that vanish by "
+    "cancellation carry noise of a tenth of max|M| times eps",
+    "as EIGH_NOISE_KAPPA",
+)
+COSINE_EPS = Constant(
+    1e-6, "norms below it are taken as it, so the cosine of a vanishing vector goes to 0 continuously", "cosine edges of the EEG detector"
+)
+COSINE_GRAD_FLOOR = Constant(
+    1e-3,
+    "the cosine's gradient is 1/|x|: this bounds it by 1000 per pair, where dividing by a clamped norm of 1e-6 lets it reach 1e6",
+    "unit-scale features: three decades below their norm",
+)
+EDGE_THRESHOLD = Constant(1e-4, "weaker edges are dropped after the top-k selection", "adjacency of the EEG detector")

@@ -1,0 +1,410 @@
+r"""The scan of Mamba-2 (state-space duality): one decay per head, a state of p x n numbers per head.
+
+For every batch item and head, with $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + bias))$, decay $a_t = e^{\Delta_t A}$ and
+$c = \mathrm{clamp}(\cdot, lo, hi)$ where bounds are given (else the identity),
+
+$$v_t = a_t h_{t-1} + \Delta_t\, x_t B_t^\top, \qquad h_t = c(v_t), \qquad
+y_t = h_t C_t + D x_t, \qquad out_t = y_t\, \mathrm{silu}(z_t).$$
+
+**Adjoint.** Let $\bar y_t$ be the gradient with respect to $y_t$ and $\bar h_l$ that of the last state, and let
+$m_t = 1[lo \le v_t \le hi]$, elementwise and inclusive as in `torch.clamp`. With $r_t$ the part of $\partial L / \partial h_t$
+that comes from later steps ($r_{l-1} = \bar h_l$),
+
+$$G_t = m_t \odot (r_t + \bar y_t C_t^\top), \qquad r_{t-1} = a_t G_t,$$
+$$\bar B_t = \sum_{h, p} G_t \Delta_t x_t, \quad \bar C_t = \sum_{h, p} \bar y_t h_t, \quad
+s_t = G_t B_t, \quad \bar x_t = \Delta_t s_t + D \bar y_t, \quad q_t = \sum_{p, n} a_t G_t \odot h_{t-1},$$
+$$\bar\Delta_t = \sum_p s_t x_t + A q_t, \quad \bar A = \sum_t \Delta_t q_t, \quad \bar D = \sum_t \bar y_t x_t, \quad
+\bar h_{-1} = a_0 G_0.$$
+
+$q_t$ needs the true $h_{t-1}$: taking $a_t h_{t-1}$ as $v_t - \Delta_t x_t B_t^\top$ cancels, and is wrong once a state has been
+clamped. The forward pass keeps the state at the start of every chunk of `_CHUNK` steps, and the backward pass recomputes
+the others a chunk at a time: memory and time are linear in the length, and nothing is divided by a decay, which may have
+underflowed to 0. For $A < 0$ the argument of every exponential is $\le 0$.
+
+The op (`ssd_scan_fwd`, `ssd_scan_bwd`) takes $\Delta$, ready and positive, and `D` and the bounds as (h, p); softplus,
+limits and gate are plain torch around it.
+
+Sources: Dao & Gu 2024, arXiv:2405.21060, sec. 2 and 6 (the recurrence, and its names); the adjoint of a linear recurrence:
+Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the derivative of $c$.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stablekern import _check, _load
+from stablekern._registry import define, launcher
+from stablekern.errors import message
+
+__all__ = ["ssd_scan"]
+
+_OP = "ssd_scan"
+# Steps between two saved states. They cost 1/_CHUNK of the states' size in memory; one chunk of recomputed states is
+# what the native backward keeps in its cache.
+_CHUNK = 32
+
+
+def reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, torch.inf),
+    state_clamp: float | Tensor | Sequence[float | Tensor] | None = None,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition: a loop over time in plain torch, differentiable, in the dtype of its arguments."""
+    heads, width = x.shape[2:]
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = torch.log1p(torch.exp(-dt.abs())) + dt.clamp_min(0)
+    dt = dt.clamp(*dt_limit)
+    bounds = [] if state_clamp is None else list(_pair(state_clamp))
+    for i, bound in enumerate(bounds):
+        bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+        bounds[i] = bound[:, None, None] if bound.dim() == 1 else bound[..., None]
+    per_head = heads // B.shape[2] if B.shape[2] else 1
+    decay = torch.exp(dt * A)[..., None, None].unbind(1)
+    token = (dt[..., None] * x)[..., None].unbind(1)
+    enter, leave = (M.repeat_interleave(per_head, dim=2)[:, :, :, None].unbind(1) for M in (B, C))
+    state = x.new_zeros(x.shape[0], heads, width, B.shape[3]) if initial_state is None else initial_state
+    outputs = []
+    for t in range(x.shape[1]):
+        state = decay[t] * state + token[t] * enter[t]
+        if bounds:
+            state = torch.clamp(state, *bounds)
+        outputs.append((state * leave[t]).sum(-1))
+    y = torch.stack(outputs, 1) if outputs else x * 0
+    if D is not None:
+        y = y + (D[:, None] if D.dim() == 1 else D) * x
+    if z is not None:
+        y = y * (z * torch.sigmoid(z))
+    return (y, state) if return_last_state else y
+
+
+def _fake_fwd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    lower: Tensor | None,
+    upper: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, heads, width = x.shape
+    states = B.shape[3]
+    chunks = (length + chunk - 1) // chunk
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((batch, heads, width, states)),
+        x.new_empty((batch, chunks, states, heads, width)),
+    )
+
+
+def _fake_bwd(
+    grad_y: Tensor,
+    grad_last_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    lower: Tensor | None,
+    upper: Tensor | None,
+    chunk_states: Tensor,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    batch, _, heads, width = x.shape
+    shapes = (x.shape, dt.shape, A.shape, B.shape, C.shape, (heads, width), (batch, heads, width, B.shape[3]))
+    return tuple(x.new_empty(shape) for shape in shapes)
+
+
+_fwd = define(
+    "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
+    " Tensor? upper, int chunk) -> (Tensor y, Tensor last_state, Tensor chunk_states)",
+    fake=_fake_fwd,
+)
+_bwd = define(
+    "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
+    " Tensor? lower, Tensor? upper, Tensor chunk_states, int chunk) -> (Tensor grad_x, Tensor grad_dt, Tensor grad_A,"
+    " Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_initial_state)",
+    fake=_fake_bwd,
+)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+@launcher("ssd_scan_fwd", device="cpu", backend="native")
+def _(*arguments):
+    outputs = _fake_fwd(*arguments)
+    _load.native().ssd_scan_fwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
+
+
+@launcher("ssd_scan_bwd", device="cpu", backend="native")
+def _(*arguments):
+    outputs = _fake_bwd(*arguments)
+    _load.native().ssd_scan_bwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
+
+
+def _per_head(M: Tensor, heads: int) -> Tensor:
+    """(b, l, g, n) to (b, l, h, 1, n)."""
+    groups = M.shape[2]
+    return M.repeat_interleave(heads // groups, dim=2)[:, :, :, None] if groups else M[:, :, :, None]
+
+
+def _advance(
+    state: Tensor, decay: Tensor, token: Tensor, enter: Tensor, lower: Tensor | None, upper: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The next state (b, h, p, n), and where it passed the clamp (None: there is no clamp)."""
+    free = decay[..., None, None] * state + token[..., None] * enter
+    if lower is None or upper is None:
+        return free, None
+    low, high = lower[..., None], upper[..., None]
+    return torch.clamp(free, low, high), (free >= low) & (free <= high)
+
+
+@launcher("ssd_scan_fwd", device="cuda", backend="torch")
+@launcher("ssd_scan_fwd", device="cpu", backend="torch")
+def _(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
+    outputs = y, last_state, chunk_states = _fake_fwd(x, dt, A, B, C, D, initial_state, lower, upper, chunk)
+    heads = x.shape[2]
+    decay, token = torch.exp(dt * A), dt[..., None] * x
+    enter, leave = _per_head(B, heads), _per_head(C, heads)
+    state = torch.zeros_like(last_state) if initial_state is None else initial_state
+    for t in range(x.shape[1]):
+        if t % chunk == 0:
+            chunk_states[:, t // chunk] = state.permute(0, 3, 1, 2)
+        state, _ = _advance(state, decay[:, t], token[:, t], enter[:, t], lower, upper)
+        y[:, t] = (state * leave[:, t]).sum(-1)
+    if D is not None:
+        y += D * x
+    last_state.copy_(state)
+    return outputs
+
+
+@launcher("ssd_scan_bwd", device="cuda", backend="torch")
+@launcher("ssd_scan_bwd", device="cpu", backend="torch")
+def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, chunk):
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    decay, token = torch.exp(dt * A), dt[..., None] * x
+    enter, leave = _per_head(B, heads), _per_head(C, heads)
+    grad_token, grad_rate = torch.empty_like(token), torch.empty_like(dt)
+    grad_enter, grad_leave = (x.new_empty(batch, length, heads, states) for _ in range(2))
+    carry = x.new_zeros(batch, heads, width, states) if grad_last_state is None else grad_last_state
+    for index in reversed(range(chunk_states.shape[1])):
+        start, stop = index * chunk, min((index + 1) * chunk, length)
+        trail, inside = [chunk_states[:, index].permute(0, 2, 3, 1)], []
+        for t in range(start, stop):
+            state, passed = _advance(trail[-1], decay[:, t], token[:, t], enter[:, t], lower, upper)
+            trail.append(state)
+            inside.append(passed)
+        for t in reversed(range(start, stop)):
+            grad_leave[:, t] = (grad_y[:, t, ..., None] * trail[t - start + 1]).sum(2)
+            grad = carry + grad_y[:, t, ..., None] * leave[:, t]
+            if inside[t - start] is not None:
+                grad = torch.where(inside[t - start], grad, 0.0)
+            grad_enter[:, t] = (grad * token[:, t, ..., None]).sum(2)
+            grad_token[:, t] = (grad * enter[:, t]).sum(-1)
+            carry = decay[:, t, :, None, None] * grad
+            grad_rate[:, t] = (carry * trail[t - start]).sum((2, 3))
+    grad_x = dt[..., None] * grad_token
+    if D is not None:
+        grad_x = grad_x + D * grad_y
+    grad_B, grad_C = (
+        M.reshape(batch, length, groups, heads // groups if groups else 1, states).sum(3) for M in (grad_enter, grad_leave)
+    )
+    return (
+        grad_x,
+        (grad_token * x).sum(-1) + A * grad_rate,
+        (grad_rate * dt).sum((0, 1)),
+        grad_B,
+        grad_C,
+        (grad_y * x).sum((0, 1)),
+        carry.clone(memory_format=torch.contiguous_format),
+    )
+
+
+class _SsdScan(torch.autograd.Function):
+    @staticmethod
+    def forward(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
+        return _fwd(x, dt, A, B, C, D, initial_state, lower, upper, chunk)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, dt, A, B, C, D, initial_state, lower, upper, ctx.chunk = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, dt, A, B, C, D, lower, upper, output[2])
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_last_state, _):
+        _check.first_order(_OP)
+        if grad_y is None and grad_last_state is None:
+            return (None,) * 10
+        if grad_y is None:
+            grad_y = torch.zeros_like(ctx.saved_tensors[0])
+        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.chunk)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
+
+
+def _pair(state_clamp: float | Tensor | Sequence[float | Tensor]) -> tuple[float | Tensor, float | Tensor]:
+    """(lo, hi) of either form of `state_clamp`."""
+    if isinstance(state_clamp, (tuple, list)):
+        if len(state_clamp) != 2:
+            raise ValueError(message(_OP, "`state_clamp` must be c or (lo, hi)", f"{len(state_clamp)} values"))
+        return state_clamp[0], state_clamp[1]
+    if isinstance(state_clamp, bool) or not isinstance(state_clamp, (int, float, Tensor)):
+        raise TypeError(message(_OP, "`state_clamp` must be a number, a tensor or a pair of them", type(state_clamp).__name__))
+    return -state_clamp, state_clamp
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, and not while a graph is traced."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _bounds(state_clamp, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Lower and upper bound as (h, p) tensors with the dtype and device of `like` (b, l, h, p)."""
+    if state_clamp is None:
+        return None, None
+    heads, width = like.shape[2:]
+    both = []
+    for bound in _pair(state_clamp):
+        if isinstance(bound, Tensor):
+            if bound.requires_grad:
+                raise ValueError(message(_OP, "`state_clamp` is not differentiable, detach it", "requires_grad=True"))
+            if tuple(bound.shape) not in ((), (heads,), (heads, 1), (heads, width)):
+                rule = "a tensor in `state_clamp` must have the shape (), (h) or (h, p)"
+                raise ValueError(message(_OP, rule, tuple(bound.shape)))
+            bound = bound.to(device=like.device, dtype=like.dtype)
+            bound = bound[:, None] if bound.dim() == 1 else bound
+        else:
+            bound = like.new_full((), _check.number(_OP, "state_clamp", bound))
+        both.append(bound.expand(heads, width))
+    lower, upper = both
+    if _readable(lower, upper) and not bool((lower <= upper).all()):
+        raise ValueError(message(_OP, "`state_clamp` must have lo <= hi", f"lo up to {lower.max():g}", f"hi from {upper.min():g}"))
+    return lower, upper
+
+
+def ssd_scan(
+    x: Tensor,  # (b, l, h, p)
+    dt: Tensor,  # (b, l, h)
+    A: Tensor,  # (h)
+    B: Tensor,  # (b, l, g, n)
+    C: Tensor,  # (b, l, g, n)
+    *,
+    D: Tensor | None = None,  # (h) or (h, p)
+    z: Tensor | None = None,  # (b, l, h, p)
+    dt_bias: Tensor | None = None,  # (h)
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, torch.inf),
+    state_clamp: float | Tensor | Sequence[float | Tensor] | None = None,
+    initial_state: Tensor | None = None,  # (b, h, p, n)
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (b, l, h, p), and (b, h, p, n)
+    r"""The Mamba-2 scan, linear in the length, with gradients to every tensor argument and an optional exact state clamp.
+
+    $h_t = \mathrm{clamp}(e^{\Delta_t A} h_{t-1} + \Delta_t x_t B_t^\top,\ lo,\ hi)$ and $y_t = (h_t C_t + D x_t)\,\mathrm{silu}(z_t)$,
+    per batch item and head, with $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + dt\_bias))$. Head `i` uses group `i // (h / g)` of
+    `B` and `C`. The same function as mamba_ssm's `mamba_chunk_scan_combined`, without its chunk size.
+
+    **Arguments:** any strides; `l`, `b` and all other sizes may be 0. Each tensor has the dtype of `x`, or float32 where `x`
+    is float16 or bfloat16.
+
+    - `x`: input, (b, l, h, p); float16, bfloat16, float32 or float64. `dt`: step sizes, (b, l, h).
+    - `A`: decay rates, (h), meant to be negative.
+    - `B`, `C`: (b, l, g, n) with g a divisor of h: what enters the state, and what is read from it.
+    - `D`: skip weight per head (h) or channel (h, p). `z`: gate, like `x`.
+    - `dt_bias`: added to `dt`, (h). `dt_softplus`: then take $\log(1 + e^{dt})$. Without it `dt + dt_bias` must be >= 0.
+    - `dt_limit`: then clip to (lo, hi), 0 <= lo <= hi; clipped values have no gradient.
+    - `state_clamp`: `c` for (-c, c), or (lo, hi); numbers or tensors of shape (), (h) or (h, p). Applied to every state at every
+        step, as a loop would; the gradient is that of `torch.clamp`, 0 for a value outside. The bounds get no gradient.
+    - `initial_state`: the state before the first step, (b, h, p, n); zero if None. It is not clamped.
+    - `return_last_state`: also return the last state.
+
+    **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$ (b, h, p, n) (float32 for half
+    precision), differentiable like $y$. States, sums and gates are computed in float32 or float64.
+
+    **Raises:** `ValueError` for sizes that disagree, a bad limit, and, looked up for CPU tensors only, `lo > hi` or a negative
+    step; `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` >= 0 (CPU tensors)
+    gives a `RuntimeWarning`: such a state does not decay, and overflows to inf unless it is clamped.
+
+    **Accuracy:** output and gradients at most twice the error of the sequential loop in the same dtype, and the same bits for
+    any number of threads (`tests/test_ssd_scan.py`).
+    **Sources:** Dao & Gu 2024, arXiv:2405.21060.
+    """
+    sizes = _check.shapes(
+        _OP,
+        x=(x, "b l h p"),
+        dt=(dt, "b l h"),
+        A=(A, "h"),
+        B=(B, "b l g n"),
+        C=(C, "b l g n"),
+        D=(D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h"),
+        z=(z, "b l h p"),
+        dt_bias=(dt_bias, "h"),
+        initial_state=(initial_state, "b h p n"),
+    )
+    if sizes["h"] % sizes["g"] if sizes["g"] else sizes["h"]:
+        raise ValueError(message(_OP, "the groups of `B` and `C` must divide the heads of `x`", sizes["g"], sizes["h"]))
+    dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, x=x)
+    wide = torch.promote_types(dtype, torch.float32)
+    named = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
+    for name, tensor in named.items():
+        if tensor is not None:
+            _check.dtypes(_OP, tuple({dtype, wide}), **{name: tensor})
+            if tensor.device != x.device:
+                raise ValueError(message(_OP, f"`{name}` and `x` must be on one device", tensor.device, x.device))
+    low = _check.number(_OP, "dt_limit", dt_limit[0], low=0.0)
+    high = _check.number(_OP, "dt_limit", dt_limit[1], low=low)
+    x_wide, step, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
+    lower, upper = _bounds(state_clamp, x_wide)
+
+    if dt_bias is not None:
+        step = step + dt_bias.to(wide)
+    if dt_softplus:
+        step = torch.logaddexp(step, step.new_zeros(()))  # max(x, 0) + log1p(exp(-|x|))
+    elif _readable(step) and step.numel() and bool(step.detach().amin() < 0):
+        raise ValueError(message(_OP, "`dt` + `dt_bias` must be >= 0 without `dt_softplus`", f"{step.min():g}"))
+    if low > 0 or high < torch.inf or not dt_softplus:
+        step = step.clamp(low, high)
+    if _readable(A) and A.numel() and bool(A.detach().amax() >= 0):
+        warnings.warn(
+            message(_OP, "`A` >= 0 does not decay: exp(dt * A) >= 1, the state grows until it overflows to inf", f"{A.max():g}"),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if D is not None:
+        D = (D[:, None] if D.dim() == 1 else D).to(wide).expand(sizes["h"], sizes["p"])
+    if initial_state is not None:
+        initial_state = initial_state.to(wide)
+    tracked = (x, dt, A, B, C, D, dt_bias, initial_state)
+    differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
+    chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
+    y, last_state, _ = _SsdScan.apply(x_wide, step, A, B, C, D, initial_state, lower, upper, chunk)
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.to(wide))
+    y = y.to(dtype)
+    return (y, last_state) if return_last_state else y
