@@ -42,14 +42,27 @@ def _attempt(cache: str | None, march: str) -> tuple[ModuleType | None, str | No
         return None, reason
 
 
-def native_reason() -> str | None:
-    """None once the native kernels are loaded (the first call builds them), else why they cannot be."""
+@functools.cache
+def _not_built(cache: str | None, march: str) -> str | None:
+    """None if the library is in the cache, else why it is not; asked once, since the compiler has to be run for it."""
+    try:
+        found = _build.find(cache, march)
+    except BuildError as error:
+        return str(error).removeprefix("stablekern.build: ")
+    return None if found else "not built yet; the first call that wants them builds them"
+
+
+def native_reason(*, build: bool = True) -> str | None:
+    """None once the native kernels are loaded, else why they cannot be. The first call builds them, if `build`."""
     if not settings.get("STABLEKERN_NATIVE"):
         return "switched off by STABLEKERN_NATIVE"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         return f"torch >= 2.10 is needed, found {torch.__version__}"
+    cache, march = settings.get("STABLEKERN_CACHE_DIR"), settings.get("STABLEKERN_MARCH")
     with _lock:
-        return _attempt(settings.get("STABLEKERN_CACHE_DIR"), settings.get("STABLEKERN_MARCH"))[1]
+        if not build and "stablekern._native" not in sys.modules and (absent := _not_built(cache, march)):
+            return absent
+        return _attempt(cache, march)[1]
 
 
 def native() -> Any:

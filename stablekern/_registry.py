@@ -20,7 +20,7 @@ import torch
 from stablekern import _check, _load, settings
 from stablekern.errors import BackendUnavailableError, message
 
-__all__ = ["available_backends", "backend_for", "define", "launcher", "ops", "use_backend"]
+__all__ = ["available_backends", "backend_for", "define", "explain", "launcher", "ops", "use_backend"]
 
 # Best first. Triton on a CPU is its interpreter: only for tests, never chosen by itself.
 _ORDER = {"cpu": ("native", "torch", "triton"), "cuda": ("cuda", "triton", "torch")}
@@ -63,10 +63,10 @@ def launcher(
     return register
 
 
-def _missing(backend: str, device: str) -> str | None:
+def _missing(backend: str, device: str, *, build: bool = True) -> str | None:
     """Why a backend cannot run at all on this machine, or None."""
     if backend == "native":
-        return _load.native_reason()
+        return _load.native_reason(build=build)
     if backend == "triton":
         return _load.triton_reason(device)
     if backend == "cuda":
@@ -94,7 +94,12 @@ def _choose(name: str, device: str, arguments: tuple[Any, ...]) -> tuple[str, Ca
 
 
 def _run(name: str, device: str, *arguments: Any) -> Any:
-    return _choose(name, device, arguments)[1](*arguments)
+    function = _choose(name, device, arguments)[1]
+    if not torch.is_autocast_enabled(device):
+        return function(*arguments)
+    # Autocast reaches into the implementation: it would take the matrix products of a torch launcher in half precision.
+    with torch.autocast(device, enabled=False):
+        return function(*arguments)
 
 
 def ops() -> tuple[str, ...]:
@@ -117,6 +122,27 @@ def available_backends(op: str, device: str = "cpu") -> dict[str, str | None]:
     _check.choice("available_backends", "device", device, tuple(_ORDER))
     here = _launchers[_dispatcher_name(op)][device]
     return {backend: _missing(backend, device) for backend in _ORDER[device] if backend in here}
+
+
+def explain(op: str, device: str, *, build: bool = True) -> tuple[str | None, dict[str, str]]:
+    """(The backend that a dispatcher op would run on, None if none can; for each better or forced one, why not it.)
+
+    What a launcher says of particular arguments (`supports`) is left out. `build=False` compiles nothing: native kernels
+    that are not built yet count as missing.
+    """
+    here, wanted = _launchers[op][device], _forced or settings.get("STABLEKERN_BACKEND")
+    reasons: dict[str, str] = {}
+    for backend in (wanted,) if wanted else _ORDER[device]:
+        if backend not in here:
+            reason: str | None = f"the op has no {backend} kernel"
+        elif not wanted and backend == "triton" and device == "cpu":
+            reason = "on a CPU for tests only"
+        else:
+            reason = _missing(backend, device, build=build)
+        if reason is None:
+            return backend, reasons
+        reasons[backend] = reason
+    return None, reasons
 
 
 def backend_for(op: str, *arguments: Any, device: str = "cpu") -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "CLIP_NORM_OFFSET",
     "COSINE_EPS",
     "COSINE_GRAD_FLOOR",
     "EDGE_THRESHOLD",
@@ -19,6 +20,11 @@ __all__ = [
     "EIGH_MASK_GAP_ULPS",
     "EIGH_NOISE_FLOOR",
     "EIGH_NOISE_KAPPA",
+    "LAPLACIAN_ROTATION_ULPS",
+    "MAMBA_DT_INIT_FLOOR",
+    "MAMBA_DT_MAX",
+    "MAMBA_DT_MIN",
+    "NORM_EPS",
     "Constant",
 ]
 
@@ -76,3 +82,34 @@ COSINE_GRAD_FLOOR = Constant(
     "unit-scale features: three decades below their norm",
 )
 EDGE_THRESHOLD = Constant(1e-4, "weaker edges are dropped after the top-k selection", "adjacency of the EEG detector")
+CLIP_NORM_OFFSET = Constant(
+    1e-6,
+    "added to the gradient norm before dividing by it: a zero gradient is not 0/0, and clipping equals torch's",
+    "torch.nn.utils.clip_grad_norm_",
+)
+
+NORM_EPS = Constant(
+    1e-5,
+    "added to the mean square or the variance in a norm: a silent electrode gives 0, with a finite gradient, not 0/0",
+    "the default of torch.nn.LayerNorm and of mamba_ssm's gated norm; checkpoints depend on it",
+)
+MAMBA_DT_MIN = Constant(
+    1e-3,
+    "smallest initial step size of a Mamba block: memory of about 1/(dt |A|) = 60 to 1000 steps",
+    "mamba_ssm, class Mamba2, argument dt_min",
+)
+MAMBA_DT_MAX = Constant(
+    0.1, "largest initial step size of a Mamba block: memory of up to ten steps", "mamba_ssm, class Mamba2, argument dt_max"
+)
+MAMBA_DT_INIT_FLOOR = Constant(
+    1e-4,
+    "the slope of the softplus at a step dt is about dt: a head that starts much lower hardly receives a gradient",
+    "mamba_ssm, class Mamba2, argument dt_init_floor",
+)
+LAPLACIAN_ROTATION_ULPS = Constant(
+    64.0,
+    "within it the rows of a rotation count as orthonormal: the iteration that makes them so is quadratic, so it has "
+    "converged to a few ulp or is far from it, because the subspaces before and after hardly overlap",
+    "Newton-Schulz iteration: Higham, Functions of Matrices, sec. 8.3",
+    ulps=True,
+)

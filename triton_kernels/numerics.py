@@ -5,6 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
+def scalar(value, WIDE: tl.constexpr):
+    """A parameter annotated `tl.float64`, in the type that the kernel computes in.
+
+    Without the annotation a launch rounds Python numbers to float32, which a float64 kernel would show. The product
+    serves the interpreter, where `value` is a Python number without a type.
+    """
+    return (value * tl.full((), 1.0, WIDE)).to(WIDE)
+
+
+@triton.jit
 def softplus_tail(x):
     """log(1 + exp(-|x|)), to be added to max(x, 0) for softplus(x) and to max(-x, 0) for softplus(-x).
 

@@ -3,13 +3,14 @@
     recording = load_sample()                             # or read_edf("patient.edf")
     recording, labels = add_spike_wave(recording, seed=0)
     train, held_out = split(recording, 0.7)
-    windows = WindowDataset(preprocess(train), window_seconds=8, stride_seconds=2)
+    windows = WindowDataset(prepare(train), window_seconds=8, stride_seconds=2)
 
-Importing this costs numpy and torch; reading, filtering and interpolating need the extra: `pip install 'stablekern[eeg]'`.
+Importing this costs numpy and torch; reading, filtering and interpolating need `pip install 'stablekern[eeg]'`.
 """
 
 from __future__ import annotations
 
+from stablekern.eeg.edf import load_sample, read_edf
 from stablekern.eeg.montage import (
     CHANNELS,
     SYNONYMS,
@@ -21,10 +22,10 @@ from stablekern.eeg.montage import (
     layout,
     positions,
 )
-from stablekern.eeg.preprocess import bandpass, preprocess, resample, robust_scale, robust_sigma
-from stablekern.eeg.recording import Recording, from_arrays, load_sample, read_edf, split
+from stablekern.eeg.preprocess import bandpass, prepare, resample, robust_scale, robust_sigma
+from stablekern.eeg.recording import Recording, from_arrays
 from stablekern.eeg.synthesis import FOCI, GENERALISED, SpikeWave, add_spike_wave, draw_events, topography
-from stablekern.eeg.windows import WindowDataset, stitch
+from stablekern.eeg.windows import WindowDataset, split, stitch
 
 __all__ = [
     "CHANNELS",
@@ -46,7 +47,7 @@ __all__ = [
     "layout",
     "load_sample",
     "positions",
-    "preprocess",
+    "prepare",
     "read_edf",
     "resample",
     "robust_scale",

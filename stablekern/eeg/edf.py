@@ -30,8 +30,8 @@ def read_edf(
     - Labels are matched as `canonical_name` says. Of several channels for one electrode (T3 and T7) the first usable
       one is taken. Bipolar derivations are no electrodes. Everything else in the file is left out.
     - Volts, millivolts, microvolts and nanovolts become microvolts; a blank unit is taken as microvolts.
-    - A channel is unusable, and counts as missing, if it is flat (standard deviation below 0.1 uV), its unit is not a
-      voltage, or its header maps all values to one.
+    - A channel is unusable, and counts as missing, if it is flat (standard deviation below 0.1 uV), goes beyond 10 V,
+      has a unit that is not a voltage, a rate outside 1 Hz to 100 kHz, or a header that maps all values to one.
     - Up to `max_interpolated` (0 to 15) missing electrodes are interpolated from every usable scalp electrode of the
       file, those outside the 19 as well.
     - Channels may differ in rate; each is resampled. They are cut to the shortest, if lengths differ.
@@ -62,8 +62,8 @@ def read_edf(
 def load_sample(*, sample_rate: float = 256.0) -> Recording:
     """The recording that comes with the package: 238 s of real EEG without seizures, four electrodes interpolated.
 
-    EEGLAB's tutorial data, 30 EEG and 2 EOG channels at 128 Hz; `data/ATTRIBUTION.md` has authors and licence. Needs the
-    extra `eeg`.
+    EEGLAB's tutorial data, 30 EEG and 2 EOG channels at 128 Hz; `data/ATTRIBUTION.md` has authors and licence. Needs
+    the extra `eeg`.
     """
     return read_edf(Path(__file__).parent / "data" / "eeglab_sample_32ch_128hz.edf", sample_rate=sample_rate)
 

@@ -49,7 +49,8 @@ def split_label(label: str) -> tuple[str, str | None]:
 
     A leading `EEG`, spaces, and the dots with which some files pad their labels are dropped.
     """
-    electrode, hyphen, rest = re.sub(r"[\s.]", "", re.sub(r"^\s*EEG[\s_:-]*", "", label, flags=re.I)).upper().partition("-")
+    compact = re.sub(r"[\s.]", "", label.upper())
+    electrode, hyphen, rest = re.sub(r"^EEG[_:-]*", "", compact).partition("-")
     return electrode, rest if hyphen else None
 
 
@@ -64,8 +65,8 @@ def canonical_name(label: str) -> str | None:
     """The name in `CHANNELS` that a file's label stands for, or None.
 
     Case, spaces, a leading `EEG` and a reference in `REFERENCES` (`-REF`, `-LE`, `-AR`, `-A1`, ...) do not matter;
-    T7, T8, P7, P8 become T3, T4, T5, T6. None for other electrodes, for bipolar derivations, and for labels with a suffix
-    that is not a known reference.
+    T7, T8, P7, P8 become T3, T4, T5, T6. None for other electrodes, for bipolar derivations, and for labels with a
+    suffix that is not a known reference.
     """
     electrode, rest = split_label(label)
     return _BY_NAME.get(electrode) if rest is None or rest in REFERENCES else None
@@ -107,15 +108,16 @@ def interpolation_weights(sources: Sequence[str], targets: Sequence[str]) -> np.
     (targets, sources); each row sums to 1, so that a constant field is kept. Needs the extra `eeg`. ValueError for
     fewer than 4 sources or an unknown name.
     """
+    where = "eeg.interpolation_weights"
     if len(sources) < 4:
-        raise ValueError(message("eeg.interpolation_weights", "`sources` must hold at least 4 electrodes", len(sources)))
+        raise ValueError(message(where, "`sources` must hold at least 4 electrodes", len(sources)))
     montage = _montage()
     names = [*sources, *targets]
     unknown = [name for name in names if name not in montage.ch_names]
     if unknown or len(set(names)) < len(names):
         rule = "`sources` and `targets` must be different known electrodes"
-        raise ValueError(message("eeg.interpolation_weights", rule, ", ".join(unknown or names)))
-    mne = extra("eeg.interpolation_weights", "mne")
+        raise ValueError(message(where, rule, ", ".join(unknown or names)))
+    mne = extra(where, "mne")
     # The interpolation is linear in the data, so unit vectors in place of data give its matrix, at any rate.
     unit = mne.io.RawArray(np.eye(len(names)), mne.create_info(names, 1.0, "eeg"), verbose="ERROR")
     unit.set_montage(montage)
@@ -128,7 +130,8 @@ def positions(channels: Sequence[str] = CHANNELS) -> np.ndarray:
     """Unit vectors of electrodes among the 19, float64 (channels, 3): x to the right ear, y to the nose, z up."""
     unknown = [name for name in channels if name not in CHANNELS]
     if unknown:
-        raise ValueError(message("eeg.positions", f"`channels` must be among {', '.join(CHANNELS)}", ", ".join(unknown)))
+        rule = f"`channels` must be among {', '.join(CHANNELS)}"
+        raise ValueError(message("eeg.positions", rule, ", ".join(unknown)))
     place = {}
     for name, (polar, azimuth) in _ANGLES.items():
         p, a = np.radians(polar), np.radians(azimuth)
@@ -145,7 +148,7 @@ def angular_distance(channels: Sequence[str], focus: str) -> np.ndarray:
 
 
 def layout(channels: Sequence[str] = CHANNELS) -> np.ndarray:
-    """Flat places for plotting a topography, float64 (channels, 2): nose up, right ear right, the outer ring at radius 1.
+    """Flat places for plotting a topography, float64 (channels, 2): nose up, right ear right, outer ring at radius 1.
 
     Azimuthal equidistant: the radius is the angle from the vertex over the 72 degrees of the outer ring.
     """

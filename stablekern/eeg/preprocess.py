@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 FLAT_MICROVOLTS = 0.1
 # For a normal distribution, the standard deviation over the median absolute deviation: 1 / Phi^-1(3/4).
 MAD_TO_SIGMA = 1.4826022185056018
-# Rates are matched by a fraction up/down with down <= 2048: at worst 2.4e-7 off, less than a millisecond in an hour.
-_LARGEST_DENOMINATOR = 2048
+# The ratio of two rates is taken as a fraction with a denominator up to this: exact for any rates in use, and at worst
+# 1 / (2 * 100000) off, 18 ms in an hour.
+_LARGEST_DENOMINATOR = 100_000
 
 
 def resample(data: np.ndarray, rate: float, sample_rate: float) -> np.ndarray:
@@ -33,16 +34,20 @@ def resample(data: np.ndarray, rate: float, sample_rate: float) -> np.ndarray:
 
     The filter (MNE's, a Kaiser-windowed low-pass) stops what would alias; nothing above half the lower rate survives.
     Returns float64 (..., ceil(samples * sample_rate / rate)), `data` itself when the rates agree. The ends are extended
-    by reflection. Needs the extra `eeg`. ValueError for a rate that is not positive.
+    by reflection. Needs the extra `eeg`. ValueError for a rate that is not positive, or
+    a ratio of less than 1/100 000.
     """
     rate = number("eeg.resample", "rate", float(rate), low=0, strict=True)
     sample_rate = number("eeg.resample", "sample_rate", float(sample_rate), low=0, strict=True)
     ratio = Fraction(sample_rate / rate).limit_denominator(_LARGEST_DENOMINATOR)
     if ratio == 1:
         return data
-    return extra("eeg.resample", "mne.filter").resample(
-        np.asarray(data, np.float64), ratio.numerator, ratio.denominator, method="polyphase", pad="reflect", verbose="ERROR"
-    )
+    if ratio == 0:
+        rule = f"`sample_rate` must be at least `rate` / {_LARGEST_DENOMINATOR}"
+        raise ValueError(message("eeg.resample", rule, sample_rate, rate))
+    data = np.asarray(data, np.float64)
+    mne = extra("eeg.resample", "mne.filter")
+    return mne.resample(data, ratio.numerator, ratio.denominator, method="polyphase", pad="reflect", verbose="ERROR")
 
 
 def bandpass(
@@ -55,9 +60,9 @@ def bandpass(
 ) -> np.ndarray:  # (channels, samples), float32
     """Zero-phase band-pass `low`..`high` Hz and a notch at `line_frequency`.
 
-    Butterworth of order 3 at either corner, where both passes together give a gain of 1/2 (-6 dB); the notch is 2 Hz wide
-    at that gain (at 60 Hz; Q = 30) and leaves the harmonics alone. `line_frequency` is 50, 60 or None for no notch.
-    Computed in float64, one channel at a time. The ends are extended by odd reflection over 3/`low` seconds.
+    Butterworth of order 3 at either corner, where both passes together give a gain of 1/2 (-6 dB); the notch is 2 Hz
+    wide at that gain (at 60 Hz; Q = 30) and leaves the harmonics alone. `line_frequency` is 50, 60 or None for no
+    notch. Computed in float64, one channel at a time. The ends are extended by odd reflection over 3/`low` seconds.
 
     ValueError unless 0 < low < high < sample_rate / 2. Needs the extra `eeg` (SciPy).
     """
@@ -97,15 +102,16 @@ def robust_scale(data: np.ndarray, *, clip: float = 10.0) -> np.ndarray:
     ValueError for data that is not finite or a `clip` that is not positive.
     """
     number("eeg.robust_scale", "clip", clip, low=0, strict=True)
-    if not np.isfinite(data).all():
-        raise ValueError(message("eeg.robust_scale", "`data` must be finite", f"{(~np.isfinite(data)).sum()} samples that are not"))
+    bad = int((~np.isfinite(data)).sum())
+    if bad:
+        raise ValueError(message("eeg.robust_scale", "`data` must be finite", f"{bad} NaN or infinite samples"))
     sigma = robust_sigma(data)
     sigma = np.where(sigma < FLAT_MICROVOLTS, np.maximum(data.std(axis=-1), FLAT_MICROVOLTS), sigma)
     scaled = (data - np.median(data, axis=-1, keepdims=True)) / sigma[:, None]
     return np.clip(scaled, -clip, clip).astype(np.float32)
 
 
-def preprocess(
+def prepare(
     recording: Recording,
     *,
     low: float = 0.5,
@@ -119,9 +125,9 @@ def preprocess(
     and held-out parts (`split`) before, not after. RecordingError if it has been scaled already or is empty.
     """
     if recording.unit != "uV":
-        raise RecordingError(message("eeg.preprocess", "the recording must be in microvolts", repr(recording.unit)))
+        raise RecordingError(message("eeg.prepare", "the recording must be in microvolts", repr(recording.unit)))
     if recording.samples < 2:
-        raise RecordingError(message("eeg.preprocess", "the recording must hold samples", recording.samples))
+        raise RecordingError(message("eeg.prepare", "the recording must hold samples", recording.samples))
     data = bandpass(recording.data, recording.sample_rate, low=low, high=high, line_frequency=line_frequency)
     notch = "" if line_frequency is None else f", notch at {line_frequency:g} Hz"
     note = f"band-pass {low:g} to {high:g} Hz{notch}, robust scaling, clipped to +-{clip:g}"

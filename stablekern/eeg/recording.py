@@ -1,8 +1,8 @@
 """A scalp recording on the 19 electrodes, and how signals with any labels, rates and defects become one.
 
 Whatever comes in, a `Recording` that comes out is finite, at one rate and in one order of channels; everything that was
-done to get there is a sentence in its `notes`. What cannot be repaired is a `RecordingError` that says what is wrong and
-what is there.
+done to get there is a sentence in its `notes`. What cannot be repaired is a `RecordingError` that says what is wrong
+and what is there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stablekern._check import integer, number
-from stablekern.eeg.montage import CHANNELS, canonical_name, electrode_name, interpolation_weights, is_bipolar, split_label
+from stablekern.eeg.montage import (
+    CHANNELS,
+    canonical_name,
+    electrode_name,
+    interpolation_weights,
+    is_bipolar,
+    split_label,
+)
 from stablekern.eeg.preprocess import FLAT_MICROVOLTS, resample
 from stablekern.errors import RecordingError, message
+
+# What lies beyond these is a damaged header or a wrong unit: amplifiers saturate well below 10 V, and no EEG is
+# sampled more slowly or faster.
+_LARGEST_MICROVOLTS = 1e7
+_RATES = (1.0, 1e5)  # Hz
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +94,17 @@ class Signal:
 
     def load(self) -> tuple[np.ndarray, str | None]:
         """The samples, and what is wrong with them."""
-        data = np.zeros(0) if self.fault else self.read()
-        if self.fault or data.size == 0:
-            return data, self.fault or "no samples"
+        if self.fault:
+            return np.zeros(0), self.fault
+        if not _RATES[0] <= self.rate <= _RATES[1]:
+            return np.zeros(0), f"a rate of {self.rate:g} Hz"
+        data = self.read()
+        if data.size == 0:
+            return data, "no samples"
         if not np.isfinite(data).all():
             return data, "NaN or infinite samples"
+        if np.abs(data).max() > _LARGEST_MICROVOLTS:
+            return data, f"up to {np.abs(data).max():.3g} uV, which is no EEG"
         return data, f"flat, standard deviation below {FLAT_MICROVOLTS} uV" if data.std() < FLAT_MICROVOLTS else None
 
 
@@ -99,19 +117,20 @@ def from_arrays(
     max_interpolated: int = 6,
     source: str = "arrays",
 ) -> Recording:
-    """As `read_edf`, from signals in memory: one array (samples,) in microvolts per label, `rates` in Hz for each or all.
+    """As `read_edf`, from signals in memory: an array (samples,) in microvolts per label, `rates` in Hz, one or each.
 
     A signal with a NaN or an infinity anywhere counts as missing.
     """
     arrays = [np.asarray(signal, np.float64) for signal in signals]
-    each = [float(rate) for rate in np.broadcast_to(rates, len(arrays))] if np.ndim(rates) == 0 else list(rates)
+    each = [float(rates)] * len(arrays) if np.ndim(rates) == 0 else [float(rate) for rate in rates]
     if not len(arrays) == len(labels) == len(each):
         rule = "`signals`, `labels` and `rates` must be of one length"
         raise ValueError(message("eeg.from_arrays", rule, len(arrays), len(labels), len(each)))
     for array, rate in zip(arrays, each, strict=True):
         number("eeg.from_arrays", "rates", rate, low=0, strict=True)
         if array.ndim != 1:
-            raise ValueError(message("eeg.from_arrays", "each of `signals` must have the shape (samples,)", array.shape))
+            rule = "each of `signals` must have the shape (samples,)"
+            raise ValueError(message("eeg.from_arrays", rule, array.shape))
     made = [Signal(*item, lambda array=array: array) for *item, array in zip(labels, each, arrays, strict=True)]
     return assemble("eeg.from_arrays", made, sample_rate, max_interpolated, source, ())
 
@@ -160,8 +179,9 @@ def assemble(
         data[[CHANNELS.index(name) for name in missing]] = weights @ stacked
 
     rates = sorted({signal.rate for signal in picked.values()} - {sample_rate})
-    renamed = [f"{picked[name].label} to {name}" for name in found if split_label(picked[name].label)[0] != name.upper()]
-    references = sorted({split_label(picked[name].label)[1] or "none" for name in found})
+    spelled = {name: split_label(picked[name].label) for name in found}
+    renamed = [f"{picked[name].label} to {name}" for name in found if spelled[name][0] != name.upper()]
+    references = sorted({reference or "none" for _, reference in spelled.values()})
     said = {
         f"resampled from {', '.join(f'{rate:g}' for rate in rates)} to {sample_rate:g} Hz": rates,
         f"renamed {', '.join(renamed)}": renamed,
@@ -184,7 +204,8 @@ def _too_many_missing(
     faults: list[str],
     max_interpolated: int,
 ) -> str:
-    rule = f"`{source}` lacks {len(missing)} of the 19 electrodes ({', '.join(missing)}); {max_interpolated} can be interpolated"
+    rule = f"`{source}` lacks {len(missing)} of the 19 electrodes, {', '.join(missing)}, and `max_interpolated` is "
+    rule += str(max_interpolated)
     if faults:
         rule += f"; unusable are {'; '.join(faults)}"
     bipolar = [signal.label for signal in others if is_bipolar(signal.label)]

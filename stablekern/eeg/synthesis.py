@@ -38,7 +38,7 @@ _WAVE = 0.7  # the height of the slow wave over that of the spike
 _TAPER = 0.5  # s
 _FOCAL_SPREAD = np.radians(35)  # about one electrode's distance: the neighbours have 60 %, the other side nothing
 _GENERALISED_SPREAD = np.radians(90)  # everywhere, strongest over the frontal midline
-_SLOT = 30.0  # s, one event in each: about a third of the time is a discharge
+_SLOT = 30.0  # s, one event in each: about two fifths of the time is a discharge
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class SpikeWave:
 def draw_events(seconds: float, *, seed: int, amplitude: float = 5.0, boundary: float = 0.7) -> list[SpikeWave]:
     """Random discharges for a recording of `seconds`: one in about 30 s, each 5 to 20 s long, in order of time.
 
-    None crosses `boundary` (a fraction of the time, between 0 and 1), and at least one lies on either side, so that a cut
-    there (`split`) leaves events to learn from and to be tested on. Foci are drawn from `FOCI`, rates from 2.5 to 3.5
-    Hz, amplitudes within 20 % of `amplitude`. The same arguments give the same events. ValueError if a side is shorter
-    than 7 s.
+    None crosses `boundary` (a fraction of the time, between 0 and 1), and at least one lies on either side, so that a
+    cut there (`split`) leaves events to learn from and to be tested on. Foci are drawn from `FOCI`, rates from 2.5 to
+    3.5 Hz, amplitudes within 20 % of `amplitude`. The same arguments give the same events. ValueError if a side is
+    shorter than 7 s.
     """
     boundary = number("eeg.draw_events", "boundary", boundary, low=0, high=1)
     number("eeg.draw_events", "amplitude", amplitude, low=0, strict=True)
@@ -99,23 +99,26 @@ def add_spike_wave(
     not included, and wherever the recording was labelled 1 before. The labels are in the recording, too. The same
     arguments give the same samples; the k-th event depends on `seed`, k and itself alone.
 
-    RecordingError for a recording that is not in microvolts; ValueError for an event outside the recording, of an unknown
-    focus, or of a rate outside 2.5 to 3.5 Hz.
+    RecordingError for a recording that is not in microvolts; ValueError for an event outside the recording, of an
+    unknown focus, or of a rate outside 2.5 to 3.5 Hz.
     """
+    where = "eeg.add_spike_wave"
     if recording.unit != "uV":
-        raise RecordingError(message("eeg.add_spike_wave", "the recording must be in microvolts", repr(recording.unit)))
+        raise RecordingError(message(where, "the recording must be in microvolts", repr(recording.unit)))
     events = draw_events(recording.seconds, seed=seed) if events is None else events
     scale = float(np.median(robust_sigma(recording.data)))
     data = recording.data.copy()
     labels = np.zeros(recording.samples, np.float32) if recording.labels is None else recording.labels.copy()
     for index, event in enumerate(events):
-        choice("eeg.add_spike_wave", "focus", event.focus, (*CHANNELS, GENERALISED))
-        number("eeg.add_spike_wave", "rate", event.rate, low=RATES[0], high=RATES[1])
-        start = round(event.onset * recording.sample_rate)
-        stop = round((event.onset + event.duration) * recording.sample_rate)
-        if not 0 <= start < stop <= recording.samples:
+        choice(where, "focus", event.focus, (*CHANNELS, GENERALISED))
+        number(where, "rate", event.rate, low=RATES[0], high=RATES[1])
+        number(where, "onset", event.onset, low=0)
+        number(where, "duration", event.duration, low=0, strict=True)
+        end = event.onset + event.duration
+        start, stop = round(event.onset * recording.sample_rate), round(end * recording.sample_rate)
+        if not start < stop <= recording.samples:
             rule = f"each of `events` must lie within the {recording.seconds:g} s of the recording"
-            raise ValueError(message("eeg.add_spike_wave", rule, f"{event.onset:g} to {event.onset + event.duration:g} s"))
+            raise ValueError(message(where, rule, f"{event.onset:g} to {end:g} s"))
         wave = _discharge(event, stop - start, recording.sample_rate, np.random.default_rng([seed, index]))
         data[:, start:stop] -= scale * event.amplitude * topography(event.focus, recording.channels)[:, None] * wave
         labels[start:stop] = 1

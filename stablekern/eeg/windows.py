@@ -12,6 +12,19 @@ from stablekern.eeg.recording import Recording
 from stablekern.errors import RecordingError, message
 
 
+def split(recording: Recording, fraction: float) -> tuple[Recording, Recording]:
+    """Cut in time: the first `fraction` (between 0 and 1) of the samples, and the rest; labels go with their samples.
+
+    Windows made from either part cannot cross the cut. ValueError if a part would be empty.
+    """
+    fraction = number("eeg.split", "fraction", fraction, low=0, high=1)
+    cut = round(fraction * recording.samples)
+    if not 0 < cut < recording.samples:
+        rule = f"`fraction` must leave samples on both sides, of {recording.samples}"
+        raise ValueError(message("eeg.split", rule, fraction))
+    return recording.crop(0, cut), recording.crop(cut, recording.samples)
+
+
 class WindowDataset(torch.utils.data.Dataset):
     """Windows of `window_seconds`, one every `stride_seconds`, from one or more recordings.
 
@@ -19,8 +32,8 @@ class WindowDataset(torch.utils.data.Dataset):
     A recording without labels gives zeros. `starts[i]` is the pair (index of the recording, first sample). No window
     crosses from one recording into the next, so train and held-out parts made by `split` share no sample.
 
-    With `tail` a last window that ends with the recording is added where the stride would leave samples uncovered: every
-    sample is then in a window, as detection needs. Without it the rest is dropped.
+    With `tail` a last window that ends with the recording is added where the stride would leave samples uncovered, as
+    detection needs. Without it the rest is dropped.
 
     Raises RecordingError for no recordings, different rates or channels, or a recording shorter than one window;
     ValueError unless 0 < stride and at least one sample fits a window.
@@ -48,7 +61,8 @@ class WindowDataset(torch.utils.data.Dataset):
         self.length = round(window_seconds * self.sample_rate)
         stride = round(stride_seconds * self.sample_rate)
         if self.length < 1 or stride < 1:
-            raise ValueError(message(where, f"window and stride must hold a sample at {self.sample_rate:g} Hz", self.length, stride))
+            rule = f"window and stride must hold a sample at {self.sample_rate:g} Hz"
+            raise ValueError(message(where, rule, self.length, stride))
         self.starts: list[tuple[int, int]] = []
         for index, recording in enumerate(self.recordings):
             last = recording.samples - self.length
@@ -65,16 +79,19 @@ class WindowDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         index, start = self.starts[item]
-        window = self.recordings[index].crop(start, start + self.length)
-        labels = torch.zeros(self.length) if window.labels is None else torch.from_numpy(window.labels.copy())
-        return torch.from_numpy(window.data.copy()), labels
+        recording, stop = self.recordings[index], start + self.length
+        if recording.labels is None:
+            labels = torch.zeros(self.length)
+        else:
+            labels = torch.from_numpy(recording.labels[start:stop].copy())
+        return torch.from_numpy(recording.data[:, start:stop].copy()), labels
 
 
 def stitch(dataset: WindowDataset, outputs: Tensor) -> list[Tensor]:
     """Put one output per sample of each window, (windows, L), back together: one (samples,) tensor per recording.
 
-    Where windows overlap the mean is taken; a sample in no window is NaN (there is none with `tail=True` and a stride no
-    longer than the window). ValueError unless `outputs` has the shape (len(dataset), dataset.length).
+    Where windows overlap the mean is taken; a sample in no window is NaN (there is none with `tail=True` and a
+    stride no longer than the window). ValueError unless `outputs` has the shape (len(dataset), dataset.length).
     """
     if tuple(outputs.shape) != (len(dataset), dataset.length):
         rule = f"`outputs` must have the shape ({len(dataset)}, {dataset.length})"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check
+from stablekern._load import native
 from stablekern._registry import define, launcher
 
 __all__ = ["focal_loss"]
@@ -40,52 +41,52 @@ def reference(
     return positive + negative
 
 
-def _fake(logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _fake(
+    logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(logits, by_logits, by_targets)
 
 
-def _fake_bwd(
-    grad: Tensor, logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float
-) -> tuple[Tensor, Tensor]:
-    return _fake(logits, targets, alpha, gamma, pos_weight), _fake(logits, targets, alpha, gamma, pos_weight)
+def _outputs(logits: Tensor, by_logits: bool, by_targets: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, dL/dx, dL/dy; a derivative that is not wanted is an empty tensor."""
+
+    def fresh(wanted: bool) -> Tensor:
+        return torch.empty(logits.shape if wanted else (0,), dtype=logits.dtype, device=logits.device)
+
+    return fresh(True), fresh(by_logits), fresh(by_targets)
 
 
+# The derivatives leave with the loss: they share its exponential and logarithm, and the backward is one product.
 _fwd = define(
-    "focal_loss_fwd(Tensor logits, Tensor targets, float alpha, float gamma, float pos_weight) -> Tensor", fake=_fake
+    "focal_loss_fwd(Tensor logits, Tensor targets, float alpha, float gamma, float pos_weight, bool by_logits,"
+    " bool by_targets) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
 )
-_bwd = define(
-    "focal_loss_bwd(Tensor grad, Tensor logits, Tensor targets, float alpha, float gamma, float pos_weight)"
-    " -> (Tensor, Tensor)",
-    fake=_fake_bwd,
-)
+
+
+def _unsupported(logits: Tensor, *others: object) -> str | None:
+    return None if logits.dtype in _check.REAL else "float16 and bfloat16"
+
+
+@launcher("focal_loss_fwd", device="cpu", backend="native", supports=_unsupported)
+def _(
+    logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = _outputs(logits, by_logits, by_targets)
+    native().focal_loss_fwd(logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight, *results)
+    return results
 
 
 @launcher("focal_loss_fwd", device="cuda", backend="triton")
 @launcher("focal_loss_fwd", device="cpu", backend="triton")
-def _(logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float) -> Tensor:
+def _(
+    logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     from stablekern.triton_kernels.focal_loss import focal_loss_fwd
 
-    return focal_loss_fwd(logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight)
-
-
-@launcher("focal_loss_bwd", device="cuda", backend="triton")
-@launcher("focal_loss_bwd", device="cpu", backend="triton")
-def _(
-    grad: Tensor, logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float
-) -> tuple[Tensor, Tensor]:
-    from stablekern.triton_kernels.focal_loss import focal_loss_bwd
-
-    return focal_loss_bwd(grad.contiguous(), logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight)
-
-
-def _terms(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """p, q, p^gamma, q^gamma, s(x), s(-x) in at least float32."""
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    tail = torch.log1p(torch.exp(-x.abs()))
-    up, down = x.clamp_min(0) + tail, (-x).clamp_min(0) + tail
-    # At gamma = 0 the power is 1 even where the softplus is infinite (0 * inf).
-    p_power, q_power = (torch.exp(-gamma * s) if gamma else torch.ones_like(s) for s in (down, up))
-    return torch.sigmoid(x), torch.sigmoid(-x), p_power, q_power, up, down
+    results = _outputs(logits, by_logits, by_targets)
+    focal_loss_fwd(logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight, *results)
+    return results
 
 
 def _vanishing(weight: Tensor, softplus: Tensor) -> Tensor:
@@ -95,43 +96,48 @@ def _vanishing(weight: Tensor, softplus: Tensor) -> Tensor:
 
 @launcher("focal_loss_fwd", device="cuda", backend="torch")
 @launcher("focal_loss_fwd", device="cpu", backend="torch")
-def _(logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float) -> Tensor:
-    _, _, p_power, q_power, up, down = _terms(logits, gamma)
-    y = targets.to(up.dtype)
-    positive = _vanishing(pos_weight * alpha * y * q_power, down)
-    negative = _vanishing((1 - alpha) * (1 - y) * p_power, up)
-    return (positive + negative).to(logits.dtype).contiguous()
-
-
-@launcher("focal_loss_bwd", device="cuda", backend="torch")
-@launcher("focal_loss_bwd", device="cpu", backend="torch")
 def _(
-    grad: Tensor, logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float
-) -> tuple[Tensor, Tensor]:
-    p, q, p_power, q_power, up, down = _terms(logits, gamma)
-    y, g = targets.to(up.dtype), grad.to(up.dtype)
-    positive = pos_weight * alpha * q_power
-    negative = (1 - alpha) * p_power
-    slope = (1 - y) * negative * (gamma * _vanishing(q, up) + p) - y * positive * (gamma * _vanishing(p, down) + q)
-    by_target = _vanishing(positive, down) - _vanishing(negative, up)
-    return (g * slope).to(logits.dtype).contiguous(), (g * by_target).to(targets.dtype).contiguous()
+    logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    x, y = logits.to(wide), targets.to(wide)
+    tail = torch.log1p(torch.exp(-x.abs()))
+    up, down = x.clamp_min(0) + tail, (-x).clamp_min(0) + tail
+    p, q = torch.sigmoid(x), torch.sigmoid(-x)
+    # At gamma = 0 the power is 1 even where the softplus is infinite (0 * inf).
+    p_power, q_power = (torch.exp(-gamma * s) if gamma else torch.ones_like(s) for s in (down, up))
+    positive, negative = pos_weight * alpha * q_power, (1 - alpha) * p_power
+    loss, slope, difference = _outputs(logits, by_logits, by_targets)
+    loss.copy_(_vanishing(y * positive, down) + _vanishing((1 - y) * negative, up))
+    if by_logits:
+        toward_zero = (1 - y) * negative * (gamma * _vanishing(q, up) + p)
+        slope.copy_(toward_zero - y * positive * (gamma * _vanishing(p, down) + q))
+    if by_targets:
+        difference.copy_(_vanishing(positive, down) - _vanishing(negative, up))
+    return loss, slope, difference
 
 
 class _FocalLoss(torch.autograd.Function):
     @staticmethod
-    def forward(logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float) -> Tensor:
-        return _fwd(logits, targets, alpha, gamma, pos_weight)
+    def forward(
+        logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _fwd(logits, targets, alpha, gamma, pos_weight, by_logits, by_targets)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        logits, targets, *ctx.weights = inputs
-        ctx.save_for_backward(logits, targets)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, *_):
         _check.first_order("focal_loss")
-        by_logits, by_targets = _bwd(grad, *ctx.saved_tensors, *ctx.weights)
-        return by_logits, by_targets if ctx.needs_input_grad[1] else None, None, None, None
+        slope, difference = ctx.saved_tensors
+        return (
+            grad * slope if ctx.needs_input_grad[0] else None,
+            grad * difference if ctx.needs_input_grad[1] else None,
+            *(None,) * 5,
+        )
 
 
 def focal_loss(
@@ -175,5 +181,6 @@ def focal_loss(
     gamma = _check.number("focal_loss", "gamma", gamma, low=0.0)
     weight = 1.0 if pos_weight is None else _check.number("focal_loss", "pos_weight", pos_weight, low=0.0)
     _check.choice("focal_loss", "reduction", reduction, ("none", "mean", "sum"))
-    loss = _FocalLoss.apply(logits, targets, alpha, gamma, weight)
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (logits, targets)]
+    loss = _FocalLoss.apply(logits, targets, alpha, gamma, weight, *wanted)[0]
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

@@ -244,6 +244,17 @@ SK_INLINE Mask<T> equal_to(IVec<T> a, typename VecTypes<T>::integer b) {
 #endif
 }
 template <class T>
+SK_INLINE Mask<T> equal_int(IVec<T> a, IVec<T> b) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return {_mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b)};
+  else
+    return {_mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b)};
+#else
+  return {(IVec<T>)(a == b)};
+#endif
+}
+template <class T>
 SK_INLINE IVec<T> select_int(Mask<T> m, IVec<T> yes, IVec<T> no) {
 #if defined(SK_AVX512)
   if constexpr (sizeof(T) == 4)
@@ -308,8 +319,8 @@ SK_INLINE V reciprocal_sqrt(V a) {
   else
     estimate = (V)_mm512_rsqrt14_pd((__m512d)a);
   for (int step = 0; step < kSteps; ++step) {
-    const V half_square = (a * estimate) * (estimate * -0.5f);
-    estimate = fma(estimate, half_square + 0.5f, estimate);
+    const V error = fma(a * estimate, estimate * -0.5f, V{} + 0.5f);
+    estimate = fma(estimate, error, estimate);
   }
   return estimate;
 #else
@@ -462,6 +473,58 @@ SK_INLINE void transpose(Vec<T>* r) {
       r[j][i] = r[i][j];
       r[i][j] = above;
     }
+#endif
+}
+
+// ---- lanes --------------------------------------------------------------------------------------------------------
+
+// Lane i becomes v[index[i]]; 0 <= index[i] < kLanes.
+template <class T>
+SK_INLINE Vec<T> permute(Vec<T> v, IVec<T> index) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+  else
+    return (Vec<T>)_mm512_permutexvar_pd((__m512i)index, (__m512d)v);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+#endif
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[index[i]];
+  return r;
+}
+
+// Lane i of the result is the sum over the lanes of r[i], i < kLanes: three instructions a sum instead of eight.
+template <class T>
+SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    __m512 quads[4];  // lane 4 i + j of quads[k]: r[4 k + j] summed over the i-th 128 bits
+    for (int k = 0; k < 4; ++k) {
+      const auto* x = reinterpret_cast<const __m512*>(r) + 4 * k;
+      const __m512d low = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+      const __m512d high = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+      quads[k] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(low, high), (__m512)_mm512_unpackhi_pd(low, high));
+    }
+    const auto fold = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return (Vec<T>)fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]));
+  } else {
+    __m512d pairs[4];
+    for (int k = 0; k < 4; ++k) {
+      const auto* x = reinterpret_cast<const __m512d*>(r) + 2 * k;
+      pairs[k] = _mm512_add_pd(_mm512_unpacklo_pd(x[0], x[1]), _mm512_unpackhi_pd(x[0], x[1]));
+    }
+    const auto fold = [](__m512d a, __m512d b) {
+      return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+    };
+    return (Vec<T>)fold(fold(pairs[0], pairs[1]), fold(pairs[2], pairs[3]));
+  }
+#else
+  Vec<T> sums;
+  for (int i = 0; i < kLanes<T>; ++i) sums[i] = horizontal_sum(r[i]);
+  return sums;
 #endif
 }
 

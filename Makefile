@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all set-up themselves: a virtual environment in .venv, the package in it, editable.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: demo test bench lint check soak clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.base: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing stablekern and what it needs into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[eeg,cli]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e '.[eeg,cli,test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) -e '.[eeg,cli,test,bench]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	$(PIP) -e '.[lint]'
+	touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/stablekern demo $(ARGS)
+
+# Warnings are errors (pyproject.toml); the samples of the soaks run here, the soaks themselves in `make soak`.
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.run $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff .
+
+check: lint test
+
+soak: $(VENV)/.test
+	$(BIN)/python tests/soak.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,0 +1,33 @@
+"""What people run today, as they write it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def laplacian_pe_chain(adjacency: Tensor, k: int) -> Tensor:
+    """Degree -> normalised Laplacian + eps I -> torch.linalg.eigh -> k vectors -> column-sum sign -> nan_to_num."""
+    n = adjacency.shape[-1]
+    degree = adjacency.sum(-1).clamp_min(1e-4)
+    scale = degree.rsqrt()
+    eye = torch.eye(n, dtype=adjacency.dtype, device=adjacency.device)
+    laplacian = eye - scale[..., :, None] * adjacency * scale[..., None, :] + 1e-4 * eye
+    vectors = torch.linalg.eigh(laplacian).eigenvectors[..., :k]
+    sign = torch.where(vectors.sum(-2, keepdim=True) >= 0, 1.0, -1.0)
+    return torch.nan_to_num(vectors * sign, nan=0.0, posinf=1.0, neginf=-1.0)
+
+
+def cosine_einsum(x: Tensor) -> Tensor:
+    """norm -> clamp -> divide -> clamp -> einsum Gram (B,T,N,N) -> clamp -> gather the pairs i<j -> (B,E,T)."""
+    normed = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp(-10, 10)
+    gram = torch.einsum("bntd,bmtd->btnm", normed, normed).clamp(-1, 1)
+    i, j = torch.triu_indices(x.shape[1], x.shape[1], 1)
+    return gram[:, :, i, j].permute(0, 2, 1)
+
+
+def focal_composite(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.5) -> Tensor:
+    """The shortest composite: BCE with logits times (1 - p_t)^gamma."""
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    weight = torch.where(targets > 0.5, alpha, 1 - alpha)
+    return weight * (1 - torch.exp(-bce)) ** gamma * bce

@@ -1,0 +1,95 @@
+"""Interleaved timing on a machine that is never quite quiet, and the two ceilings it is compared with."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_QUIET_WAIT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one variant; `busy` counts the samples taken while another process was runnable."""
+
+    samples: tuple[float, ...]
+    busy: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def best(self) -> float:
+        return min(self.samples)
+
+    def quantile(self, share: float) -> float:
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _others_runnable() -> bool:
+    """Whether another process wants a core now: field 4 of /proc/loadavg counts the runnable ones, us included."""
+    try:
+        with open("/proc/loadavg") as file:
+            return int(file.read().split()[3].partition("/")[0]) > 1
+    except OSError:
+        return False
+
+
+def _wait_until_quiet() -> bool:
+    """True once no other process is runnable; False if that does not happen within the limit."""
+    end = time.monotonic() + _QUIET_WAIT_S
+    while _others_runnable():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _once(function: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    start_s = time.perf_counter()
+    function()
+    return time.perf_counter() - start_s
+
+
+def interleave(variants: dict[str, Callable[[], object]], *, seconds: float, device: str, least: int = 5) -> dict[str, Times]:
+    """Run the variants in turn, A B A B ..., until the time is spent and each has `least` samples."""
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    busy = dict.fromkeys(variants, 0)
+    for function in variants.values():
+        function()  # builds, page faults, first-use allocations
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(next(iter(found.values()))) < least:
+        for name, function in variants.items():
+            quiet = device == "cuda" or _wait_until_quiet()
+            found[name].append(_once(function, device))
+            busy[name] += not quiet
+    return {name: Times(tuple(samples), busy[name]) for name, samples in found.items()}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches now: float32 matrix product (FLOP/s) and copy (bytes/s, read + write)."""
+
+    flops: float
+    bandwidth: float
+
+
+def ceilings(device: str) -> Ceilings:
+    n, words = (1024, 16 * 2**20) if device == "cpu" else (8192, 2**29)
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    source, target = torch.ones(words, device=device), torch.empty(words, device=device)
+    times = interleave({"gemm": lambda: a @ b, "copy": lambda: target.copy_(source)}, seconds=1.0, device=device)
+    return Ceilings(2 * n**3 / times["gemm"].best, 8 * words / times["copy"].best)

@@ -1,0 +1,654 @@
+// The Mamba-2 scan and its adjoint; the mathematics is in stablekern/ops/ssd_scan.py.
+//
+// The channels (head, column of the head) of one batch item and group lie side by side in memory and share B and C, so
+// they are the lanes: every state h[n] is a vector over channels, B_t[n] and C_t[n] are broadcast, and neither the
+// forward recurrence nor its adjoint needs a horizontal sum. Up to kTile states times two blocks of lanes stay in
+// registers over a block of steps; time goes in blocks so that what the tiles share stays in the cache.
+//
+// Backward, per chunk from its saved start state: recompute and keep the states of one tile, then sweep back. The sums
+// over channels for dB and dC are kept as vectors until all blocks of lanes of the chunk have been added, and reduced once.
+//
+// One task is one batch item, group and slab of channels. The split depends on sizes alone and slabs are added in their
+// order, so no result depends on the number of threads. Fused multiply-adds are written out as `fma` for the same reason.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "stablekern/simd.h"
+#include "stablekern/vmath.h"
+
+namespace stablekern {
+namespace {
+
+using torch::stable::Tensor;
+
+#if defined(SK_AVX512)
+constexpr int kTile = 8;  // states held in registers, for each of two blocks of lanes: 16 of 32 registers
+#else
+constexpr int kTile = 4;
+#endif
+constexpr int kBlockSteps = 32;  // of the forward pass
+constexpr int64_t kSumGrain = 1 << 14;
+constexpr int64_t kTasks = 32;   // fewer batch items and groups than this are split into slabs of channels
+
+template <class T>
+struct Problem {
+  int64_t batch, length, heads, width, groups, states, chunk;
+  const T *x, *dt, *A, *B, *C;
+  const T *D, *lower, *upper;  // (heads, width) or null
+
+  int64_t channels() const { return heads * width; }
+  int64_t chunks() const { return (length + chunk - 1) / chunk; }
+};
+
+// Channels of a group in slabs of whole heads and whole pairs of lane blocks.
+template <class T>
+struct Slabs {
+  int64_t group_channels, size, count;
+
+  explicit Slabs(const Problem<T>& p) : group_channels(p.channels() / p.groups) {
+    const int64_t unit = std::lcm<int64_t>(2 * kLanes<T>, p.width);
+    const int64_t units = (group_channels + unit - 1) / unit, items = p.batch * p.groups;
+    const int64_t wanted = std::min(units, (kTasks + items - 1) / items);
+    size = (units + wanted - 1) / wanted * unit;
+    count = (group_channels + size - 1) / size;
+  }
+};
+
+// Where a task works.
+template <class T>
+struct Place {
+  int64_t item, group, slab;
+  int64_t channel;  // first one, among all heads
+  int64_t count;    // channels
+  int64_t head;     // first one
+  int64_t heads;
+
+  Place(const Problem<T>& p, const Slabs<T>& slabs, int64_t task) {
+    slab = task % slabs.count;
+    group = task / slabs.count % p.groups;
+    item = task / slabs.count / p.groups;
+    channel = group * slabs.group_channels + slab * slabs.size;
+    count = std::min(slabs.size, slabs.group_channels - slab * slabs.size);
+    head = channel / p.width;
+    heads = count / p.width;
+  }
+  int64_t blocks() const { return (count + kLanes<T> - 1) / kLanes<T>; }
+};
+
+// One allocation per thread, handed out in cache lines.
+class Arena {
+ public:
+  template <class V>
+  void reserve(int64_t count) {
+    bytes_ += padded(count * static_cast<int64_t>(sizeof(V)));
+  }
+  void allocate() {
+    memory_.reset(new char[static_cast<size_t>(bytes_ + kLine)]());
+    next_ = memory_.get() + (kLine - reinterpret_cast<uintptr_t>(memory_.get()) % kLine) % kLine;
+  }
+  template <class V>
+  V* take(int64_t count) {
+    char* here = next_;
+    next_ += padded(count * static_cast<int64_t>(sizeof(V)));
+    return reinterpret_cast<V*>(here);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  static int64_t padded(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+  std::unique_ptr<char[]> memory_;
+  char* next_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Lanes of block `w` out of the `count` channels at `p`.
+template <class T>
+SK_INLINE Vec<T> load_block(const T* p, int w, int64_t count) {
+  const int64_t left = count - w * kLanes<T>;
+  return left >= kLanes<T> ? load(p + w * kLanes<T>) : load_first(p + w * kLanes<T>, static_cast<int>(left));
+}
+template <class T>
+SK_INLINE void store_block(T* p, Vec<T> v, int w, int64_t count) {
+  const int64_t left = count - w * kLanes<T>;
+  left >= kLanes<T> ? store(p + w * kLanes<T>, v) : store_first(p + w * kLanes<T>, v, static_cast<int>(left));
+}
+
+// Calls f(tile size as a constant, first state) until all states are covered.
+template <class F>
+SK_INLINE void for_tiles(int64_t states, const F& f) {
+  int64_t first = 0;
+  for (; first + kTile <= states; first += kTile) f(std::integral_constant<int, kTile>{}, first);
+  if constexpr (kTile > 4)
+    if (states - first >= 4) f(std::integral_constant<int, 4>{}, first), first += 4;
+  if (states - first >= 2) f(std::integral_constant<int, 2>{}, first), first += 2;
+  if (states - first >= 1) f(std::integral_constant<int, 1>{}, first);
+}
+
+// Steps and decays of the heads of a task, for one block of steps; rows are padded so that a vector may be loaded at
+// any head.
+template <class T>
+struct HeadSteps {
+  int64_t stride;
+  T *dt, *decay;
+
+  static int64_t padded(int64_t heads) { return (heads + kLanes<T> - 1) / kLanes<T> * kLanes<T> + kLanes<T>; }
+
+  void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps) const {
+    for (int64_t t = 0; t < steps; ++t) {
+      const T* row = p.dt + (at.item * p.length + start + t) * p.heads + at.head;
+      for (int64_t head = 0; head < at.heads; head += kLanes<T>) {
+        const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, at.heads - head));
+        const Vec<T> step = load_first(row + head, here), rate = load_first(p.A + at.head + head, here);
+        store(dt + t * stride + head, step);
+        store(decay + t * stride + head, exp<T>(step * rate));
+      }
+    }
+  }
+};
+
+// W blocks of lanes over one block of steps: what all tiles of states share.
+template <class T, int W>
+struct Strip {
+  int64_t steps, count;  // count: channels, at most W * kLanes
+  int64_t head;          // of the first lane of each block, within the task
+  Vec<T>* decay;         // [steps][W]
+  Vec<T>* token;         // [steps][W], dt x
+  const T *enter, *leave;  // B and C of the first step
+  int64_t stride;          // from one step to the next in B and C
+  Vec<T> lower[W], upper[W];
+  IVec<T> to_head[W];  // lane -> head, from the block's first head on
+  int64_t heads[W];
+
+  // `channel` counts from the first of the task.
+  Strip(const Problem<T>& p, const Place<T>& at, int64_t channel, int64_t start, int64_t block_steps, Vec<T>* decay_,
+        Vec<T>* token_)
+      : steps(block_steps), count(std::min<int64_t>(at.count - channel, W * kLanes<T>)), decay(decay_), token(token_) {
+    const int64_t row = (at.item * p.length + start) * p.groups + at.group;
+    enter = p.B + row * p.states;
+    leave = p.C + row * p.states;
+    stride = p.groups * p.states;
+    const int64_t everywhere = at.channel + channel;
+    for (int w = 0; w < W; ++w) {
+      heads[w] = (channel + w * kLanes<T>) / p.width;
+      for (int lane = 0; lane < kLanes<T>; ++lane)
+        to_head[w][lane] = static_cast<typename VecTypes<T>::integer>((channel + w * kLanes<T> + lane) / p.width - heads[w]);
+      if (p.lower) lower[w] = load_block(p.lower + everywhere, w, count);
+      if (p.upper) upper[w] = load_block(p.upper + everywhere, w, count);
+    }
+  }
+
+  SK_INLINE Vec<T> spread(const T* of_heads, int w) const { return permute<T>(load(of_heads + heads[w]), to_head[w]); }
+
+  // x is the row of the first step, at the strip's first channel.
+  SK_INLINE void prepare(const HeadSteps<T>& per_head, const T* x, int64_t row) const {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int w = 0; w < W; ++w) {
+        decay[t * W + w] = spread(per_head.decay + t * per_head.stride, w);
+        token[t * W + w] = spread(per_head.dt + t * per_head.stride, w) * load_block(x + t * row, w, count);
+      }
+  }
+};
+
+template <class T, int W, bool kClamp>
+SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Vec<T> token, Vec<T> enter, Mask<T>* inside) {
+  h = fma(decay, h, token * enter);
+  if constexpr (kClamp) {
+    if (inside) *inside = less_equal(s.lower[w], h) & less_equal(h, s.upper[w]);
+    h = min(s.upper[w], max(s.lower[w], h));  // NaN, the second operand, passes
+  }
+  return h;
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+// Tile of N states: `state` [states][blocks], y += h C, and the start state to `save` unless null.
+template <class T, int W, bool kClamp, int N>
+void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t blocks, T* save, T* y, int64_t row) {
+  Vec<T> h[N][W];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) h[i][w] = state[(first + i) * blocks + w];
+  if (save)
+    for (int i = 0; i < N; ++i)
+      for (int w = 0; w < W; ++w) store_block(save + (first + i) * row, state[(first + i) * blocks + w], w, s.count);
+  for (int64_t t = 0; t < s.steps; ++t) {
+    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
+    Vec<T> sum[W], decay[W], token[W];  // copies: stores might alias what the strip points to
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) {
+      sum[w] = load_block(y + t * row, w, s.count);
+      decay[w] = s.decay[t * W + w], token[w] = s.token[t * W + w];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> b = splat(enter[i]), c = splat(leave[i]);
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        h[i][w] = advance<T, W, kClamp>(s, w, h[i][w], decay[w], token[w], b, nullptr);
+        sum[w] = fma(h[i][w], c, sum[w]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) store_block(y + t * row, sum[w], w, s.count);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) state[(first + i) * blocks + w] = h[i][w];
+}
+
+template <class T, int W, bool kClamp>
+void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& per_head, int64_t channel, int64_t start,
+                   int64_t steps, Vec<T>* decay, Vec<T>* token, Vec<T>* state, T* y, T* chunk_states) {
+  const Strip<T, W> s(p, at, channel, start, steps, decay, token);
+  const int64_t row = p.channels(), everywhere = at.channel + channel;
+  const int64_t offset = (at.item * p.length + start) * row + everywhere;
+  s.prepare(per_head, p.x + offset, row);
+  for (int w = 0; w < W; ++w) {
+    const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
+    for (int64_t t = 0; t < steps; ++t)
+      store_block(y + offset + t * row, p.D ? skip * load_block(p.x + offset + t * row, w, s.count) : Vec<T>{}, w, s.count);
+  }
+  T* save = nullptr;
+  if (start % p.chunk == 0) save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * row + everywhere;
+  for_tiles(p.states, [&](auto size, int64_t first) {
+    forward_tile<T, W, kClamp, decltype(size)::value>(s, first, state, at.blocks(), save, y + offset, row);
+  });
+}
+
+// Between (channels, states) at `outside` and [states][blocks] of vectors.
+template <class T>
+void states_in(const T* outside, int64_t count, int64_t states, int64_t blocks, Vec<T>* state) {
+  T* lanes = reinterpret_cast<T*>(state);
+  std::fill(lanes, lanes + states * blocks * kLanes<T>, T(0));
+  if (outside)
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t i = 0; i < states; ++i) lanes[i * blocks * kLanes<T> + c] = outside[c * states + i];
+}
+template <class T>
+void states_out(const Vec<T>* state, int64_t count, int64_t states, int64_t blocks, T* outside) {
+  const T* lanes = reinterpret_cast<const T*>(state);
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t i = 0; i < states; ++i) outside[c * states + i] = lanes[i * blocks * kLanes<T> + c];
+}
+
+template <class T, bool kClamp>
+void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states) {
+  const Slabs<T> slabs(p);
+  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, 1, [&](int64_t begin, int64_t end) {
+    const int64_t block = std::min<int64_t>(kBlockSteps, p.chunk), per_head = HeadSteps<T>::padded(slabs.size / p.width);
+    const int64_t all_states = p.states * (slabs.size / kLanes<T>);
+    Arena arena;
+    arena.reserve<T>(block * per_head);
+    arena.reserve<T>(block * per_head);
+    arena.reserve<Vec<T>>(block * 2);
+    arena.reserve<Vec<T>>(block * 2);
+    arena.reserve<Vec<T>>(all_states);
+    arena.allocate();
+    const HeadSteps<T> head_steps{per_head, arena.take<T>(block * per_head), arena.take<T>(block * per_head)};
+    auto* decay = arena.take<Vec<T>>(block * 2);
+    auto* token = arena.take<Vec<T>>(block * 2);
+    auto* state = arena.take<Vec<T>>(all_states);
+    for (int64_t task = begin; task < end; ++task) {
+      const Place<T> at(p, slabs, task);
+      const int64_t boundary = (at.item * p.channels() + at.channel) * p.states;
+      states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, at.blocks(), state);
+      for (int64_t start = 0, steps; start < p.length; start += steps) {
+        steps = std::min({block, p.length - start, p.chunk - start % p.chunk});
+        head_steps.fill(p, at, start, steps);
+        for (int64_t b = 0; b < at.blocks(); b += 2) {
+          const auto strip = b + 1 < at.blocks() ? forward_strip<T, 2, kClamp> : forward_strip<T, 1, kClamp>;
+          strip(p, at, head_steps, b * kLanes<T>, start, steps, decay, token, state + b, y, chunk_states);
+        }
+      }
+      states_out(state, at.count, p.states, at.blocks(), last_state + boundary);
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Scratch {
+  HeadSteps<T> per_head;
+  Vec<T> *decay, *token, *grad_y;      // [steps][W]
+  Vec<T> *by_token, *by_decay;         // [steps][W]: G B, and sum over states of a G h
+  Vec<T>* trail;                       // [steps + 1][tile][W], the states of one tile
+  Mask<T>* inside;                     // [steps][tile][W]
+  Vec<T> *grad_enter, *grad_leave;     // [steps][states], to be summed over lanes
+  Vec<T>* carry;                       // [states][blocks]
+  T* head_sums;                        // [heads][padded steps]
+  double *rate, *skip;                 // [channels]: of A and of D, over all chunks
+  T* sums;                             // [steps * states, padded]
+  Vec<T>* zeros;                       // [tile], where a sum begins
+
+  static int64_t padded(int64_t count) { return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+
+  // Reserves in a dry run, takes in the second.
+  template <class Visit>
+  void each(int64_t steps, int64_t states, const Slabs<T>& slabs, int64_t width, const Visit& visit) {
+    const int64_t heads = slabs.size / width;
+    per_head.stride = HeadSteps<T>::padded(heads);
+    visit(per_head.dt, steps * per_head.stride);
+    visit(per_head.decay, steps * per_head.stride);
+    for (auto* strip : {&decay, &token, &grad_y, &by_token, &by_decay}) visit(*strip, padded(steps) * 2);
+    visit(trail, (steps + 1) * kTile * 2);
+    visit(inside, steps * kTile * 2);
+    visit(grad_enter, padded(steps * states));
+    visit(grad_leave, padded(steps * states));
+    visit(carry, states * (slabs.size / kLanes<T>));
+    visit(head_sums, heads * padded(steps));
+    visit(rate, slabs.size);
+    visit(skip, slabs.size);
+    visit(sums, padded(steps * states));
+    visit(zeros, kTile);
+  }
+};
+
+// The states of a tile from the chunk's start on, and sum of grad_y h.
+template <class T, int W, bool kClamp, int N>
+void recompute_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int64_t states, const T* saved, int64_t row,
+                    bool fresh) {
+  Vec<T> h[N][W];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) z.trail[i * W + w] = h[i][w] = load_block(saved + (first + i) * row, w, s.count);
+  for (int64_t t = 0; t < s.steps; ++t) {
+    const T* enter = s.enter + t * s.stride + first;
+    Vec<T>* trail = z.trail + (t + 1) * N * W;
+    Vec<T>* grad_leave = z.grad_leave + t * states + first;
+    const Vec<T>* sums = fresh ? z.zeros : grad_leave;
+    Vec<T> decay[W], token[W], grad_y[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w)
+      decay[w] = s.decay[t * W + w], token[w] = s.token[t * W + w], grad_y[w] = z.grad_y[t * W + w];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> b = splat(enter[i]);
+      Vec<T> sum = sums[i];
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        Mask<T>* inside = kClamp ? z.inside + (t * N + i) * W + w : nullptr;
+        h[i][w] = advance<T, W, kClamp>(s, w, h[i][w], decay[w], token[w], b, inside);
+        trail[i * W + w] = h[i][w];
+        sum = fma(grad_y[w], h[i][w], sum);
+      }
+      grad_leave[i] = sum;
+    }
+  }
+}
+
+// The sweep back over the steps of a chunk.
+template <class T, int W, bool kClamp, int N>
+void adjoint_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int64_t states, Vec<T>* carry, int64_t blocks,
+                  bool fresh) {
+  Vec<T> r[N][W];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) r[i][w] = carry[(first + i) * blocks + w];
+  for (int64_t t = s.steps - 1; t >= 0; --t) {
+    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
+    const Vec<T>* before = z.trail + t * N * W;
+    Vec<T>* grad_enter = z.grad_enter + t * states + first;
+    const Vec<T>* sums = fresh ? z.zeros : grad_enter;
+    Vec<T> by_token[W], by_decay[W], decay[W], token[W], grad_y[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) {
+      by_token[w] = z.by_token[t * W + w], by_decay[w] = z.by_decay[t * W + w];
+      decay[w] = s.decay[t * W + w], token[w] = s.token[t * W + w], grad_y[w] = z.grad_y[t * W + w];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> b = splat(enter[i]), c = splat(leave[i]);
+      Vec<T> sum = sums[i];
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        Vec<T> grad = fma(grad_y[w], c, r[i][w]);
+        if constexpr (kClamp) grad = select(z.inside[(t * N + i) * W + w], grad, Vec<T>{});
+        sum = fma(grad, token[w], sum);
+        by_token[w] = fma(grad, b, by_token[w]);
+        r[i][w] = decay[w] * grad;
+        by_decay[w] = fma(r[i][w], before[i * W + w], by_decay[w]);
+      }
+      grad_enter[i] = sum;
+    }
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) z.by_token[t * W + w] = by_token[w], z.by_decay[t * W + w] = by_decay[w];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) carry[(first + i) * blocks + w] = r[i][w];
+}
+
+// Adds lane vectors v[steps][W] up per head: turned so that lanes are steps, columns of a head are added as vectors.
+template <class T, int W>
+void add_per_head(const Strip<T, W>& s, Vec<T>* v, int64_t channel, int64_t width, T* head_sums) {
+  const int64_t padded = Scratch<T>::padded(s.steps);
+  for (int w = 0; w < W; ++w)
+    for (int64_t start = 0; start < s.steps; start += kLanes<T>) {
+      Vec<T> r[kLanes<T>];
+      for (int k = 0; k < kLanes<T>; ++k) r[k] = v[(start + k) * W + w];
+      transpose<T>(r);
+      const int64_t here = std::min<int64_t>(kLanes<T>, s.count - w * kLanes<T>);
+      int64_t head = s.heads[w], left = (head + 1) * width - channel - w * kLanes<T>;  // columns left of this head
+      for (int64_t k = 0; k < here;) {
+        Vec<T> sum = r[k++];
+        for (--left; left > 0 && k < here; --left) sum += r[k++];
+        T* to = head_sums + head * padded + start;
+        store(to, load(to) + sum);
+        ++head;
+        left = width;
+      }
+    }
+}
+
+template <class T, int W, bool kClamp>
+void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z, int64_t channel, int64_t start,
+                    int64_t steps, const T* grad_y, const T* chunk_states, T* grad_x) {
+  const Strip<T, W> s(p, at, channel, start, steps, z.decay, z.token);
+  const int64_t row = p.channels(), everywhere = at.channel + channel;
+  const int64_t offset = (at.item * p.length + start) * row + everywhere;
+  const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * row + everywhere;
+  s.prepare(z.per_head, p.x + offset, row);
+  for (int64_t t = 0; t < steps; ++t)
+    for (int w = 0; w < W; ++w) {
+      z.grad_y[t * W + w] = load_block(grad_y + offset + t * row, w, s.count);
+      z.by_token[t * W + w] = z.by_decay[t * W + w] = Vec<T>{};
+    }
+  Vec<T>* carry = z.carry + channel / kLanes<T>;
+  for_tiles(p.states, [&](auto size, int64_t first) {
+    constexpr int N = decltype(size)::value;
+    recompute_tile<T, W, kClamp, N>(s, z, first, p.states, saved, row, channel == 0);
+    adjoint_tile<T, W, kClamp, N>(s, z, first, p.states, carry, at.blocks(), channel == 0);
+  });
+  for (int w = 0; w < W; ++w) {
+    const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
+    Vec<T> rates, by_rate{}, by_skip{};
+    for (int lane = 0; lane < kLanes<T>; ++lane)
+      rates[lane] = p.A[std::min(at.head + s.heads[w] + s.to_head[w][lane], p.heads - 1)];
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec<T> dt = s.spread(z.per_head.dt + t * z.per_head.stride, w), x = load_block(p.x + offset + t * row, w, s.count);
+      const Vec<T> gy = z.grad_y[t * W + w], by_token = z.by_token[t * W + w], by_decay = z.by_decay[t * W + w];
+      Vec<T> gx = dt * by_token;
+      if (p.D) gx = fma(skip, gy, gx);
+      store_block(grad_x + offset + t * row, gx, w, s.count);
+      by_skip = fma(gy, x, by_skip);
+      by_rate = fma(dt, by_decay, by_rate);
+      z.by_token[t * W + w] = fma(by_token, x, rates * by_decay);  // now the lanes of grad_dt
+    }
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      z.rate[channel + w * kLanes<T> + lane] += by_rate[lane];
+      z.skip[channel + w * kLanes<T> + lane] += by_skip[lane];
+    }
+  }
+  add_per_head(s, z.by_token, channel, p.width, z.head_sums);
+}
+
+// Lane sums of [steps][states] to rows of `out`, which lie `stride` apart.
+template <class T>
+void reduce_lanes(const Vec<T>* v, int64_t steps, int64_t states, T* sums, T* out, int64_t stride) {
+  for (int64_t k = 0; k < steps * states; k += kLanes<T>) store(sums + k, horizontal_sums<T>(v + k));
+  for (int64_t t = 0; t < steps; ++t) std::copy(sums + t * states, sums + (t + 1) * states, out + t * stride);
+}
+
+template <class T>
+struct Gradients {
+  T *x, *dt, *A, *B, *C, *D, *initial_state;
+};
+
+template <class T, bool kClamp>
+void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, const T* chunk_states, const Gradients<T>& out) {
+  const Slabs<T> slabs(p);
+  const int64_t projections = p.batch * p.length * p.groups * p.states;
+  // With one slab dB and dC are complete as they are; with more, the slabs' parts wait here to be added in order.
+  std::vector<T> parts(slabs.count > 1 ? 2 * slabs.count * projections : 0);
+  std::vector<double> rates(p.batch * p.heads), skips(p.batch * p.channels());
+
+  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, 1, [&](int64_t begin, int64_t end) {
+    const int64_t most = std::min(p.chunk, p.length);
+    Scratch<T> z;
+    Arena arena;
+    z.each(most, p.states, slabs, p.width,
+           [&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
+    arena.allocate();
+    z.each(most, p.states, slabs, p.width, [&]<class V>(V*& pointer, int64_t count) { pointer = arena.take<V>(count); });
+    for (int64_t task = begin; task < end; ++task) {
+      const Place<T> at(p, slabs, task);
+      const int64_t boundary = (at.item * p.channels() + at.channel) * p.states;
+      T* grad_B = slabs.count > 1 ? parts.data() + 2 * at.slab * projections : out.B;
+      T* grad_C = slabs.count > 1 ? grad_B + projections : out.C;
+      states_in(grad_last_state ? grad_last_state + boundary : nullptr, at.count, p.states, at.blocks(), z.carry);
+      std::fill(z.rate, z.rate + slabs.size, 0.0);
+      std::fill(z.skip, z.skip + slabs.size, 0.0);
+      for (int64_t start = (p.chunks() - 1) * p.chunk; start >= 0; start -= p.chunk) {
+        const int64_t steps = std::min(p.chunk, p.length - start), padded = Scratch<T>::padded(steps);
+        std::fill(z.head_sums, z.head_sums + at.heads * padded, T(0));
+        z.per_head.fill(p, at, start, steps);
+        for (int64_t b = 0; b < at.blocks(); b += 2) {
+          const auto strip = b + 1 < at.blocks() ? backward_strip<T, 2, kClamp> : backward_strip<T, 1, kClamp>;
+          strip(p, at, z, b * kLanes<T>, start, steps, grad_y, chunk_states, out.x);
+        }
+        const int64_t row = (at.item * p.length + start) * p.groups + at.group;
+        reduce_lanes(z.grad_enter, steps, p.states, z.sums, grad_B + row * p.states, p.groups * p.states);
+        reduce_lanes(z.grad_leave, steps, p.states, z.sums, grad_C + row * p.states, p.groups * p.states);
+        T* grad_dt = out.dt + (at.item * p.length + start) * p.heads + at.head;
+        for (int64_t t = 0; t < steps; ++t)
+          for (int64_t head = 0; head < at.heads; ++head) grad_dt[t * p.heads + head] = z.head_sums[head * padded + t];
+      }
+      states_out(z.carry, at.count, p.states, at.blocks(), out.initial_state + boundary);
+      for (int64_t c = 0; c < at.count; ++c) rates[at.item * p.heads + at.head + c / p.width] += z.rate[c];
+      std::copy(z.skip, z.skip + at.count, skips.data() + at.item * p.channels() + at.channel);
+    }
+  });
+
+  if (slabs.count > 1)
+    torch::stable::parallel_for(0, projections, kSumGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        T sum_B = 0, sum_C = 0;
+        for (int64_t slab = 0; slab < slabs.count; ++slab) {
+          sum_B += parts[2 * slab * projections + k];
+          sum_C += parts[(2 * slab + 1) * projections + k];
+        }
+        out.B[k] = sum_B;
+        out.C[k] = sum_C;
+      }
+    });
+  const auto over_batch = [&](const std::vector<double>& terms, int64_t size, T* to) {
+    for (int64_t k = 0; k < size; ++k) {
+      double sum = 0;
+      for (int64_t item = 0; item < p.batch; ++item) sum += terms[item * size + k];
+      to[k] = static_cast<T>(sum);
+    }
+  };
+  over_batch(rates, p.heads, out.A);
+  over_batch(skips, p.channels(), out.D);
+}
+
+// ---- tensors ------------------------------------------------------------------------------------------------------
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+template <class T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+Problem<T> problem(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                   const std::optional<Tensor>& D, const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
+                   int64_t chunk) {
+  return {x.size(0),  x.size(1),  x.size(2),  x.size(3),  B.size(2),  B.size(3),      chunk,          data<T>(x),
+          data<T>(dt), data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(lower), data<T>(upper)};
+}
+
+template <class F>
+void for_dtype(const Tensor& like, const F& f) {
+  like.scalar_type() == torch::headeronly::ScalarType::Double ? f(double{}) : f(float{});
+}
+
+void ssd_scan_fwd(const Tensor x, const Tensor dt, const Tensor A, const Tensor B, const Tensor C,
+                  const std::optional<Tensor> D, const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
+                  const std::optional<Tensor> upper, int64_t chunk, Tensor y, Tensor last_state, Tensor chunk_states) {
+  for_dtype(x, [&]<class T>(T) {
+    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, chunk);
+    if (p.batch * p.channels() == 0) return;
+    const auto run = p.lower ? forward<T, true> : forward<T, false>;
+    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states));
+  });
+}
+
+void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_state, const Tensor x, const Tensor dt,
+                  const Tensor A, const Tensor B, const Tensor C, const std::optional<Tensor> D,
+                  const std::optional<Tensor> lower, const std::optional<Tensor> upper, const Tensor chunk_states,
+                  int64_t chunk, Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,
+                  Tensor grad_initial_state) {
+  for_dtype(x, [&]<class T>(T) {
+    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, chunk);
+    if (p.batch * p.channels() == 0) {
+      for (Tensor* empty_sum : {&grad_dt, &grad_A, &grad_B, &grad_C, &grad_D})
+        std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
+      return;
+    }
+    const auto run = p.lower ? backward<T, true> : backward<T, false>;
+    run(p, data<T>(grad_y), data<T>(grad_last_state), data<T>(chunk_states),
+        Gradients<T>{mutable_data<T>(grad_x), mutable_data<T>(grad_dt), mutable_data<T>(grad_A), mutable_data<T>(grad_B),
+                     mutable_data<T>(grad_C), mutable_data<T>(grad_D), mutable_data<T>(grad_initial_state)});
+  });
+}
+
+}  // namespace
+}  // namespace stablekern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
+  m.def(
+      "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
+      " Tensor? upper, int chunk, Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
+  m.def(
+      "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
+      " Tensor? lower, Tensor? upper, Tensor chunk_states, int chunk, Tensor(a!) grad_x, Tensor(b!) grad_dt,"
+      " Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C, Tensor(f!) grad_D, Tensor(g!) grad_initial_state) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
+  m.impl("ssd_scan_fwd", TORCH_BOX(&stablekern::ssd_scan_fwd));
+  m.impl("ssd_scan_bwd", TORCH_BOX(&stablekern::ssd_scan_bwd));
+}

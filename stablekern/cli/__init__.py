@@ -1,0 +1,65 @@
+"""The command `stablekern`, also `python -m stablekern`: `doctor` on any installation, the rest with the extra `cli`.
+
+With `--json` stdout holds JSON alone; progress and warnings always go to stderr. Exit codes: 0 done, 1 the machine cannot
+run the package or a run failed, 2 wrong arguments, a bad file or a missing extra, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from stablekern.cli import doctor
+
+__all__ = ["EXTRAS", "main", "missing_extras"]
+
+# The extras of each command, and the modules that stand for them.
+EXTRAS = {"demo": {"cli": ("typer", "rich", "matplotlib"), "eeg": ("mne", "edfio")}}
+_USAGE = """usage: stablekern COMMAND [--help]
+
+  doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
+  demo                           train the smallest detector on a real recording, in minutes
+
+python -m stablekern is the same. The usual commands need pip install 'stablekern[cli,eeg]'."""
+
+
+def missing_extras(command: str) -> str | None:
+    """None, or one line that says what to install before `command` can run."""
+    missing = []
+    for module in (name for names in EXTRAS[command].values() for name in names):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(module)
+    if not missing:
+        return None
+    install = f"pip install 'stablekern[{','.join(EXTRAS[command])}]'"
+    return f"stablekern {command} needs the extras: {install} (missing: {', '.join(missing)})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name; `sys.argv` if None) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        from stablekern.cli.app import app
+    except ImportError:
+        return _without_typer(given)
+    try:
+        app(given, prog_name="stablekern")
+    except SystemExit as end:  # the parser's way to return
+        return int(end.code or 0)
+    return 0
+
+
+def _without_typer(given: list[str]) -> int:
+    """The base installation: `doctor`, and for the rest what is missing."""
+    command, flags = (given[0], given[1:]) if given else ("--help", [])
+    if command in EXTRAS:
+        print(missing_extras(command), file=sys.stderr)
+        return 2
+    if command == "doctor" and set(flags) <= {"--json", "--no-build"}:
+        return doctor.run(as_json="--json" in flags, build="--no-build" not in flags)
+    wanted = command in ("--help", "-h") or (command == "doctor" and set(flags) & {"--help", "-h"})
+    print(_USAGE, file=sys.stdout if wanted else sys.stderr)
+    return 0 if wanted else 2

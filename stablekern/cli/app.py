@@ -1,0 +1,70 @@
+"""The commands and their options, for the parser; what they do is in the module of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stablekern.cli import doctor as doctor_command
+from stablekern.cli import missing_extras
+
+app = typer.Typer(
+    name="stablekern",
+    help="Kernels that keep deep-learning training finite and fast.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+    no_build: Annotated[
+        bool, typer.Option("--no-build", help="Do not compile the CPU kernels if they are not built yet.")
+    ] = False,
+) -> None:
+    """What this machine can run, and why not more: versions, CPU, GPU, compilers, settings, the backend of every op."""
+    raise typer.Exit(doctor_command.run(as_json=json, build=not no_build))
+
+
+@app.command()
+def demo(
+    edf: Annotated[
+        Path | None, typer.Option(help="Your own recording (EDF or EDF+) in place of the one in the package.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bursts, the weights, the order of the windows.")] = 0,
+    out: Annotated[Path, typer.Option(help="Each run gets a directory of its own in here.")] = Path("runs"),
+    window_seconds: Annotated[float, typer.Option(min=1.0, help="Length of the training windows.")] = 8.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a training step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="After the warm-up.")] = 3e-3,
+    compare_every: Annotated[
+        int, typer.Option(min=0, help="Steps between comparisons with the backward of torch.linalg.eigh; 0 for none.")
+    ] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+) -> None:
+    """Train the smallest detector on a real recording with discharges of known times, and report what happened.
+
+    In a few minutes on a CPU: the last 30 % of the recording are held out, every step is checked for NaN and infinities,
+    and some steps are repeated with the backward of torch.linalg.eigh. Ctrl-C stops after the step and reports on what ran.
+    """
+    missing = missing_extras("demo")
+    if missing:
+        typer.echo(missing, err=True)
+        raise typer.Exit(2)
+    from stablekern.cli import demo as command
+
+    options = command.Options(
+        edf=edf,
+        steps=steps,
+        seed=seed,
+        out=out,
+        window_seconds=window_seconds,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        compare_every=compare_every,
+    )
+    raise typer.Exit(command.run(options, as_json=json))

@@ -1,0 +1,87 @@
+"""Checks of tensors and gradients. Those switched by the environment cost nothing while off, a host read while on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stablekern import _check, settings
+from stablekern.errors import NonFiniteError, message
+from stablekern.ops.finite_stats import finite_stats
+
+__all__ = ["assert_finite", "check_gradients", "clamp_and_check"]
+
+
+def assert_finite(tag: str, x: Tensor, *, force: bool = False) -> Tensor:
+    """Return `x`; raise if it holds a NaN or an infinity and the checks are on.
+
+    They are on while any of BGB_NAN_DEBUG, BGB_DEBUG_FINITE and BGB_SMOKE_TEST is set (read at each call), or with
+    `force`. Off, nothing is computed. On, the host waits for `x`.
+
+    **Arguments:**
+
+    - `tag`: the name of the tensor in the message.
+    - `x`: a tensor of any dtype and shape.
+    - `force`: check whatever the environment says.
+
+    **Raises:** `NonFiniteError` with the tag, the shape, the counts of NaN and infinity and the range of the rest.
+    """
+    if not (force or settings.checks_finite()):
+        return x
+    nan, inf, low, high, mean, count = (field.item() for field in finite_stats([x]))
+    if nan or inf:
+        rest = f"the others in [{low:.4g}, {high:.4g}] with mean {mean:.4g}" if nan + inf < count else "no others"
+        found = f"{nan} NaN and {inf} infinite of {count} entries of shape {tuple(x.shape)}, {rest}"
+        raise NonFiniteError(message("assert_finite", f"`{tag}` must be finite", found))
+    return x
+
+
+def clamp_and_check(x: Tensor, low: float | None = None, high: float | None = None, tag: str = "features") -> Tensor:
+    """Under BGB_SAFE_CLAMP, `x` with non-finite entries replaced by 0 and the rest clamped; otherwise `x` itself.
+
+    The clamp hides what it repairs, so `assert_finite(tag, x)` looks first: with the checks on, the cause is reported.
+
+    **Arguments:**
+
+    - `x`: a real floating-point tensor.
+    - `low`, `high`: the bounds; one that is None is BGB_SAFE_CLAMP_MIN or BGB_SAFE_CLAMP_MAX.
+    - `tag`: the name of the tensor in the message.
+
+    **Returns:** `x`, or a new tensor like it. Replaced and clamped entries get a zero gradient.
+
+    **Raises:** `NonFiniteError` with the checks on, `SettingError` for illegal bounds in the environment, `ValueError`
+    for bounds out of order, `TypeError` for bounds that are no numbers.
+    """
+    assert_finite(tag, x)
+    bounds = settings.safe_clamp_bounds()
+    if bounds is None:
+        return x
+    low = bounds[0] if low is None else _check.number("clamp_and_check", "low", low)
+    high = bounds[1] if high is None else _check.number("clamp_and_check", "high", high)
+    if not low < high:
+        raise ValueError(message("clamp_and_check", "`low` must be below `high`", low, high))
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(low, high)
+
+
+def check_gradients(model: nn.Module, *, raise_error: bool = False) -> list[str]:
+    """Names of the parameters whose gradient holds a NaN or an infinity, in the order of `model.named_parameters()`.
+
+    Parameters without a gradient are passed over; of a sparse gradient the stored values count. One host read per
+    device.
+
+    **Raises:** `NonFiniteError` with the names, under `raise_error` when there are any.
+    """
+    flags: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if (grad := parameter.grad) is not None:
+            values = grad.coalesce().values() if grad.is_sparse else grad
+            flags.setdefault(values.device, []).append((name, torch.isfinite(values).all()))
+    finite: dict[str, bool] = {}
+    for pairs in flags.values():
+        names, each = zip(*pairs, strict=True)
+        finite.update(zip(names, torch.stack(each).tolist(), strict=True))
+    bad = [name for name, _ in model.named_parameters() if not finite.get(name, True)]
+    if bad and raise_error:
+        rule = "the gradient of every parameter must be finite"
+        raise NonFiniteError(message("check_gradients", rule, ", ".join(bad)))
+    return bad

@@ -1,0 +1,22 @@
+"""Thin modules over the ops: parameters, and one call each. The numerics are in `stablekern.ops`."""
+
+from stablekern.nn.detector import DetectorConfig, SeizureDetector
+from stablekern.nn.graph import DynamicLaplacianPE, EdgeStream, GraphMixer
+from stablekern.nn.mamba2 import BiMamba2, Mamba2
+from stablekern.nn.norms import LayerScale, RMSNorm, RMSNormGated
+from stablekern.nn.tcn import ProjectionHead, TCNEncoder
+
+__all__ = [
+    "BiMamba2",
+    "DetectorConfig",
+    "DynamicLaplacianPE",
+    "EdgeStream",
+    "GraphMixer",
+    "LayerScale",
+    "Mamba2",
+    "ProjectionHead",
+    "RMSNorm",
+    "RMSNormGated",
+    "SeizureDetector",
+    "TCNEncoder",
+]

@@ -1,0 +1,250 @@
+r"""Mamba-2 blocks: one direction with the parameters of mamba_ssm, and the bidirectional stack of the EEG detector.
+
+**One block** (`Mamba2`), per sequence, with $d_i = $ `expand * d_model` inner channels in $H = d_i /$ `headdim` heads
+and $g$ groups of $n$ states:
+
+$$[z, u, \delta] = W_{in} x, \quad [x', B, C] = \mathrm{silu}(\mathrm{conv}(u)), \quad
+y = \mathrm{scan}(x', \mathrm{softplus}(\delta + b), -e^{A_{log}}, B, C) + D x', \quad out = W_{out}\, \mathrm{norm}(y
+\odot \mathrm{silu}(z)).$$
+
+Every parameter has the name and shape that mamba_ssm's `Mamba2` gives it, and the mathematics is the same on every
+device, so a checkpoint trained on a GPU gives the same output on a CPU. The arguments of all exponentials of the scan
+are <= 0.
+
+**The fallback.** While `SEIZURE_MAMBA_FORCE_FALLBACK` is on, a block leaves its scan out: in_proj, the block's own
+depthwise causal convolution, SiLU, $D x'$, gated norm, out_proj. It has no parameters of its own: checkpoints move both
+ways between the two modes, `A_log` and `dt_bias` just stay unused (and without gradient). One warning per process says
+so, `repr` shows it, and nothing else ever enters it: a kernel that fails raises.
+
+Sources: Dao & Gu 2024, arXiv:2405.21060; parameter names and initial values: the class `Mamba2` of
+github.com/state-spaces/mamba.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stablekern import _check, numerics, settings
+from stablekern.errors import message
+from stablekern.nn.norms import LayerScale, RMSNormGated
+from stablekern.ops.ssd_scan import ssd_scan
+
+__all__ = ["BiMamba2", "Mamba2", "drop_fallback_entries"]
+
+_FALLBACK = "SEIZURE_MAMBA_FORCE_FALLBACK"
+_FALLBACK_ENTRY = re.compile(r"(^|\.)layers\.\d+\.(forward|backward)_mamba_fallback\.")
+_told_fallback = False
+
+
+def _forced_fallback() -> bool:
+    """Whether the variable is on now; the first time that it is, one warning for the whole process."""
+    global _told_fallback
+    if not settings.get(_FALLBACK):
+        return False
+    if not _told_fallback:
+        _told_fallback = True
+        warnings.warn(
+            message("nn.Mamba2", f"{_FALLBACK} is on, Mamba-2 blocks compute D * conv1d(x), no recurrence"),
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return True
+
+
+def _causal_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each channel of x (b, l, c) convolved along time with its own filter (c, 1, k), seeing no later step."""
+    padded = nn.functional.pad(x, (0, 0, weight.shape[-1] - 1, 0))
+    # (b, l, c) is a channels-last image of height 1. As such it needs no transposed copy, and takes half the time of a
+    # conv1d over (b, c, l) on a CPU.
+    image = padded.transpose(1, 2).unsqueeze(2)
+    return nn.functional.conv2d(image, weight.unsqueeze(2), bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
+
+
+class Mamba2(nn.Module):
+    r"""One Mamba-2 block, (b, l, d_model) -> (b, l, d_model), causal; parameters as in mamba_ssm.
+
+    **Arguments:**
+
+    - `d_model`: channels in and out. `d_state`: states per channel. `d_conv`: width of the causal convolution.
+    - `expand`: inner channels per channel. `headdim`: inner channels per head, a divisor of `expand * d_model`.
+        `ngroups`: sets of `B` and `C`, a divisor of the heads. Any such sizes are legal; there are no stride rules.
+    - `A_init_range`: decay rates start uniform in it. `dt_min`, `dt_max`: step sizes start log-uniform between them.
+    - `dt_limit`: limits of the step size after the softplus.
+    - `state_clamp`: passed to `stablekern.ssd_scan`; None for no clamp.
+
+    **Parameters:** `in_proj.weight` (2 d_inner + 2 ngroups d_state + heads, d_model), rows in the order z, x, B, C, dt;
+    `conv1d.weight` (d_inner + 2 ngroups d_state, 1, d_conv), `conv1d.bias`; `dt_bias`, `A_log`, `D` (heads), marked
+    `_no_weight_decay`; `norm.weight` (d_inner); `out_proj.weight` (d_model, d_inner).
+
+    **Raises:** `ValueError` for sizes that do not divide, or an input of another width. Under autocast the projections
+    run in half precision, the scan and the norm in float32.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 8,
+        ngroups: int = 1,
+        *,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        dt_min: float = numerics.MAMBA_DT_MIN.value,
+        dt_max: float = numerics.MAMBA_DT_MAX.value,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        state_clamp: Any = None,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "d_model": d_model,
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "headdim": headdim,
+            "ngroups": ngroups,
+        }
+        for name, size in sizes.items():
+            setattr(self, name, _check.integer("nn.Mamba2", name, size, low=1))
+        self.d_inner = expand * d_model
+        if self.d_inner % headdim:
+            raise ValueError(message("nn.Mamba2", "`headdim` must divide `expand * d_model`", headdim, self.d_inner))
+        self.nheads = self.d_inner // headdim
+        if self.nheads % ngroups:
+            raise ValueError(message("nn.Mamba2", "`ngroups` must divide the heads", ngroups, self.nheads))
+        self.dt_limit, self.state_clamp = dt_limit, state_clamp
+        self._states = ngroups * d_state
+
+        width = self.d_inner + 2 * self._states
+        self.in_proj = nn.Linear(d_model, self.d_inner + width + self.nheads, bias=False)
+        self.conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1)
+        # Step sizes log-uniform in [dt_min, dt_max]; dt_bias is their inverse softplus, log(e^dt - 1).
+        log_step = torch.empty(self.nheads).uniform_(math.log(dt_min), math.log(dt_max))
+        step = log_step.exp().clamp_min(numerics.MAMBA_DT_INIT_FLOOR.value)
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.norm = RMSNormGated(self.d_inner, groups=ngroups)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
+        _check.shapes("nn.Mamba2", x=(x, f"b l {self.d_model}"))
+        fallback = _forced_fallback()
+        z, channels, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * self._states, self.nheads), dim=-1)
+        channels = nn.functional.silu(_causal_depthwise_conv(channels, self.conv1d.weight, self.conv1d.bias))
+        inner, B, C = channels.split((self.d_inner, self._states, self._states), dim=-1)
+        inner = inner.unflatten(-1, (self.nheads, self.headdim))
+        if fallback:
+            y = inner * self.D[:, None]
+        else:
+            y = ssd_scan(
+                inner,
+                dt.to(inner.dtype),
+                -torch.exp(self.A_log),
+                B.unflatten(-1, (self.ngroups, self.d_state)),
+                C.unflatten(-1, (self.ngroups, self.d_state)),
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                dt_limit=self.dt_limit,
+                state_clamp=self.state_clamp,
+            )
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def extra_repr(self) -> str:
+        heads = f"heads={self.nheads}x{self.headdim}, ngroups={self.ngroups}"
+        text = f"d_model={self.d_model}, d_state={self.d_state}, {heads}"
+        return f"{text}, fallback forced" if settings.get(_FALLBACK) else text
+
+
+def drop_fallback_entries(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """A `load_state_dict` pre-hook: removes the `*_mamba_fallback.*` entries of V3 checkpoints, with one message."""
+    entries = [key for key in state_dict if _FALLBACK_ENTRY.search(key)]
+    for key in entries:
+        del state_dict[key]
+    if entries:
+        warnings.warn(
+            f"stablekern.nn.{type(module).__name__}: dropped {len(entries)} `*_mamba_fallback` entries of the"
+            " checkpoint: the fallback has no parameters of its own",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class _BiMamba2Layer(nn.Module):
+    """(b, l, d) -> (b, l, d): norm(x + dropout(layerscale(W [f(x); flip(g(flip(x)))] + b)))."""
+
+    def __init__(self, d_model: int, dropout: float, layerscale: float | None, **mamba: Any) -> None:
+        super().__init__()
+        self.forward_mamba_real = Mamba2(d_model, **mamba)
+        self.backward_mamba_real = Mamba2(d_model, **mamba)
+        self.output_proj = nn.Linear(2 * d_model, d_model)
+        self.layerscale = nn.Identity() if layerscale is None else LayerScale(d_model, layerscale)
+        self.dropout = nn.Dropout(dropout)
+        self.layer_norm = nn.LayerNorm(d_model, eps=numerics.NORM_EPS.value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ahead = self.forward_mamba_real(x)
+        back = self.backward_mamba_real(x.flip(1)).flip(1)
+        mixed = self.output_proj(torch.cat((ahead, back), dim=-1))
+        return self.layer_norm(x + self.dropout(self.layerscale(mixed)))
+
+
+class BiMamba2(nn.Module):
+    r"""A stack of bidirectional Mamba-2 layers, (b, d_model, l) -> (b, d_model, l).
+
+    Each layer runs one block forward and another, with its own weights, backward in time, joins both by a linear map
+    and adds them to its input under a post-norm: $x \leftarrow \mathrm{LN}(x + \mathrm{dropout}(\gamma \odot (W[f(x);
+    g(x)] + b)))$. Nothing is clamped or replaced on the way: the values are bounded by the norm.
+
+    **Arguments:** `d_model`, `d_state`, `d_conv`, `expand`, `headdim`, `ngroups`, `state_clamp` as in `Mamba2`;
+    `num_layers`; `dropout` in [0, 1]; `layerscale`: the initial $\gamma$ of every layer, or None for none.
+
+    **State dict:** `layers.{i}.{forward,backward}_mamba_real.*`, `layers.{i}.output_proj.*`, `layers.{i}.layer_norm.*`
+    and, if asked for, `layers.{i}.layerscale.gamma`. Entries `layers.{i}.{forward,backward}_mamba_fallback.*` of older
+    checkpoints are dropped on load with one warning.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        num_layers: int = 6,
+        dropout: float = 0.1,
+        layerscale: float | None = None,
+        *,
+        ngroups: int = 1,
+        state_clamp: Any = None,
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        _check.integer("nn.BiMamba2", "num_layers", num_layers, low=1)
+        _check.number("nn.BiMamba2", "dropout", dropout, low=0.0, high=1.0)
+        mamba = {
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "headdim": headdim,
+            "ngroups": ngroups,
+            "state_clamp": state_clamp,
+        }
+        self.layers = nn.ModuleList(_BiMamba2Layer(d_model, dropout, layerscale, **mamba) for _ in range(num_layers))
+        self.register_load_state_dict_pre_hook(drop_fallback_entries)
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, d_model, l) -> (b, d_model, l)
+        _check.shapes("nn.BiMamba2", x=(x, f"b {self.d_model} l"))
+        x = x.transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return x.transpose(1, 2)

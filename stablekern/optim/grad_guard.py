@@ -1,0 +1,307 @@
+r"""Between `backward` and `step`: find non-finite gradients, measure, clip, and decide; without waiting for the device.
+
+One NaN in one gradient makes the norm of `clip_grad_norm_` NaN, the clip multiplies every gradient by it, and one step
+later every weight of the model is NaN. The guard looks first.
+
+The norm is $N = \|g\|_2$ over all gradients, after division by the loss scale, accumulated in float64: the square of a
+float32 overflows float32 from 2e19 on, but never float64. (float64 gradients are divided by their largest entry first.)
+A float32 gradient is finite if and only if its float64 norm is, so the check costs no pass of its own. Clipping
+multiplies by $\min(1, c / (N + \delta))$, as `torch.nn.utils.clip_grad_norm_` does, with the same $\delta$.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from stablekern import _check
+from stablekern.errors import NonFiniteError, message
+from stablekern.numerics import CLIP_NORM_OFFSET
+from stablekern.optim import _shards
+
+__all__ = ["GradGuard"]
+
+_WHERE = "optim.GradGuard"
+
+
+# ---- the arithmetic --------------------------------------------------------------------------------------------------
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """A real view of this rank's part. Conjugation does not matter to a norm or to a real factor."""
+    part = _shards.local(gradient)
+    if not part.is_complex():
+        return part
+    return torch.view_as_real(part.conj() if part.is_conj() else part)
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Norm of float64 numbers that neither over- nor underflows on the way; inf and NaN come through."""
+    if values.numel() == 0:
+        return values.new_zeros(())
+    peak = torch.linalg.vector_norm(values, float("inf"))
+    unit = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
+    return torch.linalg.vector_norm(values / unit) * unit
+
+
+def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[tuple[torch.dtype, list[int]]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, gradient in enumerate(gradients):
+        groups.setdefault((gradient.device, gradient.dtype), []).append(i)
+    for (_, dtype), members in groups.items():
+        yield dtype.to_real(), members
+
+
+def _norms(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """The float64 norm of each gradient, of the whole one if it is sharded: shape (number of gradients,)."""
+    norms: list[Tensor] = [torch.empty(0)] * len(gradients)
+    for dtype, members in _by_device_and_dtype(gradients):
+        views = [_real(gradients[i]) for i in members]
+        if dtype == torch.float64:
+            found = [_norm(view) for view in views]
+        else:
+            found = torch._foreach_norm(views, 2, dtype=torch.float64)
+        for i, value in zip(members, found, strict=True):
+            norms[i] = value
+    sharded: dict[Any, list[int]] = {}
+    for i, gradient in enumerate(gradients):
+        if _shards.is_sharded(gradient):
+            sharded.setdefault((gradient.device_mesh, gradient.placements), []).append(i)
+    for members in sharded.values():
+        owner, values = gradients[members[0]], torch.stack([norms[i] for i in members])
+        values = torch.where(values.isfinite(), values, float("inf"))  # a maximum over ranks may pass over a NaN
+        peak = _shards.reduce(values, owner, "max")
+        unit = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
+        whole = _shards.reduce((values / unit).square(), owner, "sum").sqrt() * unit
+        for i, value in zip(members, whole.unbind(), strict=True):
+            norms[i] = value
+    if not norms:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack([norm.to(device, non_blocking=True) for norm in norms])
+
+
+def _multiply(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiply all gradients by one 0-d float64 factor, in place; half precision goes through float32."""
+    for dtype, members in _by_device_and_dtype(gradients):
+        views = [_real(gradients[i]) for i in members]
+        here = factor.to(views[0].device, non_blocking=True)
+        if dtype in _check.HALF:  # a factor below 6e-8 is 0 in float16, though its products need not be
+            for view in views:
+                view.copy_(view.float().mul_(here))
+        else:
+            torch._foreach_mul_(views, here.to(dtype))
+
+
+# ---- the guard -------------------------------------------------------------------------------------------------------
+
+
+def _named(params: Any) -> list[tuple[str, Tensor]]:
+    """(name, parameter) of a module, of named parameters or of parameters; each parameter once."""
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    elif isinstance(params, Tensor):
+        params = [params]
+    elif not isinstance(params, Iterable):
+        raise TypeError(message(_WHERE, "`params` must be a module or parameters", type(params).__name__))
+    named: dict[int, tuple[str, Tensor]] = {}
+    for i, entry in enumerate(params):
+        name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else (f"parameter {i}", entry)
+        if not isinstance(p, Tensor):
+            rule = f"`params[{i}]` must be a parameter or (name, parameter)"
+            raise TypeError(message(_WHERE, rule, type(p).__name__))
+        named.setdefault(id(p), (name, p))
+    return list(named.values())
+
+
+class GradGuard:
+    r"""Check, unscale, measure and clip gradients in one call, and keep non-finite ones away from the weights.
+
+        guard = GradGuard(model, max_norm=1.0)
+        optimizer.found_inf = guard.found_inf            # ComplexAdamW, or torch's with fused=True
+        ...
+        loss.backward(); norm = guard(); optimizer.step(); optimizer.zero_grad()
+
+    Any other optimizer: `guard.step(optimizer)` in place of `optimizer.step()`. With a `GradScaler`, which sets and
+    deletes `optimizer.found_inf` itself: `norm = guard(scale=scaler); guard.step(optimizer, scaler)` in place of
+    `unscale_`, clip, `step` and `update`.
+
+    **Arguments:**
+
+    - `params`: a module, `module.named_parameters()`, or parameters (then called "parameter 0", ...); each counts once.
+        Make the guard when the model has its final device, dtype and sharding. Gradients may be float16, bfloat16, float32, float64 or complex, on several
+        devices, sharded (DTensor) or None; sparse ones are a `TypeError`.
+    - `max_norm`: the largest norm that passes unclipped, >= 0; `inf` only checks. The attribute may be changed.
+    - `policy`: what happens if any gradient holds a NaN or an infinity. Keyword only.
+        "skip": all gradients stay as they are, still scaled, for inspection; `found_inf` tells the optimizer to skip.
+        "zero": every *tensor* that is not finite is set to 0 as a whole (the finite entries of a poisoned tensor come
+        from the same broken backward), norm and clip are those of the rest, and the step is taken.
+        "raise": `NonFiniteError` names the first bad parameter; gradients stay as they are. Reads the flag on the host.
+
+    **Attributes:** 0-d tensors on the device of the first parameter, always the same ones. `found_inf` (float32): 1 if
+    the last call left non-finite gradients and the step must be skipped, else 0 (always 0 under "zero"). `steps`,
+    `skipped`, `zeroed` (int64): calls, calls that ended in a skip, calls that zeroed a tensor. Reading one waits for
+    the device; the guard itself does not.
+
+    **Accuracy:** the norm is float64 and right to 1e-12 relative for every finite float32 gradient; factors below 1e-38
+    (norm / max_norm above 1e38) lose digits in float32 gradients and may clip to 0.
+    """
+
+    def __init__(self, params: Any, max_norm: float, *, policy: str = "skip") -> None:
+        self._parameters = _named(params)
+        self.max_norm = _check.number(_WHERE, "max_norm", max_norm, low=0.0)
+        _check.choice(_WHERE, "policy", policy, ("skip", "zero", "raise"))
+        self.policy = policy
+        device = self._parameters[0][1].device if self._parameters else torch.device("cpu")
+        self.found_inf = torch.zeros((), device=device)
+        self.steps, self.skipped, self.zeroed = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
+        # Of the last call: names with whether each is finite; 1 if anything was not, whatever the policy made of it;
+        # whether `step` may follow; whether the guard divided by a scale.
+        self._checked: tuple[tuple[str, ...], Tensor] | None = None
+        self._bad = self.found_inf
+        self._ready, self._unscaled = False, False
+
+    def __repr__(self) -> str:
+        return f"GradGuard({len(self._parameters)} parameters, max_norm={self.max_norm:g}, policy={self.policy!r})"
+
+    @torch.no_grad()
+    def __call__(self, *, scale: float | Tensor | GradScaler | None = None) -> Tensor:
+        """Unscale, check and clip the gradients in place.
+
+        **Arguments:** `scale` divides the gradients: a number, a 0-d tensor, or a `GradScaler` whose `unscale_` has not
+        been called for these gradients (unlike it, this takes complex and bfloat16 ones). Keyword only.
+
+        **Returns:** the norm before clipping, a 0-d float64 tensor on the device of the first parameter; inf or NaN if
+        a gradient is, unless the policy is "zero". 0 if there are no gradients.
+
+        **Raises:** `NonFiniteError` under "raise"; `TypeError` for sparse gradients, `ValueError` for a scale <= 0 or
+        if the parameters were moved to another device after the guard was made.
+        """
+        names, gradients = self._gradients()
+        inverse = self._inverse(scale)
+        norms = _norms(gradients, self.found_inf.device)
+        finite = norms.isfinite()
+        bad = ~finite.all()
+        self._checked = (names, finite)
+        self.steps += 1
+        if self.policy == "raise" and bool(bad):
+            self.found_inf.fill_(1.0)
+            self._ready = False
+            rule = f"the gradient of `{self.first_bad()}` must be finite"
+            raise NonFiniteError(message(_WHERE, rule, "a NaN or an infinity"))
+        zeroing = self.policy == "zero"
+        norm = _norm(torch.where(finite, norms, 0.0) if zeroing else norms) * inverse
+        factor = (self.max_norm / (norm + CLIP_NORM_OFFSET.of())).clamp(max=1.0) * inverse
+        if zeroing:
+            for gradient, good in zip(gradients, finite.unbind(), strict=True):
+                _real(gradient).masked_fill_(~good.to(gradient.device, non_blocking=True), 0.0)
+            self.zeroed += bad
+        else:
+            factor = torch.where(bad, 1.0, factor)  # times 1: every value stays, NaN and infinities too
+            self.found_inf.copy_(bad)
+            self.skipped += bad
+        _multiply(gradients, factor)
+        self._bad = bad.to(torch.float32)
+        self._ready, self._unscaled = True, scale is not None
+        return norm
+
+    def _gradients(self) -> tuple[tuple[str, ...], list[Tensor]]:
+        names, gradients = [], []
+        device = self.found_inf.device
+        if self._parameters and self._parameters[0][1].device != device:
+            rule = f"the parameters must stay where they were when the guard was made, on {device}"
+            raise ValueError(message(_WHERE, rule, self._parameters[0][1].device))
+        present = [(name, p) for name, p in self._parameters if p.grad is not None and p.grad.numel() > 0]
+        for name, p in present:
+            if p.grad.layout != torch.strided:
+                raise TypeError(message(_WHERE, f"the gradient of `{name}` must be dense", p.grad.layout))
+        for name, p in present:
+            whole = _shards.like(p.grad, p)
+            if whole is not p.grad:
+                p.grad = whole
+            names.append(name)
+            gradients.append(whole)
+        return tuple(names), gradients
+
+    def _inverse(self, scale: float | Tensor | GradScaler | None) -> float | Tensor:
+        if isinstance(scale, GradScaler):
+            scale = scale._get_scale_async() if scale.is_enabled() else None
+        if scale is None:
+            return 1.0
+        if isinstance(scale, Tensor):
+            if scale.numel() != 1 or scale.is_complex():
+                raise ValueError(message(_WHERE, "`scale` must have one real element", tuple(scale.shape)))
+            if scale.device.type == "cpu":
+                _check.number(_WHERE, "scale", float(scale), low=0.0, strict=True)
+            return scale.detach().reshape(()).to(self.found_inf.device, torch.float64, non_blocking=True).reciprocal()
+        return 1.0 / _check.number(_WHERE, "scale", scale, low=0.0, strict=True)
+
+    def first_bad(self) -> str | None:
+        """Name of the first parameter whose gradient was not finite in the last call, or None. Reads the device."""
+        if self._checked is None:
+            return None
+        names, finite = self._checked
+        return next((name for name, good in zip(names, finite.tolist(), strict=True) if not good), None)
+
+    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None = None) -> None:
+        """Step one optimizer, or all of several, as the last call of the guard found; once per call.
+
+        Optimizers that take `found_inf` (ComplexAdamW, torch's with `fused=True`) get it and skip on the device. For
+        any other, the host reads the flag: one wait.
+
+        With an enabled `scaler` this ends in `scaler.update()`, after a skipped step too, so the next iteration starts
+        clean and with a smaller scale. The scaler's record of these gradients is joined with the guard's, or made from
+        it if the guard did the unscaling. Under "zero" the step is taken, and the scale still backs off.
+
+        **Raises:** `RuntimeError` if the guard was not called since the last `step`, or if the gradients are still
+        scaled, or were unscaled twice.
+        """
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if not self._ready:
+            raise RuntimeError(message(_WHERE, "call the guard before `step`: these gradients have not been checked"))
+        if scaler is not None and scaler.is_enabled():
+            records = [scaler._per_optimizer_states[id(one)] for one in optimizers]
+            for record in records:
+                if bool(record["found_inf_per_device"]) == self._unscaled:
+                    state = "were unscaled twice" if self._unscaled else "are still scaled"
+                    rule = f"the gradients {state}: call either `guard(scale=scaler)` or `scaler.unscale_(optimizer)`"
+                    raise RuntimeError(message(_WHERE, rule))
+            self._ready = False
+            for one, record in zip(optimizers, records, strict=True):
+                self._step_scaled(one, scaler, record)
+            scaler.update()
+            return
+        self._ready = False
+        skip: bool | None = None
+        for one in optimizers:
+            if getattr(one, "_step_supports_amp_scaling", False):
+                before = getattr(one, "found_inf", None)
+                one.found_inf = self.found_inf
+                try:
+                    one.step()
+                finally:
+                    if before is None:
+                        del one.found_inf
+                    else:
+                        one.found_inf = before
+            else:
+                skip = bool(self.found_inf) if skip is None else skip
+                if not skip:
+                    one.step()
+
+    def _step_scaled(self, optimizer: Optimizer, scaler: GradScaler, record: dict[str, Any]) -> None:
+        flags = record["found_inf_per_device"]
+        if not flags:
+            flags[self._bad.device] = self._bad.clone()
+            record["stage"] = OptState.UNSCALED
+        for device, flag in flags.items():
+            flag.copy_(torch.maximum(flag, self._bad.to(device, non_blocking=True)))  # 1, not 2: fused code tests == 1
+        if self.policy == "zero":
+            optimizer.step()
+        else:
+            scaler.step(optimizer)

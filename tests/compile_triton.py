@@ -1,0 +1,121 @@
+"""Compile every Triton kernel for every GPU generation that we support, without a GPU; print the result as JSON.
+
+A program of its own, because the tests run Triton in its interpreter, which is chosen when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TARGETS = (80, 89, 90, 100, 120)
+IO_TYPES = ("fp32", "fp64", "fp16", "bf16")
+WIDE = "the type that is computed in: fp64 for fp64, else fp32"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched: what its source does not say.
+
+    `types` has integers (`"n": "i32"`) and pointers to something else than the type of the case; a floating-point
+    scalar must be annotated in the kernel, since Triton passes an unannotated one as float32.
+    """
+
+    constants: dict[str, Any]
+    types: dict[str, str] = field(default_factory=dict)
+    io_types: tuple[str, ...] = IO_TYPES
+    warps: int = 4
+
+
+ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
+LAUNCHES = {
+    "focal_loss_fwd_kernel": (
+        Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
+        Launch({"BY_LOGITS": False, "BY_TARGETS": False, "HAS_GAMMA": False, **ELEMENTWISE}, {"n": "i32"}),
+    ),
+}
+
+
+def kernels() -> dict[str, Any]:
+    """Everything in `stablekern.triton_kernels` whose name ends in `_kernel`."""
+    import stablekern.triton_kernels as package
+
+    modules = (importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__))
+    return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
+
+
+def signature(kernel: Any, launch: Launch, io: str) -> dict[str, str]:
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            types[name] = "constexpr"
+        elif kind := launch.types.get(name) or parameter.annotation_type:
+            types[name] = kind
+        elif name.endswith("_ptr"):
+            types[name] = f"*{io}"
+        else:
+            raise TypeError(f"`{name}` needs an annotation in the kernel, or a type in LAUNCHES if it is an integer")
+    return types
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, bytes of stack (spills live there) and of static shared memory."""
+    import triton
+
+    tool = triton.knobs.nvidia.cuobjdump.path
+    path = Path(os.environ["STABLEKERN_COMPILE_SCRATCH"]) / f"{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def compile_one(case: tuple[str, int, str, int]) -> dict[str, Any]:
+    name, number, io, target = case
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    row: dict[str, Any] = {"kernel": name, "launch": number, "io": io, "target": target}
+    kernel, launch = kernels()[name], LAUNCHES[name][number]
+    wide = tl.float64 if io == "fp64" else tl.float32
+    constants = {key: wide if value == WIDE else value for key, value in launch.constants.items()}
+    try:
+        source = triton.compiler.ASTSource(kernel, signature(kernel, launch, io), constants)
+        options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+        binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        row |= {"dynamic_shared": binary.metadata.shared, **resources(binary.asm["cubin"])}
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+    return row
+
+
+def main() -> None:
+    found = kernels()
+    rows: list[dict[str, Any]] = [
+        {"kernel": name, "error": "not in LAUNCHES" if name in found else "in LAUNCHES, but no such kernel exists"}
+        for name in sorted(found.keys() ^ LAUNCHES.keys())
+    ]
+    cases = [
+        (name, number, io, target)
+        for name in sorted(found.keys() & LAUNCHES.keys())
+        for number, launch in enumerate(LAUNCHES[name])
+        for io, target in itertools.product(launch.io_types, TARGETS)
+    ]
+    with ProcessPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        rows += pool.map(compile_one, cases, chunksize=5)
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Long randomised runs against float64: `python tests/soak.py [eigh|ssd_scan] [--cases 10000]`, or `make soak`.
+
+Case number i of a soak is a pure function of (name, i), so a run can stop anywhere and go on: what is done stands in
+bench/results/soak/<name>.json. `tests/test_soak.py` runs the first one per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import stablekern
+from stablekern.ops import ssd_scan as ssd_spine
+
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "soak"
+
+
+def _generator(name: str, case: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * case + sum(map(ord, name)))
+
+
+def _integer(g: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), generator=g))
+
+
+def symmetric(g: torch.Generator, n: int, family: int) -> torch.Tensor:
+    """(5, n, n) float64 symmetric matrices: dense, given spectra (clusters, graded, rank 1), graphs, at any scale."""
+    q = torch.linalg.qr(torch.randn(5, n, n, generator=g, dtype=torch.float64)).Q
+    if family == 0:
+        a = q + q.mT
+    elif family == 1:
+        a = q @ torch.diag_embed(torch.randint(0, 3, (5, n), generator=g).double()) @ q.mT
+    elif family == 2:
+        a = q @ torch.diag_embed(10.0 ** (-6 * torch.rand(5, n, generator=g, dtype=torch.float64))) @ q.mT
+    elif family == 3:
+        a = q[..., :1] @ q[..., :1].mT
+    elif family == 4:
+        close = 1 + 1e-6 * torch.randn(5, n, generator=g, dtype=torch.float64)
+        a = q @ torch.diag_embed(close) @ q.mT
+    else:
+        graph = (torch.rand(5, n, n, generator=g, dtype=torch.float64) < 2.5 / n).double().triu(1)
+        a = stablekern.normalized_laplacian(graph + graph.mT)
+    exponent = torch.tensor([0.0, 0.0, 20.0, -20.0, -30.0], dtype=torch.float64)
+    return (a + a.mT) / 2 * (10.0**exponent)[:, None, None]
+
+
+def eigh_case(case: int) -> dict[str, float]:
+    """Residual and orthogonality over n eps (bound 5), order, and a finite `auto` gradient, float32 and float64."""
+    g = _generator("eigh", case)
+    n, family = _integer(g, 1, 32), _integer(g, 0, 5)
+    exact = symmetric(g, n, family)
+    worst = {"residual": 0.0, "orthogonality": 0.0}
+    for dtype in (torch.float32, torch.float64):
+        a = exact.to(dtype).requires_grad_()
+        w, v, info = stablekern.eigh_ex(a)
+        if info.any() or not bool((w.diff() >= 0).all()):
+            raise AssertionError(f"eigh case {case}: n={n} family={family} info={info.tolist()}")
+        unit = n * torch.finfo(dtype).eps
+        ad, wd, vd = a.detach().double(), w.detach().double(), v.detach().double()
+        norm = torch.linalg.matrix_norm(ad).clamp_min(torch.finfo(torch.float64).tiny)
+        residual = torch.linalg.matrix_norm(ad @ vd - vd * wd[:, None, :]) / norm
+        orthogonality = torch.linalg.matrix_norm(vd.mT @ vd - torch.eye(n, dtype=torch.float64))
+        worst["residual"] = max(worst["residual"], float(residual.max()) / unit)
+        worst["orthogonality"] = max(worst["orthogonality"], float(orthogonality.max()) / unit)
+        # The scale of the cotangent follows the matrix's, so that the gradient itself is representable.
+        weight = torch.randn(v.shape, generator=g, dtype=torch.float64) * norm[:, None, None]
+        (gradient,) = torch.autograd.grad((v.double() * weight).sum(), a)
+        if not bool(torch.isfinite(gradient).all()):
+            raise AssertionError(f"eigh case {case}: n={n} family={family} {dtype}: non-finite gradient")
+    if not max(worst.values()) <= 5:
+        raise AssertionError(f"eigh case {case}: n={n} family={family}: {worst}")
+    return worst
+
+
+def ssd_scan_case(case: int) -> dict[str, float]:
+    """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2)."""
+    g = _generator("ssd_scan", case)
+    b, l, h = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 5)
+    p, n, groups = _integer(g, 1, 9), _integer(g, 1, 20), 1
+    if h % 2 == 0 and _integer(g, 0, 1):
+        groups = 2
+    spread = 10.0 ** _integer(g, -2, 2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).float()
+
+    inputs = [
+        normal(b, l, h, p), normal(b, l, h).abs() * 0.1 * spread, -normal(h).abs() - 0.01,
+        normal(b, l, groups, n), normal(b, l, groups, n),
+    ]  # fmt: skip
+    clamp = 0.5 if _integer(g, 0, 3) == 0 else None
+    weight = normal(b, l, h, p)
+
+    def run(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        y = function(*leaves, state_clamp=clamp)
+        return [y.detach(), *torch.autograd.grad((y * weight.to(dtype)).sum(), leaves)]
+
+    exact, plain = run(ssd_spine.reference, torch.float64), run(ssd_spine.reference, torch.float32)
+    ours = run(stablekern.ssd_scan, torch.float32)
+    worst = 0.0
+    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
+        scale = truth.abs().max().clamp_min(1e-30)
+        floor = 16 * torch.finfo(torch.float32).eps
+        error = float((mine.double() - truth).abs().max() / scale)
+        allowed = float((theirs.double() - truth).abs().max() / scale) + floor
+        if not error <= 2 * allowed:
+            raise AssertionError(f"ssd_scan case {case}: b={b} l={l} h={h} p={p} n={n} clamp={clamp}: {error} for {allowed}")
+        worst = max(worst, error / allowed)
+    return {"error over that of the loop": worst}
+
+
+SOAKS: dict[str, Callable[[int], dict[str, float]]] = {"eigh": eigh_case, "ssd_scan": ssd_scan_case}
+
+
+def _write(path: Path, state: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(state, file, indent=1)
+    os.replace(file.name, path)
+
+
+def run(name: str, cases: int) -> dict:
+    """Go on from where the last run stopped, to `cases`; the state is written every 200 cases and at the end."""
+    path = RESULTS / f"{name}.json"
+    state = json.loads(path.read_text()) if path.exists() else {"soak": name, "done": 0, "seconds": 0.0, "worst": {}}
+    start, before = time.monotonic(), state["seconds"]
+    for case in range(state["done"], cases):
+        for key, value in SOAKS[name](case).items():
+            state["worst"][key] = max(state["worst"].get(key, 0.0), value)
+        state["done"] = case + 1
+        if state["done"] % 200 == 0 or state["done"] == cases:
+            state["seconds"] = round(before + time.monotonic() - start, 1)
+            state["torch"] = torch.__version__
+            _write(path, state)
+            sys.stderr.write(f"\r{name}: {state['done']}/{cases} {state['worst']}")
+    sys.stderr.write("\n")
+    return state
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("soaks", nargs="*", choices=[*SOAKS, []], help="all by default")
+    parser.add_argument("--cases", type=int, default=10_000)
+    options = parser.parse_args()
+    for soak in options.soaks or SOAKS:
+        run(soak, options.cases)

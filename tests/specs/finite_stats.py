@@ -1,0 +1,55 @@
+"""Spec of `finite_stats`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from specs import FLOATS, HALVES, OpSpec, Sample
+from stablekern.ops.finite_stats import finite_stats, reference
+
+
+def samples(g: torch.Generator) -> list[Sample]:
+    def random(*shape: int):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    nan, inf = math.nan, math.inf
+    poor = random(4, 5)
+    poor[0, 1], poor[2, 2], poor[3, 4], poor[3, 0] = nan, inf, -inf, nan
+    bad = torch.tensor([nan, inf, -inf], dtype=torch.float64)
+    complex_ = torch.complex(random(7), random(7))
+    complex_[1], complex_[2], complex_[3] = complex(nan, 1.0), complex(0.0, -inf), complex(inf, nan)
+    return [
+        Sample("typical", ([random(3, 4), poor, random(7)],)),
+        Sample("nothing-finite", ([bad, torch.full((), nan, dtype=torch.float64)],)),
+        Sample("complex", ([complex_],)),
+        Sample("scalar", ([random()],)),
+        Sample("integers", ([torch.tensor([3, -7, 5]), torch.tensor([True, False])],)),
+        Sample("length-1", ([random(1)],)),
+        Sample("empty", ([random(0, 3), random(2)],)),
+        Sample("no-tensors", ([],)),
+        Sample("permuted", ([random(4, 3).t(), poor.t()],)),
+        Sample("largest", ([torch.full((3, 4), 6e4, dtype=torch.float64)],)),
+    ]
+
+
+SPECS = (
+    OpSpec(
+        "finite_stats",
+        op=finite_stats,
+        reference=reference,
+        samples=samples,
+        dtypes=FLOATS + HALVES,
+        dispatched=False,
+        differentiable=False,
+        errors=(
+            (lambda: finite_stats([torch.zeros(2), 1.0]), TypeError, r"`tensors\[1\]` must be a tensor: got float"),
+            (
+                lambda: finite_stats([torch.zeros(2), torch.zeros(2, device="meta")]),
+                ValueError,
+                r"`tensors\[1\]` and `tensors\[0\]` must be on one device: got meta and cpu",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,221 @@
+"""The native build: cached under the right key, private, crash-proof, and absent with one clear warning."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from stablekern import _build, _load
+from stablekern.errors import BuildError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        cwd="/",
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A source tree that compiles in a second: the build logic does not care what it compiles."""
+    root = tmp_path / "csrc"
+    (root / "include" / "stablekern").mkdir(parents=True)
+    (root / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    monkeypatch.setattr(_build, "SOURCES", ("one.cpp",))
+    monkeypatch.setattr(_build, "source_root", lambda: root)
+    return root
+
+
+def test_sources_are_all_there_and_all_listed():
+    root = _build.source_root()
+    listed = {str(root / name) for name in _build.SOURCES}
+    assert listed == {str(p) for p in [*root.glob("*.cpp"), *root.glob("cpu/*.cpp")]}
+
+
+def test_no_fast_math():
+    assert not [flag for flag in _build.FLAGS if "fast-math" in flag or flag in ("-Ofast", "-ffinite-math-only")]
+
+
+def test_built_once_and_again_for_other_sources_flags_or_targets(tiny, tmp_path, monkeypatch, capsys):
+    cache = str(tmp_path / "cache")
+    first = _build.build(cache, "x86-64")
+    assert first.is_file() and "compiled the CPU kernels" in capsys.readouterr().err
+    stamp = first.stat().st_mtime_ns
+    assert _build.build(cache, "x86-64") == first and first.stat().st_mtime_ns == stamp
+    assert not capsys.readouterr().err, "a cached build is silent"
+    (tiny / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
+    second = _build.build(cache, "x86-64")
+    (tiny / "include" / "stablekern" / "a.h").write_text("// a header\n")
+    third = _build.build(cache, "x86-64")
+    monkeypatch.setattr(_build, "FLAGS", (*_build.FLAGS, "-DX"))
+    fourth = _build.build(cache, "x86-64")
+    fifth = _build.build(cache, "x86-64-v2")
+    monkeypatch.setattr("torch.__version__", "2.99.0")
+    assert _build.find(cache, "x86-64-v2") is None
+    assert len({first, second, third, fourth, fifth}) == 5
+
+
+def test_a_killed_build_does_not_hang_the_next(tiny, tmp_path):
+    """SIGKILL in the middle of the compilation; the next process builds, and the leftovers are gone."""
+    cache = tmp_path / "cache"
+    slow = tmp_path / "slow-cxx"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) sleep 60;; esac\nexec {_build.compiler()} "$@"\n')
+    slow.chmod(0o755)
+    code = f"""
+        from stablekern import _build
+        from pathlib import Path
+        _build.SOURCES, _build.source_root = ("one.cpp",), lambda: Path({str(tiny)!r})
+        _build.build({str(cache)!r}, "x86-64")
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "CXX": str(slow)}, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not list(cache.glob("*.partial/build.ninja")) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert list(cache.glob("*.partial/build.ninja")), "the build did not start"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(cache.glob("*.partial")), "the kill came too late to test anything"
+    lock = next(cache.glob("*.lock"))
+    # The same key: the compiler's version text and macros are those of the wrapped compiler.
+    start = time.monotonic()
+    assert _build.build(str(cache), "x86-64").is_file()
+    assert time.monotonic() - start < 30
+    assert lock.exists() and not list(cache.glob("*.partial"))
+
+
+def test_two_processes_build_once(tiny, tmp_path):
+    cache = tmp_path / "cache"
+    code = f"""
+        from stablekern import _build
+        from pathlib import Path
+        _build.SOURCES, _build.source_root = ("one.cpp",), lambda: Path({str(tiny)!r})
+        print(_build.build({str(cache)!r}, "x86-64"))
+    """
+    both = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    results = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], results
+    assert results[0][0] == results[1][0]
+    assert sum("compiled the CPU kernels" in err for _, err in results) == 1
+
+
+def test_the_cache_is_private(tiny, tmp_path):
+    cache = tmp_path / "cache"
+    path = _build.build(str(cache), "x86-64")
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    with pytest.raises(BuildError, match=r"writable by you alone \(0700\): got 0o777"):
+        _build.build(str(cache), "x86-64")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to make a directory of somebody else's")
+def test_a_cache_of_somebody_else_is_refused(tmp_path):
+    os.chown(tmp_path, 12345, 12345)
+    with pytest.raises(BuildError, match="must belong to you: got owner 12345"):
+        _build.cache_directory(str(tmp_path))
+
+
+def test_a_compiler_error_is_shown(tiny, tmp_path):
+    (tiny / "one.cpp").write_text("int broken( {\n")
+    with pytest.raises(BuildError, match=r"(?s)the compiler failed: got .*one\.cpp:1:14: error"):
+        _build.build(str(tmp_path / "cache"), "x86-64")
+    assert not list((tmp_path / "cache").glob("native-*/"))
+
+
+NO_COMPILER = """
+    import warnings, torch
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import stablekern
+        from stablekern import _load
+        a = torch.eye(3).expand(2, 3, 3)
+        first = stablekern.eigh(a); stablekern.eigh(a)
+    texts = [str(w.message) for w in caught if "CPU kernels" in str(w.message)]
+    assert len(texts) == 1, texts
+    print(texts[0])
+    try:
+        stablekern.use_backend("native"); stablekern.eigh(a)
+    except stablekern.errors.BackendUnavailableError as error:
+        print(error)
+"""
+
+
+def test_without_a_compiler_torch_runs_with_one_warning(tmp_path):
+    run = python(NO_COMPILER, CXX="no-such-compiler", STABLEKERN_CACHE_DIR=str(tmp_path / "c"), STABLEKERN_BACKEND="")
+    assert run.returncode == 0, run.stderr
+    warned, forced = run.stdout.strip().splitlines()
+    assert "plain torch runs instead" in warned and "no C++ compiler found" in warned
+    assert forced.startswith("stablekern.eigh_fwd: backend `native` is forced") and "no C++ compiler" in forced
+
+
+def test_import_compiles_and_loads_nothing(tmp_path):
+    code = """
+        import sys, time, torch
+        start = time.perf_counter()
+        import stablekern
+        print(time.perf_counter() - start)
+        heavy = [m for m in ("triton", "mne", "edfio", "typer", "matplotlib", "stablekern._native", "ninja") if m in sys.modules]
+        print(heavy)
+    """
+    cache = tmp_path / "cache"
+    run = python(code, STABLEKERN_CACHE_DIR=str(cache))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[1] == "[]"
+    assert not cache.exists()
+
+
+def test_the_real_library_loads():
+    module = _load.native_module()
+    assert module.simd in ("avx512", "avx2", "portable") and module.vector_bytes in (16, 32, 64)
+
+
+def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
+    """Build a wheel from a copy of the sources, unpack it elsewhere, and run an op from there; nothing is compiled."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "runs", "__pycache__", "results")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    start = time.monotonic()
+    subprocess.run(pip, check=True, capture_output=True, timeout=300)
+    assert time.monotonic() - start < 120
+    (wheel,) = tmp_path.glob("stablekern-*.whl")
+    assert wheel.name.endswith("py3-none-any.whl"), "a plain build holds no compiled code"
+    site = tmp_path / "site"
+    shutil.unpack_archive(wheel, site, "zip")
+    for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed"):
+        assert (site / "stablekern" / name).is_file(), name
+    code = """
+        import torch, stablekern
+        from stablekern import _build
+        print(stablekern.__file__, _build.source_root())
+        with stablekern.use_backend("torch"):
+            print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
+        with stablekern.use_backend("triton"):
+            print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
+    """
+    run = python(code, PYTHONPATH=str(site), TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stderr
+    where, *values = run.stdout.strip().splitlines()
+    assert where.count(str(site)) == 2, where
+    assert values[0][:8] == values[1][:8] == "0.086643"
