@@ -10,9 +10,9 @@ cosine down to 0 at the last. Step $s = 0, 1, ...$ of $S$, with $W = \max(1, \lc
 $$\gamma_s / \gamma = (s + 1) / W \;\text{for}\; s < W, \qquad
 \tfrac12 \bigl(1 + \cos \pi \tfrac{s - W + 1}{S - W + 1}\bigr) \;\text{otherwise}.$$
 
-Environment variables that act here (`stablekern.settings`): BGB_SANITIZE_GRADS, BGB_SKIP_OPT_STEP_ON_NAN (`guard_policy`),
-BGB_ANOMALY_DETECT (`training_step`), BGB_LIMIT_FILES (`limit_files`), and BGB_SMOKE_TEST (`limit_files`, `positive_weight`,
-`balanced`).
+Environment variables that act here (`stablekern.settings`): BGB_SANITIZE_GRADS and BGB_SKIP_OPT_STEP_ON_NAN
+(`guard_policy`), BGB_ANOMALY_DETECT (`training_step`), BGB_LIMIT_FILES (`limit_files`), BGB_SMOKE_TEST (`limit_files`,
+`positive_weight`, `balanced`).
 """
 
 from __future__ import annotations
@@ -254,9 +254,10 @@ def balanced() -> bool:
 
 
 def positive_weight(labels: np.ndarray | Tensor) -> float:
-    r"""The weight of positive samples in the loss, $\sqrt{(1 - r) / r}$ for a share $r$ of ones; 1 under BGB_SMOKE_TEST.
+    r"""The weight of positive samples in the loss: $\sqrt{(1 - r) / r}$ for a share $r$ of ones.
 
-    The root lies between no correction and one that makes both classes weigh the same. 1 if a class is missing.
+    The root lies between no correction and one that makes both classes weigh the same. 1 if a class is missing, and
+    under BGB_SMOKE_TEST.
     """
     share = float(labels.mean())
     return 1.0 if settings.get("BGB_SMOKE_TEST") or not 0 < share < 1 else math.sqrt((1 - share) / share)

@@ -18,6 +18,15 @@ from stablekern.optim import ComplexAdamW, GradGuard
 NAN, INF = math.nan, math.inf
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def leaves(*gradients):
     """Parameters that hold the given gradients (None for none)."""
     params = []
@@ -500,8 +509,9 @@ def test_without_the_guard_one_nan_is_the_end():
 def _rank(rank, size, path):
     """Two processes: norms, verdicts and clips of sharded gradients are those of the whole ones."""
     import torch.distributed as dist
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
     try:
@@ -532,6 +542,10 @@ def _rank(rank, size, path):
             for p, q in zip(params, whole, strict=True):
                 full = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
                 torch.testing.assert_close(full, q.grad, rtol=1e-6 if p.dtype != torch.bfloat16 else 1e-2, atol=0)
+        replicated = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+        replicated.grad = DTensor.from_local(torch.tensor([3.0, 4.0]), mesh, [Partial()])  # a sum over two ranks
+        assert float(GradGuard([replicated], 1.0)()) == pytest.approx(10.0, rel=1e-12)
+        torch.testing.assert_close(replicated.grad.full_tensor(), torch.tensor([0.6, 0.8]))
         for poison in range(4):
             params = sharded(poison=poison)
             guard = GradGuard(params, 0.5)

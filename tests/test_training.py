@@ -22,7 +22,7 @@ LOSS = functools.partial(focal_loss, reduction="mean")
 
 
 class Toy(nn.Module):
-    """Channels to one logit per sample; `poison` makes the gradient of `scale` alone NaN, by 0 * inf in its backward."""
+    """Channels to one logit per sample; `poison` makes the gradient of `scale` NaN: 0 * inf in its backward."""
 
     def __init__(self, poison: bool = False) -> None:
         super().__init__()
@@ -195,9 +195,17 @@ def test_fit_stops_when_told_and_refuses_an_empty_source():
 
 @pytest.mark.parametrize(
     ("limit", "smoke", "train", "validation"),
-    [(None, None, 20, 9), ("1", None, 1, 1), ("7", None, 7, 1), ("15", None, 15, 3), ("99", None, 20, 9), (None, "1", 3, 1),
-     ("10", "1", 3, 1), ("2", "1", 2, 1)],
-)  # fmt: skip
+    [
+        (None, None, 20, 9),
+        ("1", None, 1, 1),
+        ("7", None, 7, 1),
+        ("15", None, 15, 3),
+        ("99", None, 20, 9),
+        (None, "1", 3, 1),
+        ("10", "1", 3, 1),
+        ("2", "1", 2, 1),
+    ],
+)
 def test_the_variables_limit_the_recordings(monkeypatch, limit, smoke, train, validation):
     for name, value in (("BGB_LIMIT_FILES", limit), ("BGB_SMOKE_TEST", smoke)):
         if value is not None:

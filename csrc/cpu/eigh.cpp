@@ -19,6 +19,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -434,7 +436,7 @@ void implicit_ql(Workspace<T, N, Blocks>& w, int runtime_n, Vec<T> (*d)[Blocks],
       Vec<T> edge_d = d[high[b]][b], d_m{}, d_l{}, d_next{}, e_l{}, known{};
       l[b] = index(n);
       m[b] = index(0);
-      int top = 0, bottom = n;
+      uint32_t rows = 0;  // bit i: some lane is coupled there
       Mask<T> active = none_set<T>();
       for (int i = high[b] - 1; i >= low[b]; --i) {
         const Mask<T> coupled = greater(abs(e[i][b]), threshold[b]);
@@ -448,15 +450,12 @@ void implicit_ql(Workspace<T, N, Blocks>& w, int runtime_n, Vec<T> (*d)[Blocks],
         e_l = select(coupled, e[i][b], e_l);
         if constexpr (Record) known = select(coupled, w.values[i][b], known);
         active = active | coupled;
-        if (any(coupled)) {
-          bottom = i;
-          top = top > i + 1 ? top : i + 1;
-        }
+        rows |= static_cast<uint32_t>(any(coupled)) << i;
       }
-      low[b] = bottom;
-      high[b] = top;
-      first = bottom < first ? bottom : first;
-      last = top > last ? top : last;
+      low[b] = std::min(std::countr_zero(rows), n);
+      high[b] = std::bit_width(rows);
+      first = std::min(low[b], first);
+      last = std::max(high[b], last);
       const Mask<T> repeated = equal_int<T>(l[b], previous) & active;
       Vec<T> shift = known;
       if (!Record || any(repeated)) {
@@ -498,9 +497,9 @@ void implicit_ql(Workspace<T, N, Blocks>& w, int runtime_n, Vec<T> (*d)[Blocks],
         const Vec<T> coupling = select(on, square * inverse, g[b]);  // g where the lane's sweep ended one row above
         e[i + 1][b] = select(started[b], coupling, e[i + 1][b]);
         const Vec<T> sine = select(trivial, zero, f * inverse), cosine = select(trivial, one, g[b] * inverse);
-        const Vec<T> r = fma(di - base[b], sine, (cosine + cosine) * h), p = sine * r;
-        d[i + 1][b] = select(on, base[b] + p, base[b]);
-        base[b] = select(on, di - p, di);
+        const Vec<T> r = fma(di - base[b], sine, (cosine + cosine) * h);
+        d[i + 1][b] = select(on, fma(sine, r, base[b]), base[b]);
+        base[b] = select(on, fma(-sine, r, di), di);
         g[b] = select(on, fma(cosine, r, -h), g[b]);
         s[b] = select(on, sine, s[b]);
         c[b] = select(on, cosine, c[b]);

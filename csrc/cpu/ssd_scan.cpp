@@ -179,8 +179,11 @@ struct Strip {
     const int64_t everywhere = at.channel + channel;
     for (int w = 0; w < W; ++w) {
       heads[w] = (channel + w * kLanes<T>) / p.width;
-      for (int lane = 0; lane < kLanes<T>; ++lane)
-        to_head[w][lane] = static_cast<typename VecTypes<T>::integer>((channel + w * kLanes<T> + lane) / p.width - heads[w]);
+      int64_t head = 0, next = (heads[w] + 1) * p.width - channel - w * kLanes<T>;
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        if (lane == next) ++head, next += p.width;
+        to_head[w][lane] = static_cast<typename VecTypes<T>::integer>(head);
+      }
       if (p.lower) lower[w] = load_block(p.lower + everywhere, w, count);
       if (p.upper) upper[w] = load_block(p.upper + everywhere, w, count);
     }

@@ -1,7 +1,7 @@
 """The command `stablekern`, also `python -m stablekern`: `doctor` on any installation, the rest with the extra `cli`.
 
-With `--json` stdout holds JSON alone; progress and warnings always go to stderr. Exit codes: 0 done, 1 the machine cannot
-run the package or a run failed, 2 wrong arguments, a bad file or a missing extra, 130 stopped by Ctrl-C.
+With `--json` stdout holds JSON alone; progress and warnings always go to stderr. Exit codes: 0 done, 1 something has to
+be put right before the package can run, 2 wrong arguments, a bad file or a missing extra, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; `sys.argv` if None) and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        from stablekern.cli.app import app
+        importlib.import_module("typer")
     except ImportError:
         return _without_typer(given)
+    from stablekern.cli.app import app
+
     try:
         app(given, prog_name="stablekern")
     except SystemExit as end:  # the parser's way to return
@@ -54,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _without_typer(given: list[str]) -> int:
     """The base installation: `doctor`, and for the rest what is missing."""
-    command, flags = (given[0], given[1:]) if given else ("--help", [])
+    command, flags = (given[0], set(given[1:])) if given else ("", set())
     if command in EXTRAS:
         print(missing_extras(command), file=sys.stderr)
         return 2
-    if command == "doctor" and set(flags) <= {"--json", "--no-build"}:
+    if command == "doctor" and flags <= {"--json", "--no-build"}:
         return doctor.run(as_json="--json" in flags, build="--no-build" not in flags)
-    wanted = command in ("--help", "-h") or (command == "doctor" and set(flags) & {"--help", "-h"})
+    wanted = bool({command, *flags} & {"--help", "-h"})
     print(_USAGE, file=sys.stdout if wanted else sys.stderr)
     return 0 if wanted else 2

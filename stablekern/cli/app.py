@@ -48,8 +48,8 @@ def demo(
 ) -> None:
     """Train the smallest detector on a real recording with discharges of known times, and report what happened.
 
-    In a few minutes on a CPU: the last 30 % of the recording are held out, every step is checked for NaN and infinities,
-    and some steps are repeated with the backward of torch.linalg.eigh. Ctrl-C stops after the step and reports on what ran.
+    In a few minutes on a CPU: the last 30 % of the recording are held out, every step is checked for NaN and
+    infinities, and some are repeated with the backward of torch.linalg.eigh. Ctrl-C stops after the step and reports.
     """
     missing = missing_extras("demo")
     if missing:

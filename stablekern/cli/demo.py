@@ -130,11 +130,11 @@ def _description(options: Options, data: _Data) -> str:
     if options.edf is None:
         origin = (
             "The recording that comes with stablekern: EEGLAB's tutorial data, a real scalp EEG without seizures "
-            "(Delorme and Makeig, J. Neurosci. Methods 134 (2004) 9-21; BSD 2-Clause licence, stablekern/eeg/data/ATTRIBUTION.md)."
+            "(Delorme and Makeig, J. Neurosci. Methods 134 (2004) 9-21; BSD 2-Clause licence, see ATTRIBUTION.md)."
         )
     else:
         origin = f"Your recording {options.edf.name}, as background."
-    added = "Synthetic spike-and-wave discharges were added at the times below; nothing else in it is taken for a discharge."
+    added = "Synthetic spike-and-wave discharges were added to it; nothing else in it is taken for a discharge."
     return f"{origin} {seconds:.0f} s. {added} {cut}"
 
 
@@ -339,17 +339,17 @@ def _check(options: Options) -> None:
 
 
 def run(options: Options, *, as_json: bool = False) -> int:
-    """Run the demo and write `report.html`, `metrics.jsonl` and `checkpoint.pt` to a directory of its own in `options.out`.
+    """Run the demo; `report.html`, `metrics.jsonl` and `checkpoint.pt` go to a new directory in `options.out`.
 
     With `as_json` stdout holds one JSON object: `version`, `started`, `seed`, `preset`, `parameters`, `interrupted`,
-    `steps`, `steps_asked`, `batch_size`, `window_seconds`, `max_norm`, `loss` (`first`, `last`, `last_10`), `grad_norm`
-    (`median`, `largest`), `not_finite` (numbers of steps: `steps`, `loss`, `gradients`, `parameters`, `skipped`), `eigh`
-    (`batches`, and for `torch` and `stablekern`: `_not_finite`, `_median_norm`, `_largest_norm`), `auroc` (None if
-    undefined) and `auroc_note`, `seconds_per_step`, `seconds`, `cpu_seconds`, `recording` (`source`, `description`,
-    `notes`, `events`), `files` (`report`, `metrics`, `checkpoint`).
+    `steps`, `steps_asked`, `batch_size`, `window_seconds`, `max_norm`, `loss` (`first`, `last`, `last_10`),
+    `grad_norm` (`median`, `largest`), `not_finite` (how many steps: `steps`, `loss`, `gradients`, `parameters`,
+    `skipped`), `eigh` (`batches`; for `torch` and `stablekern`: `_not_finite`, `_median_norm`, `_largest_norm`),
+    `auroc` (None if undefined), `auroc_note`, `seconds_per_step`, `seconds`, `cpu_seconds`, `recording` (`source`,
+    `description`, `notes`, `events`), `files` (`report`, `metrics`, `checkpoint`).
 
-    Returns the exit code: 0; 2 for a recording or a value that cannot be used; 130 after Ctrl-C, with the report of what
-    ran until then.
+    Returns the exit code: 0; 2 for a recording or a value that cannot be used; 130 after Ctrl-C, with the report of
+    what ran until then.
     """
     try:
         _check(options)
@@ -458,7 +458,8 @@ def _closing(summary: dict[str, Any]) -> list[str]:
     if first is not None:
         lines.append(f"  loss                {first:.4f} to {last:.4f} (mean of the last 10)")
     lines += [
-        f"  steps not finite    {bad['steps']} (loss {bad['loss']}, gradients {bad['gradients']}, parameters {bad['parameters']})",
+        f"  steps not finite    {bad['steps']} (loss {bad['loss']}, gradients {bad['gradients']}, "
+        f"parameters {bad['parameters']})",
         f"  torch.linalg.eigh   non-finite gradients in {eigh['torch_not_finite']} of {eigh['batches']} batches; "
         f"stablekern in {eigh['stablekern_not_finite']}",
         f"  AUROC, held out     {'none' if area is None else f'{area:.3f}'} ({summary['auroc_note']})",

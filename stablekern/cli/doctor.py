@@ -38,7 +38,7 @@ _EXTRAS = {
 
 
 def collect(*, build: bool = True) -> dict[str, Any]:
-    """Everything that `doctor` knows, as JSON types. Builds the native kernels if they are not there and `build` is set.
+    """Everything that `doctor` knows, as JSON types. Builds the native kernels if they are not there, if `build`.
 
     Keys, whose names and types stay:
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, StrMethodFormatter
 
 __all__ = ["Comparison", "HeldOut", "render"]
 
@@ -63,7 +63,13 @@ def _figure(height: float, rows: int = 1, ratios: Sequence[float] = (1.0,)) -> t
         axis.tick_params(colors=_INK, length=3, width=0.6, labelsize=9)
         axis.grid(True, color="#ECEEF1", linewidth=0.8)
         axis.set_axisbelow(True)
+        axis.margins(x=0.01)
     return figure, list(axes)
+
+
+def _legend(axis: Any, columns: int) -> None:
+    """Above the plot at the right, where it covers nothing."""
+    axis.legend(frameon=False, fontsize=9, ncols=columns, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
 def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -89,8 +95,9 @@ def loss_figure(steps: Sequence[dict[str, Any]]) -> Figure:
     axis.set_ylim(bottom=0)
     _mark(axis, [s["step"] for s in steps if not s["finite"]], "not finite")
     axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("focal loss")
-    axis.legend(frameon=False, fontsize=9)
+    _legend(axis, 3)
     return figure
 
 
@@ -113,11 +120,12 @@ def gradient_figure(steps: Sequence[dict[str, Any]], comparisons: Sequence[Compa
     axis.set_yscale("log")
     axis.axhline(max_norm, color=_GREY, linestyle="--", linewidth=1, label=f"clipped to {max_norm:g}")
     _mark(axis, [c.step for c in comparisons if not c.finite], "torch.linalg.eigh: not finite")
-    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("gradient norm")
-    axis.legend(frameon=False, fontsize=9, ncols=2)
+    _legend(axis, 4)
     return figure
 
 
@@ -155,7 +163,7 @@ def timeline_figure(held: HeldOut) -> Figure:
     _shade(axis, held, "discharge (true)")
     _probability(axis, held, slice(None))
     axis.set_xlim(held.start, held.start + held.labels.size / held.sample_rate)
-    axis.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    _legend(axis, 2)
     return figure
 
 
@@ -183,10 +191,11 @@ def window_figure(held: HeldOut) -> Figure:
     traces.set_yticks([-row * step for row in range(len(strongest))], [held.channels[c] for c in strongest])
     traces.set_ylim(-(len(strongest) - 0.4) * step, 0.6 * step)
     traces.grid(False, axis="y")
-    bar = 10.0
-    traces.plot([time[-1]] * 2, [0.1 * step, 0.1 * step + bar], color=_ORANGE, linewidth=2.5, solid_capstyle="butt")
-    traces.text(time[-1], 0.1 * step + bar, "10 sigma ", ha="right", va="center", fontsize=8, color=_ORANGE)
-    traces.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1))
+    top, bar = 0.55 * step, 10.0  # the scale stands at the left, above the first trace
+    left = time[0] + 0.012 * (time[-1] - time[0])
+    traces.plot([left] * 2, [top - bar, top], color=_ORANGE, linewidth=2.5, solid_capstyle="butt")
+    traces.text(left, top - bar / 2, f"  {bar:g} sigma", ha="left", va="center", fontsize=8, color=_ORANGE)
+    _legend(traces, 1)
     _probability(probability, held, samples)
     probability.set_xlim(time[0], time[-1])
     probability.xaxis.set_major_locator(MultipleLocator(2))
@@ -204,141 +213,194 @@ def _png(figure: Figure) -> bytes:
 _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1d2330; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: #fff; color: #1d2330; line-height: 1.55;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #e3e6ea; }
 p { margin: .4rem 0 .8rem; max-width: 46rem; }
-.lead { color: #4a5160; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.5rem 0 0; padding: 0; }
+.lead, figcaption, footer { color: #4a5160; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.5rem 0 0; }
 .tiles div { border: 1px solid #dfe3e8; border-radius: .5rem; padding: .7rem .9rem; }
 .tiles dt { font-size: .82rem; color: #4a5160; }
 .tiles dd { margin: 0; font-size: 1.55rem; font-weight: 650; font-variant-numeric: tabular-nums; }
-.tiles dd small { display: block; font-size: .8rem; font-weight: 400; color: #4a5160; }
-.note { border-left: 4px solid #d55e00; background: #fdf4ee; padding: .6rem .9rem; margin: 1.2rem 0 0; max-width: none; }
+.tiles small { display: block; font-size: .8rem; font-weight: 400; line-height: 1.35; color: #4a5160; }
+.note { border-left: 4px solid #d55e00; background: #fdf4ee; padding: .6rem .9rem; margin: 1.2rem 0 0; }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0 1rem; font-size: .95rem; }
 th, td { text-align: left; vertical-align: top; padding: .38rem .8rem .38rem 0; border-bottom: 1px solid #eceef1; }
 tbody th { font-weight: 500; color: #4a5160; width: 15rem; }
 thead th { font-weight: 650; border-bottom-color: #c5c9d0; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; padding-right: 1.6rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; padding-right: 1.6rem; }
+td { overflow-wrap: anywhere; }
 figure { margin: 1rem 0 1.4rem; }
 figure img { display: block; width: 100%; height: auto; }
-figcaption { font-size: .9rem; color: #4a5160; max-width: 46rem; }
+figcaption { font-size: .9rem; max-width: 46rem; }
 ul { margin: .4rem 0 1rem; padding-left: 1.2rem; }
-footer { margin-top: 3rem; font-size: .85rem; color: #4a5160; border-top: 1px solid #e3e6ea; padding-top: .9rem; }
+footer { margin-top: 3rem; font-size: .85rem; border-top: 1px solid #e3e6ea; padding-top: .9rem; }
 @media (max-width: 34rem) { tbody th { width: 9rem; } }
 @media print { main { padding: 0; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>Training that stays finite</h1>
+<p class="lead">{lead}</p>
+{stopped}
+<dl class="tiles">{tiles}</dl>
+{sections}
+<footer>{footer}</footer>
+</main>
+</body>
+</html>
+"""
+
+_EIGH = """The positional encoding of the graphs differentiates eigenvectors. Where an eigenvalue repeats, the
+backward of torch.linalg.eigh divides by a difference that is zero. Each batch below was done twice with the same
+weights, windows and dropout: as it was trained, and with torch.linalg.eigh in the forward and the backward. The counts
+are those of this run: a graph with an exact repetition may or may not come up in {batches} batches. Norms are of the
+finite gradients."""
+
 
 def _number(value: float | None, digits: int = 4) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+    return "none" if value is None else f"{value:.{digits}g}"
 
 
 def _image(figure: Figure, described: str, caption: str) -> str:
     data = base64.b64encode(_png(figure)).decode()
-    alt = html.escape(described, quote=True)
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{alt}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(described, quote=True)}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> str:
+def _facts(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and values."""
     cells = (f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)
     return f"<table><tbody>{''.join(cells)}</tbody></table>"
 
 
-def _tile(name: str, value: str, small: str) -> str:
-    return f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(small)}</small></dd></div>"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool) -> str:
+    """A table with a head; with `numbers` all columns but the first are aligned at the right."""
+    right = ' class="number"' if numbers else ""
+    names = "".join(f'<th scope="col"{right if i else ""}>{html.escape(name)}</th>' for i, name in enumerate(head))
+    body = ""
+    for first, *rest in rows:
+        cells = "".join(f"<td{right}>{html.escape(cell)}</td>" for cell in rest)
+        body += f'<tr><th scope="row">{html.escape(first)}</th>{cells}</tr>'
+    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _tiles(summary: dict[str, Any]) -> str:
-    finite, compared = summary["not_finite"], summary["eigh"]
-    area = summary["auroc"]
-    bad = finite["steps"]
-    per_step = summary["seconds_per_step"]
+    bad, eigh, area, step = summary["not_finite"], summary["eigh"], summary["auroc"], summary["seconds_per_step"]
+    tiles = (
+        ("AUROC, held out", "none" if area is None else f"{area:.3f}", summary["auroc_note"]),
+        ("Steps", str(summary["steps"]), f"of {summary['steps_asked']} asked for"),
+        ("Steps not finite", str(bad["steps"]), f"{bad['skipped']} left out"),
+        ("torch.linalg.eigh", f"{eigh['torch_not_finite']} of {eigh['batches']}", "batches with a non-finite gradient"),
+        ("Time per step", "none" if step is None else f"{step * 1e3:.0f} ms", "median"),
+    )
     return "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(small)}</small></dd></div>"
+        for name, value, small in tiles
+    )
+
+
+def _run(summary: dict[str, Any]) -> str:
+    loss, norm, bad = summary["loss"], summary["grad_norm"], summary["not_finite"]
+    course = f"{_number(loss['first'])} to {_number(loss['last'])}, mean of the last 10 {_number(loss['last_10'])}"
+    counts = (
+        f"not finite were the loss in {bad['loss']}, gradients in {bad['gradients']}, parameters in {bad['parameters']}"
+    )
+    return _facts(
         (
-            _tile("AUROC, held out", "none" if area is None else f"{area:.3f}", summary["auroc_note"]),
-            _tile("Steps", str(summary["steps"]), f"of {summary['steps_asked']} asked for"),
-            _tile("Steps not finite", str(bad), f"{finite['skipped']} left out"),
-            _tile(
-                "torch.linalg.eigh",
-                f"{compared['torch_not_finite']} of {compared['batches']}",
-                "batches with a non-finite gradient",
-            ),
-            _tile("Time per step", "none" if per_step is None else f"{per_step * 1e3:.0f} ms", "median"),
+            ("Model", f'SeizureDetector "{summary["preset"]}", {summary["parameters"]:,} parameters'),
+            ("Seed", str(summary["seed"])),
+            ("Windows", f"{summary['batch_size']} of {summary['window_seconds']:g} s in a step"),
+            ("Loss", course),
+            ("Gradient norm", f"median {_number(norm['median'])}, largest {_number(norm['largest'])}, before clipping"),
+            ("Checks", f"in {summary['steps']} steps {counts}"),
+            ("Time", f"{summary['seconds']:.0f} s in all, {summary['cpu_seconds']:.0f} s of CPU time"),
+            ("Checkpoint", summary["files"]["checkpoint"]),
+            ("Every step", summary["files"]["metrics"]),
         )
     )
 
 
-def _run_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    loss, norm, finite = summary["loss"], summary["grad_norm"], summary["not_finite"]
+def _training(summary: dict[str, Any], steps: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> list[str]:
+    loss, norm, eigh = summary["loss"], summary["grad_norm"], summary["eigh"]
+    fall = f"Loss over {len(steps)} steps, from {_number(loss['first'])} to {_number(loss['last'])}."
+    norms = (
+        f"Gradient norm over {len(steps)} steps: median {_number(norm['median'])}, largest {_number(norm['largest'])}."
+    )
+    norms += f" With torch.linalg.eigh {eigh['torch_not_finite']} of {eigh['batches']} batches are not finite."
+    return [
+        "<h2>Loss</h2>",
+        _image(loss_figure(steps), fall, "Focal loss of the training batch at each step."),
+        "<h2>Gradient norm</h2>",
+        _image(
+            gradient_figure(steps, comparisons, summary["max_norm"]),
+            norms,
+            "The norm of the whole gradient before clipping. Circles: the same batch with torch.linalg.eigh.",
+        ),
+    ]
+
+
+def _eigh(summary: dict[str, Any]) -> list[str]:
+    eigh = summary["eigh"]
     rows = [
         (
-            "Model",
-            f'SeizureDetector "{summary["preset"]}", {summary["parameters"]:,} parameters, seed {summary["seed"]}',
-        )
-    ]
-    if summary["steps"]:
-        rows += [
-            (
-                "Loss, first to last step",
-                f"{_number(loss['first'])} to {_number(loss['last'])} (mean of the last 10: {_number(loss['last_10'])})",
-            ),
-            ("Gradient norm, before clipping", f"median {_number(norm['median'])}, largest {_number(norm['largest'])}"),
-        ]
-    rows += [
-        (
-            "Checks at every step",
-            f"{summary['steps']} steps: loss not finite in {finite['loss']}, gradients in {finite['gradients']}, parameters in {finite['parameters']}",
-        ),
-        ("Windows", f"{summary['batch_size']} of {summary['window_seconds']:g} s per step"),
-        ("Time", f"{summary['seconds']:.0f} s in all, {summary['cpu_seconds']:.0f} s of CPU time"),
-        ("Checkpoint", summary["files"]["checkpoint"]),
-        ("Every step", summary["files"]["metrics"]),
-    ]
-    return rows
-
-
-def _eigh(summary: dict[str, Any]) -> str:
-    eigh = summary["eigh"]
-    if not eigh["batches"]:
-        return "<p>No batch was compared in this run.</p>"
-    head = "".join(
-        f'<th scope="col"{" class=number" if i else ""}>{name}</th>'
-        for i, name in enumerate(("Backward", "Batches", "Gradient not finite", "Median norm", "Largest norm"))
-    )
-    rows = ""
-    for name, key in (("stablekern.laplacian_pe", "stablekern"), ("torch.linalg.eigh", "torch")):
-        cells = (
-            eigh["batches"],
-            eigh[f"{key}_not_finite"],
+            name,
+            str(eigh["batches"]),
+            str(eigh[f"{key}_not_finite"]),
             _number(eigh[f"{key}_median_norm"]),
             _number(eigh[f"{key}_largest_norm"]),
         )
-        rows += (
-            f'<tr><th scope="row">{name}</th>' + "".join(f"<td class=number>{cell}</td>" for cell in cells) + "</tr>"
-        )
-    return (
-        "<p>The positional encoding differentiates eigenvectors. Where eigenvalues of a graph repeat, the backward of "
-        "torch.linalg.eigh divides by their zero difference. For each batch below the same step (same weights, same windows, same "
-        "dropout) was done twice: once as it was trained, once with torch.linalg.eigh in the forward and the backward. The counts "
-        f"are those of this run; a graph with an exact repetition may or may not come up in {eigh['batches']} batches. Norms are of "
-        "the finite gradients.</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    )
+        for name, key in (("stablekern.laplacian_pe", "stablekern"), ("torch.linalg.eigh", "torch"))
+    ]
+    head = ("Eigenvectors by", "Batches", "Gradient not finite", "Median norm", "Largest norm")
+    return [
+        "<h2>The same step with torch.linalg.eigh</h2>",
+        f"<p>{_EIGH.format(batches=eigh['batches'])}</p>" if eigh["batches"] else "<p>No batch was compared.</p>",
+        _table(head, rows, numbers=True) if eigh["batches"] else "",
+    ]
 
 
-def _list(items: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
+def _held_out(summary: dict[str, Any], held: HeldOut) -> list[str]:
+    seconds, share = held.labels.size / held.sample_rate, float((held.labels > 0.5).mean())
+    whole = f"Predicted probability over {seconds:.0f} held-out seconds, {share:.0%} of them a discharge."
+    return [
+        "<h2>The held-out part</h2>",
+        _image(
+            timeline_figure(held),
+            f"{whole} AUROC {_number(summary['auroc'], 3)}.",
+            "The last 30 % of the recording, which no training window touches. Shaded: where a discharge was added.",
+        ),
+        _image(
+            window_figure(held),
+            f"{_TRACES} electrodes around the onset of the first held-out discharge; the predicted probability below.",
+            f"One window of it: the {_TRACES} electrodes that vary most there, and the prediction.",
+        ),
+    ]
 
 
-def _events(events: Sequence[dict[str, Any]]) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Part", "Onset", "Duration", "Focus", "Rate"))
-    rows = "".join(
-        f"<tr><td>{e['part']}</td><td>{e['onset']:.1f} s</td><td>{e['duration']:.1f} s</td><td>{html.escape(e['focus'])}</td><td>{e['rate']:.2f} Hz</td></tr>"
-        for e in events
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+def _recording(recording: dict[str, Any]) -> list[str]:
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in recording["notes"])
+    rows = [
+        (e["part"], f"{e['onset']:.1f} s", f"{e['duration']:.1f} s", e["focus"], f"{e['rate']:.2f} Hz")
+        for e in recording["events"]
+    ]
+    return [
+        "<h2>The recording</h2>",
+        f"<p>{html.escape(recording['description'])}</p>",
+        f"<ul>{notes}</ul>",
+        _table(("Discharge in", "Onset", "Duration", "Focus", "Rate"), rows, numbers=False),
+    ]
 
 
 def render(
@@ -348,63 +410,25 @@ def render(
     held: HeldOut | None,
     machine: Sequence[tuple[str, str]],
 ) -> str:
-    """The page, from the summary and the step records of `stablekern demo --json`; `held` is None if nothing was evaluated."""
-    recording, sections = summary["recording"], []
-    if steps:
-        loss, norm, eigh = summary["loss"], summary["grad_norm"], summary["eigh"]
-        sections += [
-            "<h2>Loss</h2>",
-            _image(
-                loss_figure(steps),
-                f"Loss over {len(steps)} steps, from {_number(loss['first'])} to {_number(loss['last'])}.",
-                "Focal loss of the training batch at each step.",
-            ),
-            "<h2>Gradient norm</h2>",
-            _image(
-                gradient_figure(steps, comparisons, summary["max_norm"]),
-                f"Gradient norm over {len(steps)} steps, median {_number(norm['median'])}, largest {_number(norm['largest'])}; "
-                f"with torch.linalg.eigh {eigh['torch_not_finite']} of {eigh['batches']} batches are not finite.",
-                "Norm of the whole gradient before clipping, on a logarithmic axis. Circles: the same batch with torch.linalg.eigh.",
-            ),
-        ]
-    sections += ["<h2>The same step with torch.linalg.eigh</h2>", _eigh(summary)]
-    if held is not None:
-        share = float((held.labels > 0.5).mean())
-        sections += [
-            "<h2>The held-out part</h2>",
-            _image(
-                timeline_figure(held),
-                f"Predicted probability over {held.labels.size / held.sample_rate:.0f} held-out seconds, of which {share:.0%} are a "
-                f"discharge; AUROC {_number(summary['auroc'], 3)}.",
-                "Every sample of the last 30 % of the recording, which no training window touches. Shaded: where a discharge was added.",
-            ),
-            _image(
-                window_figure(held),
-                f"{_TRACES} electrodes over {_SPAN:g} s around the first held-out discharge, with the predicted probability below.",
-                f"One window: the {_TRACES} electrodes that vary most in it, and the prediction.",
-            ),
-        ]
-    sections += [
-        "<h2>The recording</h2>",
-        f"<p>{html.escape(recording['description'])}</p>",
-        _list(recording["notes"]),
-        _events(recording["events"]),
-        "<h2>The machine</h2>",
-        _table(machine),
-    ]
-    stopped = (
-        '<p class="note">Stopped by Ctrl-C: this report covers what ran until then.</p>'
-        if summary["interrupted"]
-        else ""
-    )
-    title = f"stablekern demo, seed {summary['seed']}"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
-        f"<body>\n<main>\n<h1>Training that stays finite</h1>\n"
-        f'<p class="lead">stablekern demo on {html.escape(recording["source"])}, {html.escape(summary["started"])}</p>\n'
-        f'{stopped}<dl class="tiles">{_tiles(summary)}</dl>\n<h2>The run</h2>\n{_table(_run_rows(summary))}\n'
-        + "\n".join(sections)
-        + f"\n<footer>stablekern {html.escape(summary['version'])}. The discharges are synthetic, added at known times so that the result "
-        "can be checked. This is not a medical device.</footer>\n</main>\n</body>\n</html>\n"
+    """The page.
+
+    **Arguments:** `summary` is what `stablekern demo --json` prints, `steps` the records of `metrics.jsonl`, `held`
+    None if nothing was evaluated, `machine` the rows of `doctor.summary`.
+    """
+    sections = ["<h2>The run</h2>", _run(summary)]
+    sections += _training(summary, steps, comparisons) if steps else []
+    sections += _held_out(summary, held) if held is not None else []
+    sections += [*_eigh(summary), *_recording(summary["recording"]), "<h2>The machine</h2>", _facts(machine)]
+    stopped = '<p class="note">Stopped by Ctrl-C: this report covers what ran until then.</p>'
+    return _PAGE.format(
+        title=f"stablekern demo, seed {summary['seed']}",
+        style=_STYLE,
+        lead=html.escape(f"stablekern demo on {summary['recording']['source']}, {summary['started']}"),
+        stopped=stopped if summary["interrupted"] else "",
+        tiles=_tiles(summary),
+        sections="\n".join(section for section in sections if section),
+        footer=html.escape(
+            f"stablekern {summary['version']}. The discharges are synthetic, added at known times so that the result "
+            "can be checked. This is not a medical device."
+        ),
     )

@@ -38,10 +38,14 @@ import torch
 from torch import Tensor
 
 from stablekern import _check
+from stablekern._load import native
 from stablekern._registry import define, launcher
 from stablekern.numerics import COSINE_EPS, COSINE_GRAD_FLOOR
 
 __all__ = ["cosine_edges"]
+
+# The native kernel keeps a matrix of vectors per thread, 1 MB in float32 at this size.
+_NATIVE_NODES = 128
 
 
 def reference(
@@ -109,6 +113,31 @@ def _scaled(x: Tensor, centre: bool) -> tuple[Tensor, Tensor]:
 def _pairs(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     first, second = torch.triu_indices(n, n, 1, device=device)
     return first, second
+
+
+def _unsupported(x: Tensor) -> str | None:
+    return None if x.shape[1] <= _NATIVE_NODES else f"more than {_NATIVE_NODES} nodes"
+
+
+def _dense_features(x: Tensor) -> Tensor:
+    x = x.to(_wide(x))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@launcher("cosine_edges_fwd", device="cpu", backend="native", supports=lambda x, *_: _unsupported(x))
+def _(x: Tensor, centre: bool, eps: float) -> tuple[Tensor, Tensor]:
+    edges, inverse_norm = _fake(x, centre, eps)
+    native().cosine_edges_fwd(_dense_features(x), centre, eps, edges, inverse_norm)
+    return edges, inverse_norm
+
+
+@launcher("cosine_edges_bwd", device="cpu", backend="native", supports=lambda grad, x, *_: _unsupported(x))
+def _(
+    grad: Tensor, x: Tensor, edges: Tensor, inverse_norm: Tensor, centre: bool, eps: float, grad_floor: float
+) -> Tensor:
+    dx = torch.empty(x.shape, dtype=_wide(x), device=x.device)
+    native().cosine_edges_bwd(grad.contiguous(), _dense_features(x), edges, inverse_norm, centre, eps, grad_floor, dx)
+    return dx.to(x.dtype)
 
 
 @launcher("cosine_edges_fwd", device="cuda", backend="torch")

@@ -58,9 +58,10 @@ class LaplacianPe(NamedTuple):
 
 def reference(adjacency: Tensor, k: int, *, skip_trivial: bool = False) -> tuple[Tensor, Tensor]:
     """The definition for connected graphs without repeated eigenvalues, differentiable: vectors and values."""
-    degree = adjacency.sum(-1)
+    S = (adjacency + adjacency.mT) / 2
+    degree = S.sum(-1)
     root = (degree[..., :, None] * degree[..., None, :]) ** 0.5
-    w, V = eigh.reference(torch.eye(degree.shape[-1], dtype=degree.dtype, device=degree.device) - adjacency / root)
+    w, V = eigh.reference(torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) - S / root)
     first = int(skip_trivial)
     return V[..., first : first + k], w[..., first : first + k]
 
@@ -318,9 +319,7 @@ def laplacian_pe_ex(
             pe = (turns.view(-1, k, n) @ rows).mT
     else:
         pe = rows[:, first : first + k].mT
-    found = tuple(
-        x.reshape(*batch, steps, *x.shape[1:]) for x in (pe, values[:, first : first + k], info)
-    )
+    found = tuple(x.reshape(*batch, steps, *x.shape[1:]) for x in (pe, values[:, first : first + k], info))
     if interval > 1:
         held = torch.arange(dims["t"], device=flat.device) // interval
         found = tuple(x.index_select(len(batch), held) for x in found)

@@ -1,14 +1,14 @@
 r"""The scan of Mamba-2 (state-space duality): one decay per head, a state of p x n numbers per head.
 
-For every batch item and head, with $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + bias))$, decay $a_t = e^{\Delta_t A}$ and
-$c = \mathrm{clamp}(\cdot, lo, hi)$ where bounds are given (else the identity),
+For every batch item and head, with $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + bias))$, the decay
+$a_t = e^{\Delta_t A}$, and $c = \mathrm{clamp}(\cdot, lo, hi)$ where bounds are given (else the identity),
 
 $$v_t = a_t h_{t-1} + \Delta_t\, x_t B_t^\top, \qquad h_t = c(v_t), \qquad
 y_t = h_t C_t + D x_t, \qquad out_t = y_t\, \mathrm{silu}(z_t).$$
 
-**Adjoint.** Let $\bar y_t$ be the gradient with respect to $y_t$ and $\bar h_l$ that of the last state, and let
-$m_t = 1[lo \le v_t \le hi]$, elementwise and inclusive as in `torch.clamp`. With $r_t$ the part of $\partial L / \partial h_t$
-that comes from later steps ($r_{l-1} = \bar h_l$),
+**Adjoint.** Let $\bar y_t$ be the gradient with respect to $y_t$ and $\bar h_{l-1}$ that of the last state, and let
+$m_t = 1[lo \le v_t \le hi]$, elementwise and inclusive as in `torch.clamp`. With $r_t$ the part of
+$\partial L / \partial h_t$ that comes from later steps ($r_{l-1} = \bar h_{l-1}$),
 
 $$G_t = m_t \odot (r_t + \bar y_t C_t^\top), \qquad r_{t-1} = a_t G_t,$$
 $$\bar B_t = \sum_{h, p} G_t \Delta_t x_t, \quad \bar C_t = \sum_{h, p} \bar y_t h_t, \quad
@@ -16,16 +16,16 @@ s_t = G_t B_t, \quad \bar x_t = \Delta_t s_t + D \bar y_t, \quad q_t = \sum_{p, 
 $$\bar\Delta_t = \sum_p s_t x_t + A q_t, \quad \bar A = \sum_t \Delta_t q_t, \quad \bar D = \sum_t \bar y_t x_t, \quad
 \bar h_{-1} = a_0 G_0.$$
 
-$q_t$ needs the true $h_{t-1}$: taking $a_t h_{t-1}$ as $v_t - \Delta_t x_t B_t^\top$ cancels, and is wrong once a state has been
-clamped. The forward pass keeps the state at the start of every chunk of `_CHUNK` steps, and the backward pass recomputes
-the others a chunk at a time: memory and time are linear in the length, and nothing is divided by a decay, which may have
-underflowed to 0. For $A < 0$ the argument of every exponential is $\le 0$.
+$q_t$ needs the true $h_{t-1}$: taking $a_t h_{t-1}$ as $v_t - \Delta_t x_t B_t^\top$ cancels, and is wrong once a state
+has been clamped. The forward pass keeps the state at the start of every chunk of `_CHUNK` steps, and the backward pass
+recomputes the others a chunk at a time: memory and time are linear in the length, and nothing is divided by a decay,
+which may have underflowed to 0. For $A < 0$ the argument of every exponential is $\le 0$.
 
 The op (`ssd_scan_fwd`, `ssd_scan_bwd`) takes $\Delta$, ready and positive, and `D` and the bounds as (h, p); softplus,
 limits and gate are plain torch around it.
 
-Sources: Dao & Gu 2024, arXiv:2405.21060, sec. 2 and 6 (the recurrence, and its names); the adjoint of a linear recurrence:
-Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the derivative of $c$.
+Sources: Dao & Gu 2024, arXiv:2405.21060, sec. 2 and 6 (the recurrence, and its names); the adjoint of a linear
+recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the derivative of $c$.
 """
 
 from __future__ import annotations
@@ -231,9 +231,8 @@ def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, ch
     grad_x = dt[..., None] * grad_token
     if D is not None:
         grad_x = grad_x + D * grad_y
-    grad_B, grad_C = (
-        M.reshape(batch, length, groups, heads // groups if groups else 1, states).sum(3) for M in (grad_enter, grad_leave)
-    )
+    grouped = (batch, length, groups, heads // groups if groups else 1, states)
+    grad_B, grad_C = (M.reshape(grouped).sum(3) for M in (grad_enter, grad_leave))
     return (
         grad_x,
         (grad_token * x).sum(-1) + A * grad_rate,
@@ -265,7 +264,8 @@ class _SsdScan(torch.autograd.Function):
         if grad_y is None:
             grad_y = torch.zeros_like(ctx.saved_tensors[0])
         grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.chunk)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
+        wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None
 
 
 def _pair(state_clamp: float | Tensor | Sequence[float | Tensor]) -> tuple[float | Tensor, float | Tensor]:
@@ -275,7 +275,8 @@ def _pair(state_clamp: float | Tensor | Sequence[float | Tensor]) -> tuple[float
             raise ValueError(message(_OP, "`state_clamp` must be c or (lo, hi)", f"{len(state_clamp)} values"))
         return state_clamp[0], state_clamp[1]
     if isinstance(state_clamp, bool) or not isinstance(state_clamp, (int, float, Tensor)):
-        raise TypeError(message(_OP, "`state_clamp` must be a number, a tensor or a pair of them", type(state_clamp).__name__))
+        rule = "`state_clamp` must be a number, a tensor or a pair of them"
+        raise TypeError(message(_OP, rule, type(state_clamp).__name__))
     return -state_clamp, state_clamp
 
 
@@ -304,7 +305,8 @@ def _bounds(state_clamp, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, No
         both.append(bound.expand(heads, width))
     lower, upper = both
     if _readable(lower, upper) and not bool((lower <= upper).all()):
-        raise ValueError(message(_OP, "`state_clamp` must have lo <= hi", f"lo up to {lower.max():g}", f"hi from {upper.min():g}"))
+        came = f"lo up to {lower.max():g}", f"hi from {upper.min():g}"
+        raise ValueError(message(_OP, "`state_clamp` must have lo <= hi", *came))
     return lower, upper
 
 
@@ -324,35 +326,37 @@ def ssd_scan(
     initial_state: Tensor | None = None,  # (b, h, p, n)
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (b, l, h, p), and (b, h, p, n)
-    r"""The Mamba-2 scan, linear in the length, with gradients to every tensor argument and an optional exact state clamp.
+    r"""The Mamba-2 scan, linear in the length, with gradients to every tensor and an optional exact state clamp.
 
-    $h_t = \mathrm{clamp}(e^{\Delta_t A} h_{t-1} + \Delta_t x_t B_t^\top,\ lo,\ hi)$ and $y_t = (h_t C_t + D x_t)\,\mathrm{silu}(z_t)$,
-    per batch item and head, with $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + dt\_bias))$. Head `i` uses group `i // (h / g)` of
-    `B` and `C`. The same function as mamba_ssm's `mamba_chunk_scan_combined`, without its chunk size.
+    $h_t = \mathrm{clamp}(e^{\Delta_t A} h_{t-1} + \Delta_t x_t B_t^\top,\ lo,\ hi)$ and
+    $y_t = (h_t C_t + D x_t)\,\mathrm{silu}(z_t)$ for every batch item and head, with
+    $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + dt\_bias))$. Head `i` uses group `i // (h / g)` of `B` and `C`. The
+    function is that of mamba_ssm's `mamba_chunk_scan_combined`; there is no chunk size to choose.
 
-    **Arguments:** any strides; `l`, `b` and all other sizes may be 0. Each tensor has the dtype of `x`, or float32 where `x`
-    is float16 or bfloat16.
+    **Arguments:** any strides; every size may be 0. Each tensor has the dtype of `x`, or float32 where `x` is float16 or
+    bfloat16.
 
     - `x`: input, (b, l, h, p); float16, bfloat16, float32 or float64. `dt`: step sizes, (b, l, h).
     - `A`: decay rates, (h), meant to be negative.
     - `B`, `C`: (b, l, g, n) with g a divisor of h: what enters the state, and what is read from it.
     - `D`: skip weight per head (h) or channel (h, p). `z`: gate, like `x`.
-    - `dt_bias`: added to `dt`, (h). `dt_softplus`: then take $\log(1 + e^{dt})$. Without it `dt + dt_bias` must be >= 0.
+    - `dt_bias`: added to `dt`, (h). `dt_softplus`: then take $\log(1 + e^{dt})$; without it `dt + dt_bias` must be >= 0.
     - `dt_limit`: then clip to (lo, hi), 0 <= lo <= hi; clipped values have no gradient.
-    - `state_clamp`: `c` for (-c, c), or (lo, hi); numbers or tensors of shape (), (h) or (h, p). Applied to every state at every
-        step, as a loop would; the gradient is that of `torch.clamp`, 0 for a value outside. The bounds get no gradient.
+    - `state_clamp`: `c` for (-c, c), or (lo, hi); numbers or tensors of shape (), (h) or (h, p). Applied to every state at
+        every step, exactly as a loop would; the gradient is that of `torch.clamp`: 0 outside, 1 on a bound. The bounds
+        themselves get no gradient and must not ask for one.
     - `initial_state`: the state before the first step, (b, h, p, n); zero if None. It is not clamped.
     - `return_last_state`: also return the last state.
 
-    **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$ (b, h, p, n) (float32 for half
-    precision), differentiable like $y$. States, sums and gates are computed in float32 or float64.
+    **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$, (b, h, p, n), in float32
+    for half precision; differentiable like $y$. States, sums and gates are computed in float32 or float64.
 
-    **Raises:** `ValueError` for sizes that disagree, a bad limit, and, looked up for CPU tensors only, `lo > hi` or a negative
-    step; `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` >= 0 (CPU tensors)
-    gives a `RuntimeWarning`: such a state does not decay, and overflows to inf unless it is clamped.
+    **Raises:** `ValueError` for sizes that disagree, a bad limit, and, looked up for CPU tensors only, `lo > hi` or a
+    negative step; `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` >= 0 (CPU
+    tensors) gives a `RuntimeWarning`: such a state does not decay, and overflows to inf unless it is clamped.
 
-    **Accuracy:** output and gradients at most twice the error of the sequential loop in the same dtype, and the same bits for
-    any number of threads (`tests/test_ssd_scan.py`).
+    **Accuracy:** output and gradients at most twice the error of the sequential loop in the same dtype
+    (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_ssd_scan.py`).
     **Sources:** Dao & Gu 2024, arXiv:2405.21060.
     """
     sizes = _check.shapes(
@@ -391,11 +395,8 @@ def ssd_scan(
     if low > 0 or high < torch.inf or not dt_softplus:
         step = step.clamp(low, high)
     if _readable(A) and A.numel() and bool(A.detach().amax() >= 0):
-        warnings.warn(
-            message(_OP, "`A` >= 0 does not decay: exp(dt * A) >= 1, the state grows until it overflows to inf", f"{A.max():g}"),
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        rule = "`A` >= 0 does not decay: exp(dt * A) >= 1, the state grows until it overflows to inf"
+        warnings.warn(message(_OP, rule, f"{A.max():g}"), RuntimeWarning, stacklevel=2)
     if D is not None:
         D = (D[:, None] if D.dim() == 1 else D).to(wide).expand(sizes["h"], sizes["p"])
     if initial_state is not None:

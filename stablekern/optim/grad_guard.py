@@ -75,8 +75,7 @@ def _norms(gradients: list[Tensor], device: torch.device) -> Tensor:
             sharded.setdefault((gradient.device_mesh, gradient.placements), []).append(i)
     for members in sharded.values():
         owner, values = gradients[members[0]], torch.stack([norms[i] for i in members])
-        values = torch.where(values.isfinite(), values, float("inf"))  # a maximum over ranks may pass over a NaN
-        peak = _shards.reduce(values, owner, "max")
+        peak = _shards.reduce(values, owner, "max")  # may pass over a NaN, which the sum then brings back
         unit = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
         whole = _shards.reduce((values / unit).square(), owner, "sum").sqrt() * unit
         for i, value in zip(members, whole.unbind(), strict=True):
@@ -134,8 +133,8 @@ class GradGuard:
     **Arguments:**
 
     - `params`: a module, `module.named_parameters()`, or parameters (then called "parameter 0", ...); each counts once.
-        Make the guard when the model has its final device, dtype and sharding. Gradients may be float16, bfloat16, float32, float64 or complex, on several
-        devices, sharded (DTensor) or None; sparse ones are a `TypeError`.
+        Make the guard when the model has its final device, dtype and sharding. Gradients may be float16, bfloat16,
+        float32, float64 or complex, on several devices, sharded (DTensor) or None; sparse ones are a `TypeError`.
     - `max_norm`: the largest norm that passes unclipped, >= 0; `inf` only checks. The attribute may be changed.
     - `policy`: what happens if any gradient holds a NaN or an infinity. Keyword only.
         "skip": all gradients stay as they are, still scaled, for inspection; `found_inf` tells the optimizer to skip.

@@ -37,7 +37,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("isolated-node", (isolated,)),
         Sample("self-loops", (loops,)),
         Sample("no-edges", (torch.zeros(2, 6, 6, dtype=torch.float64),)),
-        Sample("length-1", (torch.tensor([[[0.0]], [[4.0]]], dtype=torch.float64),)),
+        Sample("length-1", (torch.zeros(2, 1, 1, dtype=torch.float64),)),
         Sample("odd", (dense_graphs(g, (3,), 5),)),
         Sample("one-graph", (dense_graphs(g, (), 33),)),
         Sample("empty", (dense_graphs(g, (0,), 19),)),

@@ -75,7 +75,7 @@ constexpr uint32_t kAllLanes = (kLanes<T> == 32) ? 0xffffffffu : ((1u << kLanes<
 
 template <class T>
 SK_INLINE Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // unlike 0 + value, the identity for -0 too, so the compiler drops it
 }
 template <class T>
 SK_INLINE Vec<T> load(const T* p) {  // any alignment

@@ -1,0 +1,182 @@
+"""What `ssd_scan` promises beyond the suite: bits, boundaries, isolation, the exponential, what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specs.ssd_scan import inputs
+
+import stablekern
+from stablekern.ops.ssd_scan import _CHUNK, _fwd, reference, ssd_scan
+
+BACKENDS = [b for b, reason in stablekern.available_backends("ssd_scan").items() if reason is None]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with stablekern.use_backend(request.param):
+        yield request.param
+
+
+def case(*sizes: int, dtype=torch.float32):
+    args, optional = inputs(torch.Generator().manual_seed(3), *sizes)
+    optional = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in optional.items()}
+    return [a.to(dtype) for a in args], optional
+
+
+def with_gradients(args, optional):
+    leaves = [t.clone().requires_grad_() for t in args]
+    extra = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in optional.items()}
+    y, last = ssd_scan(*leaves, **extra)
+    (y.square().sum() + last.sum()).backward()
+    leaves += [v for v in extra.values() if isinstance(v, torch.Tensor)]
+    return [y.detach(), last.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize("sizes", [(3, 40, 4, 8, 1, 16), (1, 70, 12, 16, 2, 5)], ids=["items", "slabs"])
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_same_bits_for_any_number_of_threads(backend, sizes, clamp):
+    args, optional = case(*sizes)
+    optional["state_clamp"] = clamp
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(with_gradients(args, optional))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
+@pytest.mark.parametrize("cut", [1, 31, 32, 50])
+def test_a_sequence_may_be_cut_anywhere(backend, cut, clamp):
+    """The last state carries over: the same bits, and the same gradients, as in one piece."""
+    args, optional = case(2, 70, 4, 8, 2, 16, dtype=torch.float64)
+    x, dt, A, B, C = (t.requires_grad_() for t in args)
+    D, h0 = optional["D"], optional["initial_state"].requires_grad_()
+    whole, last = ssd_scan(x, dt, A, B, C, D=D, initial_state=h0, state_clamp=clamp, return_last_state=True)
+    parts, state = [], h0
+    for piece in (slice(0, cut), slice(cut, 70)):
+        y, state = ssd_scan(
+            x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece],
+            D=D, initial_state=state, state_clamp=clamp, return_last_state=True,
+        )  # fmt: skip
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=0)
+    torch.testing.assert_close(state, last, rtol=0, atol=0)
+    ours = torch.autograd.grad(torch.cat(parts, 1).square().sum() + state.sum(), (x, dt, A, B, C, h0))
+    for a, b in zip(ours, torch.autograd.grad(whole.square().sum() + last.sum(), (x, dt, A, B, C, h0)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_item_stays_alone(backend, value):
+    args, optional = case(3, 40, 3, 5, 1, 7)
+    clean = with_gradients(args, optional)
+    args[0][1, 17, 2, 3] = value
+    spoilt = with_gradients(args, optional)
+    assert not torch.isfinite(spoilt[0][1, 17:, 2, 3]).any()
+    assert torch.isfinite(spoilt[0][1, :17]).all(), "an earlier step cannot see it"
+    assert torch.isfinite(spoilt[0][1, :, :2]).all(), "nor can another head"
+    per_item = (0, 1, 2, 3, 5, 6)  # y, last state, and the gradients of x, dt, B, C
+    for index in per_item:
+        torch.testing.assert_close(spoilt[index][[0, 2]], clean[index][[0, 2]], rtol=0, atol=0)
+
+
+def test_nothing_leaks_out_of_unused_lanes(backend):
+    """Infinite inputs make lanes beyond the last channel 0 * inf; no output may see that."""
+    args, optional = case(2, 5, 1, 3, 1, 2)
+    args[0].abs_(), args[4].abs_()
+    args[3][:] = float("inf")
+    y, last = ssd_scan(*args, return_last_state=True)
+    assert torch.isinf(y).all() and torch.isinf(last).all()
+
+
+def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):
+    args, _ = case(2, 60, 3, 6, 1, 9)
+    _, last = ssd_scan(*args, state_clamp=(-0.25, 0.125), return_last_state=True)
+    assert last.min() == -0.25 and last.max() == 0.125
+    free, wide = ssd_scan(*args), ssd_scan(*args, state_clamp=1e30)
+    torch.testing.assert_close(free, wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clamp", [None, 1e30])
+def test_nan_passes_the_clamp(backend, clamp):
+    args, _ = case(1, 4, 1, 2, 1, 2)
+    args[0][0, 1, 0, 0] = float("nan")
+    y = ssd_scan(*args, state_clamp=clamp)
+    assert torch.isnan(y[0, 1:, 0, 0]).all() and torch.isfinite(y[0, :, 0, 1]).all()
+
+
+def test_a_saturated_step_forgets_its_past(backend):
+    """The gradient of a clamped state is that of `torch.clamp`: 0 outside, 1 on the bound itself."""
+    zero, one = torch.zeros(3, 1, 1, 1), torch.ones(3, 1, 1, 1)
+    h0 = torch.tensor([[[[2.0]]], [[[1.0]]], [[[0.5]]]], requires_grad=True)
+    _, last = ssd_scan(
+        zero, zero[..., 0], -torch.ones(1), one, zero, initial_state=h0, state_clamp=1.0, return_last_state=True
+    )
+    (grad,) = torch.autograd.grad(last.sum(), h0)
+    torch.testing.assert_close(last.flatten(), torch.tensor([1.0, 1.0, 0.5]), rtol=0, atol=0)
+    torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_decay_is_an_exponential_to_two_ulp(backend, dtype):
+    """With nothing coming in, one step turns a state of 1 into exp(dt A): a sweep of `exp` through underflow to 0."""
+    smallest = -110.0 if dtype == torch.float32 else -750.0
+    A = torch.cat([torch.linspace(smallest, -torch.finfo(dtype).eps, 4001), torch.tensor([-1e4, -torch.inf])]).to(dtype)
+    heads = A.numel()
+    x, nothing = torch.zeros(1, 1, heads, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    start = torch.ones(1, heads, 1, 1, dtype=dtype)
+    _, last = ssd_scan(x, start[..., 0].mT, A, nothing, nothing, initial_state=start, return_last_state=True)
+    exact = torch.exp(A.double())
+    spacing = (torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)) - exact.to(dtype)).double()
+    assert ((last.flatten().double() - exact).abs() <= 2 * spacing).all()
+    assert (last.flatten()[-2:] == 0).all()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_float32(backend, half):
+    args, optional = case(2, 40, 4, 8, 1, 16, dtype=half)
+    wide = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in optional.items()}
+    y, last = ssd_scan(*args, **optional)
+    wide_y, wide_last = ssd_scan(*(t.float() for t in args), **wide)
+    assert y.dtype == half and last.dtype == torch.float32
+    torch.testing.assert_close(y, wide_y.to(half), rtol=0, atol=0)
+    torch.testing.assert_close(last, wide_last, rtol=0, atol=0)
+    mixed = {k: v if k == "z" else wide[k] for k, v in optional.items()}  # float32 parameters, half activations
+    torch.testing.assert_close(ssd_scan(args[0], args[1], args[2].float(), *args[3:], **mixed)[0], y, rtol=0, atol=0)
+
+
+def test_growing_states_warn_and_overflow_to_inf(backend):
+    args, _ = case(1, 90, 2, 3, 1, 2)
+    args[1].fill_(1.0)
+    args[2][0] = 2.0
+    with pytest.warns(RuntimeWarning, match=r"stablekern.ssd_scan: `A` >= 0 does not decay: .*: got 2"):
+        y, last = ssd_scan(*args, return_last_state=True)
+    assert torch.isinf(last[0, 0]).all() and torch.isfinite(y[0, :, 1]).all()
+
+
+def test_only_what_is_asked_for_gets_a_gradient_and_is_kept(backend):
+    args, optional = case(2, 70, 2, 3, 1, 4)
+    args[2].requires_grad_()
+    y, _ = ssd_scan(*args, **optional)
+    y.sum().backward()
+    assert args[2].grad is not None and all(args[i].grad is None for i in (0, 1, 3, 4))
+    args = [a.detach() for a in args]
+    kept = [_fwd(*args, None, None, None, None, chunk)[2] for chunk in (_CHUNK, 70)]
+    assert [tuple(states.shape) for states in kept] == [(2, 3, 4, 2, 3), (2, 1, 4, 2, 3)], "a state every _CHUNK steps, or one"
+
+
+def test_last_state_alone_can_be_differentiated(backend):
+    args, _ = case(2, 40, 2, 3, 1, 4, dtype=torch.float64)
+    for t in args:
+        t.requires_grad_()
+    ours = torch.autograd.grad(ssd_scan(*args, return_last_state=True)[1].square().sum(), args[:4])
+    exact = torch.autograd.grad(reference(*args, return_last_state=True)[1].square().sum(), args[:4])
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b)
