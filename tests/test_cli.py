@@ -300,15 +300,26 @@ def test_a_bad_file_is_one_line(tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_without_a_step_still_reports(tmp_path, capsys, monkeypatch):
-    """As if Ctrl-C came while the recording was read."""
+def test_a_run_on_ones_own_recording_that_is_stopped_before_the_first_step_still_reports(tmp_path, capsys, monkeypatch):
     from stablekern.cli import demo
 
     monkeypatch.setattr(demo._Interrupt, "__init__", lambda self: setattr(self, "seen", True))
-    assert main([*DEMO, "--json", "--out", str(tmp_path)]) == 130
+    sample = next((Path(stablekern.__file__).parent / "eeg" / "data").glob("*.edf"))
+    own = tmp_path / "own.edf"
+    own.write_bytes(sample.read_bytes())
+    assert main([*DEMO, "--json", "--edf", str(own), "--out", str(tmp_path / "runs")]) == 130
     summary = json.loads(capsys.readouterr().out)
     assert summary["steps"] == 0 and summary["auroc"] is None and summary["eigh"]["batches"] == 0
-    assert "no step was taken" in check_report(summary["files"]["report"], images=0)
+    text = check_report(summary["files"]["report"], images=0)
+    assert "no step was taken" in text and "Your recording own.edf, as background" in text
+    assert {event["part"] for event in summary["recording"]["events"]} == {"training", "held out"}
+
+
+def test_a_directory_that_cannot_be_made_is_one_line_before_any_training(tmp_path, capfd):
+    (tmp_path / "runs").write_text("a file")
+    assert main([*DEMO, "--out", str(tmp_path / "runs")]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and str(tmp_path / "runs") in shown.err
 
 
 # ---- the comparison with torch.linalg.eigh ---------------------------------------------------------------------------

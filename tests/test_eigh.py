@@ -120,8 +120,8 @@ def test_projector_gradient_is_that_across_the_cut(backend, inner_gap, dtype, gr
     V = eigh(A, grad=grad).eigenvectors[:, :3]
     found = torch.autograd.grad((G * (V @ V.mT)).sum(), A)[0]
     scale = exact.abs().max()
-    # Rounding: 5 n eps in V over a gap of 1. The Lorentzian adds (1e-3 / gap)^2. `mask` divides the rounding of a pair by
-    # a gap that it does not see as 0.
+    # Rounding: 5 n eps in V over a gap of 1. The Lorentzian adds (1e-3 / gap)^2. `mask` divides the rounding of a
+    # pair by a gap that it does not see as 0.
     bound = 5 * n * torch.finfo(dtype).eps
     bound += 1e-6 if grad == "lorentz" else 0.0
     if grad == "mask" and inner_gap:

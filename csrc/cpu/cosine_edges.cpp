@@ -159,11 +159,16 @@ void products(const T* rows, int64_t node_stride, int64_t step_stride, int64_t n
   constexpr int lanes = kLanes<T>;
   for (int64_t k = 0; k < features; k += lanes) {
     const int width = static_cast<int>(std::min<int64_t>(lanes, features - k));
+    // One line of each row at a time is no pattern that the machine would foresee: fetch the next features, then those of
+    // the next block of steps. Past the end of x the hint does nothing.
+    const int64_t ahead = k + lanes < features ? lanes : lanes * step_stride - k;
     for (int64_t i = 0; i < nodes; ++i) {
       const T* from = rows + i * node_stride + k;
       Vec<T> r[lanes];
-      for (int t = 0; t < lanes; ++t)
+      for (int t = 0; t < lanes; ++t) {
         r[t] = width == lanes ? load(from + t * step_stride) : load_first(from + t * step_stride, width);
+        __builtin_prefetch(from + t * step_stride + ahead, 0, 2);
+      }
       transpose<T>(r);
       for (int t = 0; t < lanes; ++t) slab[i * lanes + t] = r[t];
     }

@@ -339,7 +339,8 @@ void tridiagonalise(Workspace<T, N, Blocks>& w, int block, int runtime_n) {
       update_and_multiply_all<T, true>(a, stride, i, row + stride, q, row, p);
     else
       update_and_multiply_all<T, false>(a, stride, i, nullptr, nullptr, row, p);
-    const Vec<T> minus_half = dot(p, row, i) * (inverse_h[i] * inverse_h[i] * T(-0.5));
+    // u^T A u / h is of A's size; 1 / h^2 might overflow.
+    const Vec<T> minus_half = (dot(p, row, i) * inverse_h[i]) * (inverse_h[i] * T(-0.5));
     for (int k = 0; k < i; ++k) p[k] = fma(minus_half, row[k], p[k] * inverse_h[i]);
     Vec<T>* next = q;
     q = p;

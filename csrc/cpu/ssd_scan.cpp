@@ -36,7 +36,8 @@ constexpr int kTile = 8;  // states held in registers, for each of two blocks of
 constexpr int kTile = 4;
 #endif
 constexpr int kBlockSteps = 32;  // of the forward pass
-constexpr int64_t kSumGrain = 1 << 14;
+constexpr int64_t kThreadWork = 1 << 16;  // updates of a state, some 20 microseconds; less is done by one thread
+constexpr int64_t kSumGrain = 1 << 14;    // sums of a few numbers, likewise
 constexpr int64_t kTasks = 32;   // fewer batch items and groups than this are split into slabs of channels
 
 template <class T>
@@ -53,6 +54,7 @@ struct Problem {
 template <class T>
 struct Slabs {
   int64_t group_channels, size, count;
+  int64_t grain;  // tasks for which a thread is worth waking
 
   explicit Slabs(const Problem<T>& p) : group_channels(p.channels() / p.groups) {
     const int64_t unit = std::lcm<int64_t>(2 * kLanes<T>, p.width);
@@ -60,6 +62,7 @@ struct Slabs {
     const int64_t wanted = std::min(units, (kTasks + items - 1) / items);
     size = (units + wanted - 1) / wanted * unit;
     count = (group_channels + size - 1) / size;
+    grain = kThreadWork / std::max<int64_t>(1, p.length * size * (p.states + 1)) + 1;
   }
 };
 
@@ -205,8 +208,9 @@ template <class T, int W, bool kClamp>
 SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Vec<T> token, Vec<T> enter, Mask<T>* inside) {
   h = fma(decay, h, token * enter);
   if constexpr (kClamp) {
-    if (inside) *inside = less_equal(s.lower[w], h) & less_equal(h, s.upper[w]);
-    h = min(s.upper[w], max(s.lower[w], h));  // NaN, the second operand, passes
+    const Vec<T> clamped = min(s.upper[w], max(s.lower[w], h));  // NaN, the second operand, passes
+    if (inside) *inside = equal(clamped, h);                      // lower <= h <= upper, with one comparison
+    h = clamped;
   }
   return h;
 }
@@ -288,7 +292,7 @@ void states_out(const Vec<T>* state, int64_t count, int64_t states, int64_t bloc
 template <class T, bool kClamp>
 void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states) {
   const Slabs<T> slabs(p);
-  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
     const int64_t block = std::min<int64_t>(kBlockSteps, p.chunk), per_head = HeadSteps<T>::padded(slabs.size / p.width);
     const int64_t all_states = p.states * (slabs.size / kLanes<T>);
     Arena arena;
@@ -409,7 +413,7 @@ void adjoint_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int6
     Vec<T> by_token[W], by_decay[W], decay[W], token[W], grad_y[W];
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
-      by_token[w] = z.by_token[t * W + w], by_decay[w] = z.by_decay[t * W + w];
+      by_token[w] = first ? z.by_token[t * W + w] : Vec<T>{}, by_decay[w] = first ? z.by_decay[t * W + w] : Vec<T>{};
       decay[w] = s.decay[t * W + w], token[w] = s.token[t * W + w], grad_y[w] = z.grad_y[t * W + w];
     }
 #pragma GCC unroll 8
@@ -467,10 +471,8 @@ void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z
   const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * row + everywhere;
   s.prepare(z.per_head, p.x + offset, row);
   for (int64_t t = 0; t < steps; ++t)
-    for (int w = 0; w < W; ++w) {
-      z.grad_y[t * W + w] = load_block(grad_y + offset + t * row, w, s.count);
-      z.by_token[t * W + w] = z.by_decay[t * W + w] = Vec<T>{};
-    }
+    for (int w = 0; w < W; ++w) z.grad_y[t * W + w] = load_block(grad_y + offset + t * row, w, s.count);
+  if (p.states == 0) std::fill_n(z.by_token, 2 * steps, Vec<T>{}), std::fill_n(z.by_decay, 2 * steps, Vec<T>{});
   Vec<T>* carry = z.carry + channel / kLanes<T>;
   for_tiles(p.states, [&](auto size, int64_t first) {
     constexpr int N = decltype(size)::value;
@@ -520,7 +522,7 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
   std::vector<T> parts(slabs.count > 1 ? 2 * slabs.count * projections : 0);
   std::vector<double> rates(p.batch * p.heads), skips(p.batch * p.channels());
 
-  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
     const int64_t most = std::min(p.chunk, p.length);
     Scratch<T> z;
     Arena arena;

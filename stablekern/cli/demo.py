@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +45,7 @@ from stablekern.eeg import (
     robust_sigma,
     split,
 )
-from stablekern.errors import RecordingError, SettingError, message
+from stablekern.errors import NonFiniteError, RecordingError, SettingError, message
 from stablekern.nn import SeizureDetector
 from stablekern.nn.tcn import DOWNSAMPLING
 
@@ -57,6 +59,7 @@ _MAX_NORM = 1.0
 _CLIP = 10.0  # spreads of the background
 _FLAT_MICROVOLTS = 0.1
 _PLAIN_EVERY = 25  # steps between two lines where there is no terminal for a bar
+_FILES = {"report": "report.html", "metrics": "metrics.jsonl", "checkpoint": "checkpoint.pt"}
 
 
 @dataclass(frozen=True)
@@ -200,8 +203,8 @@ class _Interrupt:
         def first(*_: Any) -> None:
             self.seen = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.stderr.write("\nstablekern: stopping after this step, then the report; Ctrl-C again stops at once\n")
-            sys.stderr.flush()
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstablekern: stopping after this step, then the report; Ctrl-C again stops at once\n")
 
         before = signal.signal(signal.SIGINT, first)
         try:
@@ -354,10 +357,14 @@ def run(options: Options, *, as_json: bool = False) -> int:
     try:
         _check(options)
         return _run(options, as_json)
-    except (RecordingError, SettingError, ValueError) as error:
-        if not str(error).startswith("stablekern."):
+    except (RecordingError, SettingError, ValueError, NonFiniteError) as error:
+        where, _, text = str(error).partition(": ")
+        if not where.startswith("stablekern."):
             raise
-        print(f"stablekern demo: {str(error).partition(': ')[2]}", file=sys.stderr)
+        print(f"stablekern demo: {text}", file=sys.stderr)
+        return 1 if isinstance(error, NonFiniteError) else 2
+    except OSError as error:
+        print(f"stablekern demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstablekern demo: stopped at once", file=sys.stderr)
@@ -368,46 +375,23 @@ def _run(options: Options, as_json: bool) -> int:
     start, cpu_start, started = time.monotonic(), time.process_time(), datetime.now()
     say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     data = _load(options)
+    directory = _own_directory(options.out, started)  # before the training: a disk that cannot be written shows now
+    files = {name: str(directory / file) for name, file in _FILES.items()}
     machine = doctor.summary(doctor.collect())
-    for name, value in machine:
-        say(f"{name + ':':<13} {value}")
-    say("")
-    say(_description(options, data))
-    for note in data.notes:
-        say(f"  - {note}")
-    say("")
+    for line in _opening(options, data, machine):
+        say(line)
 
     with _Interrupt().watching() as interrupt:
         torch.manual_seed(options.seed)
         model = SeizureDetector.from_preset(_PRESET)
-        crops = WindowDataset(data.train, window_seconds=options.window_seconds, stride_seconds=_CROP_STRIDE)
-        batches = training.random_windows(crops, batch_size=options.batch_size, steps=options.steps, seed=options.seed)
-        weight = training.positive_weight(data.train.labels)
-        loss = functools.partial(stablekern.focal_loss, pos_weight=weight, reduction="mean")
-        comparisons: list[Comparison] = []
-
-        def compare(step: int, windows: Tensor, labels: Tensor) -> None:
-            if options.compare_every and (step - 1) % options.compare_every == 0:
-                comparisons.append(gradient_with_torch_eigh(model, windows, labels, loss, step))
-
-        with _progress(options.steps) as show:
-            results = training.fit(
-                model,
-                batches,
-                steps=options.steps,
-                loss=loss,
-                learning_rate=options.learning_rate,
-                max_norm=_MAX_NORM,
-                before_step=compare,
-                after_step=show,
-                stop=interrupt,
-            )
+        results, comparisons = _train(options, data, model, interrupt, files["metrics"])
         held, area, note = (
             _evaluate(model, data, options.window_seconds) if results else (None, None, "no step was taken")
         )
-
-        directory = _own_directory(options.out, started)
-        files = {name: str(directory / file) for name, file in _FILES.items()}
+        scale = {"centre": torch.from_numpy(data.centre), "spread": torch.from_numpy(data.spread)}
+        training.save_checkpoint(
+            files["checkpoint"], model, preset=_PRESET, step=len(results), seed=options.seed, auroc=area, scale=scale
+        )
         summary = {
             "version": stablekern.__version__,
             "started": started.strftime("%Y-%m-%d %H:%M:%S"),
@@ -421,6 +405,8 @@ def _run(options: Options, as_json: bool) -> int:
             **_summarise(options, results, comparisons),
             "auroc": area,
             "auroc_note": note,
+            "seconds": time.monotonic() - start,
+            "cpu_seconds": time.process_time() - cpu_start,
             "recording": {
                 "source": data.train.source,
                 "description": _description(options, data),
@@ -429,16 +415,9 @@ def _run(options: Options, as_json: bool) -> int:
             },
             "files": files,
         }
-        steps = [_record(result) for result in results]
-        with training.replaced(files["metrics"]) as partial:
-            partial.write_text("".join(json.dumps(step) + "\n" for step in steps))
-        scale = {"centre": torch.from_numpy(data.centre), "spread": torch.from_numpy(data.spread)}
-        training.save_checkpoint(
-            files["checkpoint"], model, preset=_PRESET, step=len(results), seed=options.seed, auroc=area, scale=scale
-        )
-        summary |= {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu_start}
         with training.replaced(files["report"]) as partial:
-            partial.write_text(render(summary, steps, comparisons, held, machine), encoding="utf-8")
+            page = render(summary, [_record(result) for result in results], comparisons, held, machine)
+            partial.write_text(page, encoding="utf-8")
 
     for line in _closing(summary):
         say(line)
@@ -447,7 +426,46 @@ def _run(options: Options, as_json: bool) -> int:
     return 130 if summary["interrupted"] else 0
 
 
-_FILES = {"report": "report.html", "metrics": "metrics.jsonl", "checkpoint": "checkpoint.pt"}
+def _train(
+    options: Options, data: _Data, model: SeizureDetector, interrupt: _Interrupt, metrics: str
+) -> tuple[list[training.StepResult], list[Comparison]]:
+    """All steps, or those before Ctrl-C; each is written to `metrics` as soon as it is done."""
+    crops = WindowDataset(data.train, window_seconds=options.window_seconds, stride_seconds=_CROP_STRIDE)
+    batches = training.random_windows(crops, batch_size=options.batch_size, steps=options.steps, seed=options.seed)
+    weight = training.positive_weight(data.train.labels)
+    loss = functools.partial(stablekern.focal_loss, pos_weight=weight, reduction="mean")
+    comparisons: list[Comparison] = []
+
+    def compare(step: int, windows: Tensor, labels: Tensor) -> None:
+        if options.compare_every and (step - 1) % options.compare_every == 0:
+            comparisons.append(gradient_with_torch_eigh(model, windows, labels, loss, step))
+
+    with _progress(options.steps) as show, open(metrics, "w", buffering=1) as log:
+
+        def keep(result: training.StepResult) -> None:
+            log.write(json.dumps(_record(result)) + "\n")
+            show(result)
+
+        results = training.fit(
+            model,
+            batches,
+            steps=options.steps,
+            loss=loss,
+            learning_rate=options.learning_rate,
+            max_norm=_MAX_NORM,
+            before_step=compare,
+            after_step=keep,
+            stop=interrupt,
+        )
+    return results, comparisons
+
+
+def _opening(options: Options, data: _Data, machine: Sequence[tuple[str, str]]) -> list[str]:
+    column = max(len(name) for name, _ in machine)
+    lines = [f"{name:<{column}}  {value}" for name, value in machine]
+    wrapped = textwrap.wrap(_description(options, data), 100)
+    notes = [textwrap.fill(note, 100, initial_indent="  - ", subsequent_indent="    ") for note in data.notes]
+    return [*lines, "", *wrapped, *notes, ""]
 
 
 def _closing(summary: dict[str, Any]) -> list[str]:

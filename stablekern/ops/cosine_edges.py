@@ -206,8 +206,9 @@ def cosine_edges(
     r"""Similarity of all pairs of nodes at each step, in [-1, 1], with a gradient of at most `1 / grad_floor` a pair.
 
     $s_{ij} = x_i \cdot x_j / (n_i n_j)$ with $n_i = \max(|x_i|, \epsilon)$, clamped to +-1 in the value only. Backward,
-    $dx_i = \sum_j g_{ij} (\hat x_j - s_{ij} \hat x_i [\,|x_i| > \epsilon\,]) / \max(n_i, \phi)$, with $\hat x = x / n$
-    and $\phi$ = `grad_floor`: the derivative wherever $|x_i| > \phi$, smaller below it, and 0 by convention at $x_i = 0$.
+    with $\hat x = x / n$ and $\phi$ = `grad_floor`, $dx_i = \sum_j g_{ij} (\hat x_j - s_{ij} \hat x_i [\,|x_i| >
+    \epsilon\,]) / \max(n_i, \phi)$: the derivative wherever $|x_i| > \phi$, smaller below it, and 0 by convention at
+    $x_i = 0$.
 
     **Arguments:**
 

@@ -79,7 +79,8 @@ def laplacian_of(adjacency: Tensor) -> tuple[Tensor, Tensor]:
     s = torch.where(degree < tiny, 0.0, degree.rsqrt())
     failed = ~torch.isfinite(adjacency).flatten(1).all(1)
     s = s.masked_fill(failed[:, None], torch.nan)
-    laplacian = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) - s[..., :, None] * S * s[..., None, :]
+    # The product of the two roots first (it is in range): so both triangles round alike.
+    laplacian = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) - S * (s[..., :, None] * s[..., None, :])
     return laplacian.contiguous(), s * power[..., 0].sqrt()
 
 

@@ -333,27 +333,27 @@ def ssd_scan(
     $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + dt\_bias))$. Head `i` uses group `i // (h / g)` of `B` and `C`. The
     function is that of mamba_ssm's `mamba_chunk_scan_combined`; there is no chunk size to choose.
 
-    **Arguments:** any strides; every size may be 0. Each tensor has the dtype of `x`, or float32 where `x` is float16 or
-    bfloat16.
+    **Arguments:** any strides; every size may be 0. Each tensor has the dtype of `x`, or float32 where `x` is float16
+    or bfloat16.
 
     - `x`: input, (b, l, h, p); float16, bfloat16, float32 or float64. `dt`: step sizes, (b, l, h).
     - `A`: decay rates, (h), meant to be negative.
     - `B`, `C`: (b, l, g, n) with g a divisor of h: what enters the state, and what is read from it.
     - `D`: skip weight per head (h) or channel (h, p). `z`: gate, like `x`.
-    - `dt_bias`: added to `dt`, (h). `dt_softplus`: then take $\log(1 + e^{dt})$; without it `dt + dt_bias` must be >= 0.
+    - `dt_bias`: added to `dt`, (h). `dt_softplus`: then take $\log(1 + e^{dt})$; without it the sum must be >= 0.
     - `dt_limit`: then clip to (lo, hi), 0 <= lo <= hi; clipped values have no gradient.
-    - `state_clamp`: `c` for (-c, c), or (lo, hi); numbers or tensors of shape (), (h) or (h, p). Applied to every state at
-        every step, exactly as a loop would; the gradient is that of `torch.clamp`: 0 outside, 1 on a bound. The bounds
-        themselves get no gradient and must not ask for one.
+    - `state_clamp`: `c` for (-c, c), or (lo, hi); numbers or tensors of shape (), (h) or (h, p). Applied to every state
+        at every step, exactly as a loop would; the gradient is that of `torch.clamp`: 0 outside, 1 on a bound. The
+        bounds themselves get no gradient and must not ask for one.
     - `initial_state`: the state before the first step, (b, h, p, n); zero if None. It is not clamped.
     - `return_last_state`: also return the last state.
 
-    **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$, (b, h, p, n), in float32
-    for half precision; differentiable like $y$. States, sums and gates are computed in float32 or float64.
+    **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$, (b, h, p, n), in
+    float32 for half precision; differentiable like $y$. States, sums and gates are computed in float32 or float64.
 
     **Raises:** `ValueError` for sizes that disagree, a bad limit, and, looked up for CPU tensors only, `lo > hi` or a
-    negative step; `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` >= 0 (CPU
-    tensors) gives a `RuntimeWarning`: such a state does not decay, and overflows to inf unless it is clamped.
+    negative step; `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` >= 0
+    (CPU tensors) gives a `RuntimeWarning`: such a state does not decay, and overflows to inf unless it is clamped.
 
     **Accuracy:** output and gradients at most twice the error of the sequential loop in the same dtype
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_ssd_scan.py`).

@@ -462,7 +462,10 @@ class ComplexAdamW(Optimizer):
             _check_flag("grad_scale", scale)
         for group in self.param_groups:
             _check_options(group)
+            noisy = isinstance(group["temperature"], Tensor) or group["temperature"] > 0
             for p in group["params"]:
+                if noisy:
+                    _shards.box(p)  # raises for a sharding whose elements it cannot place
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise TypeError(message(_WHERE, "gradients must be dense", p.grad.layout))
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():

@@ -12,7 +12,7 @@ def samples(g: torch.Generator) -> list[Sample]:
     def random(*shape: int, scale: float = 1.0):
         return scale * torch.randn(shape, generator=g, dtype=torch.float64)
 
-    with_zeros = random(2, 4, 3, 5)
+    with_zeros = random(2, 4, 18, 5)
     with_zeros[0, 1, 2] = 0.0
     with_zeros[1, :, 0] = 0.0
     # Parallel vectors at half of the steps; their gradient is 0, so the other half sets the scale of errors.
@@ -20,7 +20,8 @@ def samples(g: torch.Generator) -> list[Sample]:
     parallel[:, :, ::2] = parallel[:, :1, ::2]
     parallel *= torch.tensor([1.0, 3.0, -0.7, 1e-2, -1e2], dtype=torch.float64).view(1, 5, 1, 1)
     # Norms on both sides of the gradient floor 1e-3 and of eps 1e-6, in one tensor.
-    graded = random(2, 7, 3, 8) * torch.logspace(-8, 3, 7, dtype=torch.float64).view(1, 7, 1, 1)
+    graded = random(2, 7, 20, 8) * torch.logspace(-8, 3, 7, dtype=torch.float64).view(1, 7, 1, 1)
+    faint = random(1, 4, 35, 5, scale=1e-22)  # the squares are subnormal in float32
     correlation = {"metric": "correlation"}
     return [
         Sample("typical", (random(2, 5, 7, 6),), gradcheck=True),
@@ -32,11 +33,12 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("zeros-correlation", (with_zeros,), correlation),
         Sample("parallel", (parallel,)),
         Sample("around-the-floors", (graded,), dtypes=FLOATS),
+        Sample("faint", (faint,), {"eps": 1e-30, "grad_floor": 0.0}, dtypes=FLOATS),
         Sample("around-the-floors-correlation", (graded,), correlation, dtypes=FLOATS),
         Sample("large-eps", (random(1, 4, 3, 5),), {"eps": 2.0, "grad_floor": 0.5}, gradcheck=True),
         Sample("no-floor", (random(1, 4, 3, 5),), {"grad_floor": 0.0}, gradcheck=True),
-        Sample("huge", (random(1, 4, 3, 5, scale=1e30),), dtypes=FLOATS),
-        Sample("minute", (random(1, 4, 3, 5, scale=1e-15),), {"eps": 1e-18, "grad_floor": 0.0}, dtypes=FLOATS),
+        Sample("huge", (random(1, 4, 35, 5, scale=1e30),), dtypes=FLOATS),
+        Sample("minute", (random(1, 4, 35, 5, scale=1e-15),), {"eps": 1e-18, "grad_floor": 0.0}, dtypes=FLOATS),
         Sample("length-1", (random(2, 3, 1, 4),)),
         Sample("one-feature", (random(2, 3, 4, 1),), gradients=False),
         Sample("two-nodes", (random(2, 2, 4, 8),)),

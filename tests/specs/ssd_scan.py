@@ -102,7 +102,7 @@ SPECS = (
             (_call(x=lambda a: a["x"][0]), ValueError, r"`x` must have the shape \(b, l, h, p\): got \(5, 4, 3\)"),
             (_call(dt=lambda a: a["dt"][:, 1:]), ValueError, "`dt` and `x` disagree on `l`: got 4 and 5"),
             (_call(C=lambda a: a["C"][..., :2]), ValueError, "`C` and `B` disagree on `n`: got 2 and 6"),
-            (_call(B=_three, C=_three), ValueError, "the groups of `B` and `C` must divide the heads of `x`: got 3 and 4"),
+            (_call(B=_three, C=_three), ValueError, "groups of `B` and `C` must divide the heads of `x`: got 3 and 4"),
             (_call(x=lambda a: a["x"].long()), TypeError, "`x` must be one of .*: got int64"),
             (_call(A=lambda a: a["A"].float()), TypeError, "`A` must be one of float64: got float32"),
             (_call(dt=lambda a: -a["dt"]), ValueError, "`dt` \\+ `dt_bias` must be >= 0 without `dt_softplus`: got -"),
