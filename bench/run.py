@@ -31,7 +31,11 @@ def device_name(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+        found = (
+            re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+            if platform.system() == "Linux"
+            else None
+        )
         name = f"{found[1] if found else platform.processor()}-{torch.get_num_threads()}-threads"
     return re.sub(r"[^a-z0-9]+", "-", f"{device}-{name}".lower()).strip("-")
 
@@ -40,7 +44,9 @@ def commit() -> tuple[str, bool]:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--", "stablekern", "csrc", "triton_kernels", "bench/*.py"))
+    return git("rev-parse", "--short=12", "HEAD"), bool(
+        git("status", "--porcelain", "--", "stablekern", "csrc", "triton_kernels", "bench/*.py")
+    )
 
 
 def tensors(outputs) -> list[torch.Tensor]:
@@ -64,7 +70,10 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
     inputs = case.inputs(device)
     backward = direction == "fwd+bwd"
     times: dict[str, Times] = interleave(
-        {"ours": call(case.ours, inputs, backward=backward), "baseline": call(case.baseline, inputs, backward=backward)},
+        {
+            "ours": call(case.ours, inputs, backward=backward),
+            "baseline": call(case.baseline, inputs, backward=backward),
+        },
         seconds=seconds,
         device=device,
     )
@@ -79,7 +88,8 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
         "baseline_ms": round(1e3 * base.median, 3), "baseline_ms_best": round(1e3 * base.best, 3),
         "ratio": round(base.median / ours.median, 2), "ratio_best": round(base.best / ours.best, 2),
         "gate": case.gates.get(direction), "share_of_limit": round(limit / ours.median, 3),
-        "gflops": round(case.flops * factor / ours.median / 1e9, 1), "gbytes_per_s": round(case.bytes * factor / ours.median / 1e9, 2),
+        "gflops": round(case.flops * factor / ours.median / 1e9, 1),
+        "gbytes_per_s": round(case.bytes * factor / ours.median / 1e9, 2),
         "limit_gflops": round(top.flops / 1e9, 1), "limit_gbytes_per_s": round(top.bandwidth / 1e9, 1),
         "samples": len(ours.samples), "busy_samples": ours.busy + base.busy,
         "backend": backend(case, inputs, device), "commit": revision, "dirty": dirty, "torch": torch.__version__,
@@ -109,7 +119,8 @@ def line(result: dict) -> str:
     gate = "" if result["gate"] is None else f"  gate {result['gate']:g}x"
     busy = f"  ({result['busy_samples']} samples while busy)" if result["busy_samples"] else ""
     return (
-        f"{result['op']:<13} {result['case']:<28} {result['direction']:<8} {result['backend']:<7} {result['ms']:9.2f} ms"
+        f"{result['op']:<13} {result['case']:<28} {result['direction']:<8} {result['backend']:<7}"
+        f" {result['ms']:9.2f} ms"
         f"  {result['ratio']:7.1f}x of {result['baseline']} ({result['baseline_ms']:.0f} ms)"
         f"  {100 * result['share_of_limit']:.0f} % of the limit{gate}{busy}"
     )

@@ -30,14 +30,22 @@ def main() -> None:
     pairs = [(seconds("import torch"), seconds("import torch, stablekern")) for _ in range(7)]
     added = statistics.median(ours for _, ours in pairs) - statistics.median(torch for torch, _ in pairs)
     with tempfile.TemporaryDirectory() as cache:
-        build = seconds("from stablekern import _load; _load.native()", STABLEKERN_CACHE_DIR=os.path.join(cache, "kernels"))
-        again = seconds("from stablekern import _load; _load.native()", STABLEKERN_CACHE_DIR=os.path.join(cache, "kernels"))
+        build = seconds(
+            "from stablekern import _load; _load.native()", STABLEKERN_CACHE_DIR=os.path.join(cache, "kernels")
+        )
+        again = seconds(
+            "from stablekern import _load; _load.native()", STABLEKERN_CACHE_DIR=os.path.join(cache, "kernels")
+        )
     revision, dirty = commit()
     result = {
-        "op": "startup", "import_added_s": round(added, 3), "first_build_s": round(build, 1), "cached_load_s": round(again, 2),
+        "op": "startup", "import_added_s": round(added, 3), "first_build_s": round(build, 1),
+        "cached_load_s": round(again, 2),
         "commit": revision, "dirty": dirty, "device": device_name("cpu"), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    print(f"import adds {added:.3f} s to torch's; first build {build:.1f} s; cached load {again:.2f} s (both with torch's import)")
+    print(
+        f"import adds {added:.3f} s to torch's; first build {build:.1f} s; cached load {again:.2f} s"
+        " (both with torch's import)"
+    )
     if options.save:
         target = RESULTS / result["device"] / "startup.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,9 @@ def _once(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start_s
 
 
-def interleave(variants: dict[str, Callable[[], object]], *, seconds: float, device: str, least: int = 5) -> dict[str, Times]:
+def interleave(
+    variants: dict[str, Callable[[], object]], *, seconds: float, device: str, least: int = 5
+) -> dict[str, Times]:
     """Run the variants in turn, A B A B ..., until the time is spent and each has `least` samples."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     busy = dict.fromkeys(variants, 0)

@@ -49,6 +49,7 @@ FLAGS = (
     "-Wno-maybe-uninitialized",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
+_PROGRESS = "stablekern: compiling the CPU kernels for this machine (once; under a minute)"
 _LIBRARY = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -67,7 +68,9 @@ def compiler() -> str:
     for name in (asked,) if asked else ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return path
-    raise BuildError(message("build", "no C++ compiler found (install g++ or clang++, or set CXX)", asked or "none on PATH"))
+    raise BuildError(
+        message("build", "no C++ compiler found (install g++ or clang++, or set CXX)", asked or "none on PATH")
+    )
 
 
 def _ninja() -> str:
@@ -128,12 +131,18 @@ def cache_directory(cache: str | None) -> Path:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         facts = directory.stat()
     except OSError as error:
-        raise BuildError(message("build", "the cache directory cannot be used (set STABLEKERN_CACHE_DIR)", error)) from None
+        raise BuildError(
+            message("build", "the cache directory cannot be used (set STABLEKERN_CACHE_DIR)", error)
+        ) from None
     if facts.st_uid != os.getuid():
-        raise BuildError(message("build", f"the cache directory {directory} must belong to you", f"owner {facts.st_uid}"))
+        raise BuildError(
+            message("build", f"the cache directory {directory} must belong to you", f"owner {facts.st_uid}")
+        )
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         mode = oct(stat.S_IMODE(facts.st_mode))
-        raise BuildError(message("build", f"the cache directory {directory} must be writable by you alone (0700)", mode))
+        raise BuildError(
+            message("build", f"the cache directory {directory} must be writable by you alone (0700)", mode)
+        )
     return directory
 
 
@@ -219,19 +228,27 @@ def compile_into(directory: Path, march: str = "native") -> Path:
     jobs = os.environ.get("MAX_JOBS", "")
     command = [_ninja(), "-C", str(directory), *(["-j", jobs] if jobs.isdigit() else [])]
     start = time.monotonic()
-    _say(f"stablekern: compiling the CPU kernels for this machine (once; under a minute) [0/{len(SOURCES) + 1}]")
+    _say(f"{_PROGRESS} [0/{len(SOURCES) + 1}]")
     output = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "NINJA_STATUS": "[%f/%t] "}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
     ) as process:
         for line in process.stdout:  # type: ignore[union-attr]
             output.append(line)
             if line.startswith("["):
-                _say(f"\rstablekern: compiling the CPU kernels for this machine (once; under a minute) {line.split(']')[0]}]")
+                _say(f"\r{_PROGRESS} {line.partition(']')[0]}]")
     if process.returncode != 0:
         _say("\n")
         raise BuildError(message("build", "the compiler failed", "".join(output[-30:]).strip()))
-    _say(f"\rstablekern: compiled the CPU kernels in {time.monotonic() - start:.0f} s, kept for the next run" + " " * 24 + "\n")
+    _say(
+        f"\rstablekern: compiled the CPU kernels in {time.monotonic() - start:.0f} s, kept for the next run"
+        + " " * 24
+        + "\n"
+    )
     return directory / _LIBRARY
 
 

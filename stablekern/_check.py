@@ -32,7 +32,9 @@ def shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
         batched = bool(letters) and letters[0] == "..."
         letters = letters[1:] if batched else letters
         if tensor.dim() < len(letters) or (not batched and tensor.dim() != len(letters)):
-            raise ValueError(message(op, f"`{name}` must have the shape ({pattern.replace(' ', ', ')})", tuple(tensor.shape)))
+            raise ValueError(
+                message(op, f"`{name}` must have the shape ({pattern.replace(' ', ', ')})", tuple(tensor.shape))
+            )
         for letter, size in zip(letters, tensor.shape[tensor.dim() - len(letters) :], strict=True):
             if letter.isdigit():
                 if size != int(letter):
@@ -42,8 +44,10 @@ def shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
             elif letter not in sizes:
                 sizes[letter], owner[letter] = size, name
             elif sizes[letter] != size:
-                both = f"`{name}` must be square in `{letter}`" if owner[letter] == name else (
-                    f"`{name}` and `{owner[letter]}` disagree on `{letter}`"
+                both = (
+                    f"`{name}` must be square in `{letter}`"
+                    if owner[letter] == name
+                    else (f"`{name}` and `{owner[letter]}` disagree on `{letter}`")
                 )
                 raise ValueError(message(op, both, size, sizes[letter]))
     return sizes
@@ -65,7 +69,9 @@ def dtypes(op: str, allowed: Collection[torch.dtype], **tensors: Any) -> torch.d
         elif tensor.dtype != first[1].dtype:
             raise TypeError(message(op, f"`{name}` and `{first[0]}` must have one dtype", tensor.dtype, first[1].dtype))
         elif tensor.device != first[1].device:
-            raise ValueError(message(op, f"`{name}` and `{first[0]}` must be on one device", tensor.device, first[1].device))
+            raise ValueError(
+                message(op, f"`{name}` and `{first[0]}` must be on one device", tensor.device, first[1].device)
+            )
     if first is None:
         raise TypeError(message(op, "a tensor is needed", "none"))
     return first[1].dtype
@@ -99,7 +105,9 @@ def integer(op: str, name: str, value: Any, *, low: int | None = None, high: int
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(message(op, f"`{name}` must be an integer", type(value).__name__))
     if (low is not None and value < low) or (high is not None and value > high):
-        span = f"between {low} and {high}" if None not in (low, high) else f">= {low}" if low is not None else f"<= {high}"
+        span = (
+            f"between {low} and {high}" if None not in (low, high) else f">= {low}" if low is not None else f"<= {high}"
+        )
         raise ValueError(message(op, f"`{name}` must be {span}", value))
     return value
 
@@ -108,5 +116,8 @@ def first_order(op: str) -> None:
     """Call first in `backward`: under `create_graph=True` a hand-written backward would silently drop terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            message(op, "second derivatives are not available (called under `create_graph=True`); differentiate its `reference`")
+            message(
+                op,
+                "second derivatives are not available (called under `create_graph=True`); differentiate `reference`",
+            )
         )

@@ -127,8 +127,8 @@ def available_backends(op: str, device: str = "cpu") -> dict[str, str | None]:
 def explain(op: str, device: str, *, build: bool = True) -> tuple[str | None, dict[str, str]]:
     """(The backend that a dispatcher op would run on, None if none can; for each better or forced one, why not it.)
 
-    What a launcher says of particular arguments (`supports`) is left out. `build=False` compiles nothing: native kernels
-    that are not built yet count as missing.
+    What a launcher says of particular arguments (`supports`) is left out. `build=False` compiles nothing: native
+    kernels that are not built yet count as missing.
     """
     here, wanted = _launchers[op][device], _forced or settings.get("STABLEKERN_BACKEND")
     reasons: dict[str, str] = {}

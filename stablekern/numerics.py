@@ -74,11 +74,14 @@ EIGH_NOISE_FLOOR = Constant(
     "as EIGH_NOISE_KAPPA",
 )
 COSINE_EPS = Constant(
-    1e-6, "norms below it are taken as it, so the cosine of a vanishing vector goes to 0 continuously", "cosine edges of the EEG detector"
+    1e-6,
+    "norms below it are taken as it, so the cosine of a vanishing vector goes to 0 continuously",
+    "cosine edges of the EEG detector",
 )
 COSINE_GRAD_FLOOR = Constant(
     1e-3,
-    "the cosine's gradient is 1/|x|: this bounds it by 1000 per pair, where dividing by a clamped norm of 1e-6 lets it reach 1e6",
+    "the cosine's gradient is 1/|x|: this bounds it by 1000 per pair, where dividing by a clamped norm of 1e-6 lets it "
+    "reach 1e6",
     "unit-scale features: three decades below their norm",
 )
 EDGE_THRESHOLD = Constant(1e-4, "weaker edges are dropped after the top-k selection", "adjacency of the EEG detector")
@@ -99,7 +102,9 @@ MAMBA_DT_MIN = Constant(
     "mamba_ssm, class Mamba2, argument dt_min",
 )
 MAMBA_DT_MAX = Constant(
-    0.1, "largest initial step size of a Mamba block: memory of up to ten steps", "mamba_ssm, class Mamba2, argument dt_max"
+    0.1,
+    "largest initial step size of a Mamba block: memory of up to ten steps",
+    "mamba_ssm, class Mamba2, argument dt_max",
 )
 MAMBA_DT_INIT_FLOOR = Constant(
     1e-4,

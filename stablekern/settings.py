@@ -79,7 +79,9 @@ _ALL = (
     Setting("STABLEKERN_CACHE_DIR", str, None, "where compiled kernels are kept; default ~/.cache/stablekern"),
     Setting("STABLEKERN_MARCH", str, "native", "instruction set that the native kernels are compiled for (-march)"),
     Setting("SEIZURE_MAMBA_FORCE_FALLBACK", _flag, False, "the Mamba-2 layers replace their scan by D * conv1d(x)"),
-    Setting("BGB_NAN_DEBUG", _flag, False, "check the detector's intermediate tensors; raise at the first non-finite one"),
+    Setting(
+        "BGB_NAN_DEBUG", _flag, False, "check the detector's intermediate tensors; raise at the first non-finite one"
+    ),
     Setting("BGB_DEBUG_FINITE", _flag, False, "same as BGB_NAN_DEBUG"),
     Setting("BGB_ANOMALY_DETECT", _flag, False, "run training steps under autograd's anomaly detection"),
     Setting("BGB_SAFE_CLAMP", _flag, False, "replace non-finite features of the detector by 0 and clamp them"),
@@ -87,8 +89,12 @@ _ALL = (
     Setting("BGB_SAFE_CLAMP_MAX", _finite, 10.0, "upper bound of BGB_SAFE_CLAMP"),
     Setting("BGB_SANITIZE_GRADS", _flag, False, "set gradient tensors with a non-finite entry to 0 before clipping"),
     Setting("BGB_SKIP_OPT_STEP_ON_NAN", _flag, False, "skip the optimizer step where a gradient is not finite"),
-    Setting("BGB_LIMIT_FILES", _count, None, "use at most so many recordings for training, a fifth of it for validation"),
-    Setting("BGB_SMOKE_TEST", _flag, False, "3 recordings, pos_weight 1, no balancing, and the checks of BGB_NAN_DEBUG"),
+    Setting(
+        "BGB_LIMIT_FILES", _count, None, "use at most so many recordings for training, a fifth of it for validation"
+    ),
+    Setting(
+        "BGB_SMOKE_TEST", _flag, False, "3 recordings, pos_weight 1, no balancing, and the checks of BGB_NAN_DEBUG"
+    ),
 )
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _ALL}
 

@@ -83,7 +83,7 @@ def eigh_case(case: int) -> dict[str, float]:
 def ssd_scan_case(case: int) -> dict[str, float]:
     """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2)."""
     g = _generator("ssd_scan", case)
-    b, l, h = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 5)
+    b, length, h = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 5)
     p, n, groups = _integer(g, 1, 9), _integer(g, 1, 20), 1
     if h % 2 == 0 and _integer(g, 0, 1):
         groups = 2
@@ -93,11 +93,11 @@ def ssd_scan_case(case: int) -> dict[str, float]:
         return torch.randn(shape, generator=g, dtype=torch.float64).float()
 
     inputs = [
-        normal(b, l, h, p), normal(b, l, h).abs() * 0.1 * spread, -normal(h).abs() - 0.01,
-        normal(b, l, groups, n), normal(b, l, groups, n),
+        normal(b, length, h, p), normal(b, length, h).abs() * 0.1 * spread, -normal(h).abs() - 0.01,
+        normal(b, length, groups, n), normal(b, length, groups, n),
     ]  # fmt: skip
     clamp = 0.5 if _integer(g, 0, 3) == 0 else None
-    weight = normal(b, l, h, p)
+    weight = normal(b, length, h, p)
 
     def run(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
@@ -113,7 +113,9 @@ def ssd_scan_case(case: int) -> dict[str, float]:
         error = float((mine.double() - truth).abs().max() / scale)
         allowed = float((theirs.double() - truth).abs().max() / scale) + floor
         if not error <= 2 * allowed:
-            raise AssertionError(f"ssd_scan case {case}: b={b} l={l} h={h} p={p} n={n} clamp={clamp}: {error} for {allowed}")
+            raise AssertionError(
+                f"ssd_scan case {case}: b={b} l={length} h={h} p={p} n={n} clamp={clamp}: {error} for {allowed}"
+            )
         worst = max(worst, error / allowed)
     return {"error over that of the loop": worst}
 

@@ -110,7 +110,9 @@ def test_two_processes_build_once(tiny, tmp_path):
         print(_build.build({str(cache)!r}, "x86-64"))
     """
     both = [
-        subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     results = [p.communicate(timeout=120) for p in both]
@@ -175,8 +177,8 @@ def test_import_compiles_and_loads_nothing(tmp_path):
         start = time.perf_counter()
         import stablekern
         print(time.perf_counter() - start)
-        heavy = [m for m in ("triton", "mne", "edfio", "typer", "matplotlib", "stablekern._native", "ninja") if m in sys.modules]
-        print(heavy)
+        heavy = ("triton", "mne", "edfio", "typer", "matplotlib", "stablekern._native", "ninja")
+        print([name for name in heavy if name in sys.modules])
     """
     cache = tmp_path / "cache"
     run = python(code, STABLEKERN_CACHE_DIR=str(cache))
@@ -195,7 +197,18 @@ def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "runs", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=ignore)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
     start = time.monotonic()
     subprocess.run(pip, check=True, capture_output=True, timeout=300)
     assert time.monotonic() - start < 120

@@ -98,9 +98,7 @@ def test_the_check_sees_what_the_clamp_would_hide(name, broken, monkeypatch):
 
 
 def test_off_costs_no_graph_break():
-    compiled = torch.compile(
-        lambda x: clamp_and_check(assert_finite("a", x) * 2), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: clamp_and_check(assert_finite("a", x) * 2), fullgraph=True, backend="aot_eager")
     assert compiled(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
 
 

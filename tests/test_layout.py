@@ -70,7 +70,9 @@ def test_no_epsilons_in_ops_and_triton_kernels(path):
     """Constants live in numerics.py; docstrings may name numbers."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, float):
-            assert node.value in (0.0, float("inf")) or 1e-2 <= abs(node.value) <= 1e3, f"line {node.lineno}: {node.value}"
+            assert node.value in (0.0, float("inf")) or 1e-2 <= abs(node.value) <= 1e3, (
+                f"line {node.lineno}: {node.value}"
+            )
 
 
 @pytest.mark.parametrize("path", NATIVE, ids=named)

@@ -44,7 +44,9 @@ def test_forced_by_call_context_and_environment(op, monkeypatch, any_backend):
     with stablekern.use_backend("native"):
         assert op(torch.zeros(1)).item() == 2
     monkeypatch.setenv("STABLEKERN_BACKEND", "cuda13")
-    with pytest.raises(SettingError, match="`STABLEKERN_BACKEND` must be one of native, torch, triton, cuda: got 'cuda13'"):
+    with pytest.raises(
+        SettingError, match="`STABLEKERN_BACKEND` must be one of native, torch, triton, cuda: got 'cuda13'"
+    ):
         op(torch.zeros(1))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specs.ssd_scan import inputs
 
 import stablekern
+from specs.ssd_scan import inputs
 from stablekern.ops.ssd_scan import _CHUNK, _fwd, reference, ssd_scan
 
 BACKENDS = [b for b, reason in stablekern.available_backends("ssd_scan").items() if reason is None]
@@ -159,6 +159,7 @@ def test_growing_states_warn_and_overflow_to_inf(backend):
     with pytest.warns(RuntimeWarning, match=r"stablekern.ssd_scan: `A` >= 0 does not decay: .*: got 2"):
         y, last = ssd_scan(*args, return_last_state=True)
     assert torch.isinf(last[0, 0]).all() and torch.isfinite(y[0, :, 1]).all()
+    assert torch.isfinite(ssd_scan(*args, state_clamp=10.0)).all(), "a clamp bounds it, and nothing is said"
 
 
 def test_only_what_is_asked_for_gets_a_gradient_and_is_kept(backend):

@@ -87,7 +87,7 @@ struct Place {
   int64_t blocks() const { return (count + kLanes<T> - 1) / kLanes<T>; }
 };
 
-// One allocation per thread, handed out in cache lines.
+// One allocation per thread, zeroed (rows of heads are padded with zeros), handed out in cache lines.
 class Arena {
  public:
   template <class V>

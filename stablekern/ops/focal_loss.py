@@ -6,14 +6,14 @@ $\alpha_0 = 1 - \alpha$ and the positive weight $w$,
 $$L = w\,\alpha\,y\,q^\gamma\,s(-x) + (1 - \alpha)(1 - y)\,p^\gamma\,s(x), \qquad s(t) = \log(1 + e^t),\; q = 1 - p.$$
 
 For hard targets that is the usual $-\alpha_t (1 - p_t)^\gamma \log p_t$; soft targets mix the two terms linearly, as
-binary cross entropy does. Since $\log q = -s(x)$ and $\log p = -s(-x)$, the powers are $e^{-\gamma s(\pm x)}$: nothing is
-clamped, and nothing is a power of a probability that has rounded to 0 or 1. The derivative, with $p' = p q$,
+binary cross entropy does. Since $\log q = -s(x)$ and $\log p = -s(-x)$, the powers are $e^{-\gamma s(\pm x)}$: nothing
+is clamped, and nothing is a power of a probability that has rounded to 0 or 1. The derivative, with $p' = p q$,
 
 $$\frac{dL}{dx} = -w\,\alpha\,y\,q^\gamma (\gamma p\,s(-x) + q) + (1 - \alpha)(1 - y)\,p^\gamma (\gamma q\,s(x) + p),$$
 
-holds no division either, so $\gamma < 1$ and $\gamma = 0$ are not special. In $p\,s(-x)$ and $q\,s(x)$ an infinite logit
-would give $0 \cdot \infty$; both products tend to 0, and the code takes them from finite logits only. The gradient with
-respect to the target, needed for soft labels that are learned, is the difference of the two unweighted terms.
+holds no division either, so $\gamma < 1$ and $\gamma = 0$ are not special. In $p\,s(-x)$ and $q\,s(x)$ an infinite
+logit would give $0 \cdot \infty$; both products tend to 0, and are 0 where the first factor is. The gradient with
+respect to the target, for soft labels that are learned, is the difference of the two terms without $y$ and $1 - y$.
 
 Sources: Lin et al. 2017, arXiv:1708.02002, eq. 5; the log-space form follows from $\log\sigma(x) = -s(-x)$.
 """
@@ -120,7 +120,13 @@ def _(
 class _FocalLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
+        logits: Tensor,
+        targets: Tensor,
+        alpha: float,
+        gamma: float,
+        pos_weight: float,
+        by_logits: bool,
+        by_targets: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _fwd(logits, targets, alpha, gamma, pos_weight, by_logits, by_targets)
 
@@ -151,13 +157,13 @@ def focal_loss(
 ) -> Tensor:  # (...), or 0-d
     r"""Binary focal loss with logits, finite with finite gradients for every logit.
 
-    $L = w\,\alpha\,y\,q^\gamma\,s(-x) + (1-\alpha)(1-y)\,p^\gamma\,s(x)$ with $p = \sigma(x)$, $q = 1-p$ and the softplus
-    $s(t) = \log(1+e^t)$: for hard targets the usual $-\alpha_t(1-p_t)^\gamma \log p_t$.
+    $L = w\,\alpha\,y\,q^\gamma\,s(-x) + (1-\alpha)(1-y)\,p^\gamma\,s(x)$ with $p = \sigma(x)$, $q = 1-p$ and the
+    softplus $s(t) = \log(1+e^t)$: for hard targets the usual $-\alpha_t(1-p_t)^\gamma \log p_t$.
 
     **Arguments:**
 
-    - `logits`: any shape; float16, bfloat16 (computed in float32), float32 or float64. +-inf is legal: the loss there is
-        its limit, 0 or inf, and the gradient is finite.
+    - `logits`: any shape; float16, bfloat16 (computed in float32), float32 or float64. +-inf is legal: the loss
+        there is its limit, 0 or inf, and the gradient is finite.
     - `targets`: same shape, dtype and device; hard 0/1 or soft in [0, 1] (not checked). Differentiable.
     - `alpha`: weight of the positive class, $1 - \alpha$ of the negative; in [0, 1].
     - `gamma`: focusing exponent, >= 0; 0 is the $\alpha$-weighted cross entropy.
@@ -175,7 +181,9 @@ def focal_loss(
     _check.dtypes("focal_loss", _check.REAL + _check.HALF, logits=logits, targets=targets)
     if logits.shape != targets.shape:
         raise ValueError(
-            _check.message("focal_loss", "`targets` must have the shape of `logits`", tuple(targets.shape), tuple(logits.shape))
+            _check.message(
+                "focal_loss", "`targets` must have the shape of `logits`", tuple(targets.shape), tuple(logits.shape)
+            )
         )
     alpha = _check.number("focal_loss", "alpha", alpha, low=0.0, high=1.0)
     gamma = _check.number("focal_loss", "gamma", gamma, low=0.0)

@@ -330,8 +330,8 @@ def ssd_scan(
 
     $h_t = \mathrm{clamp}(e^{\Delta_t A} h_{t-1} + \Delta_t x_t B_t^\top,\ lo,\ hi)$ and
     $y_t = (h_t C_t + D x_t)\,\mathrm{silu}(z_t)$ for every batch item and head, with
-    $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + dt\_bias))$. Head `i` uses group `i // (h / g)` of `B` and `C`. The
-    function is that of mamba_ssm's `mamba_chunk_scan_combined`; there is no chunk size to choose.
+    $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + dt\_bias))$. Head `i` uses group `i // (h / g)` of `B` and `C`.
+    The function is that of mamba_ssm's `mamba_chunk_scan_combined`; there is no chunk size to choose.
 
     **Arguments:** any strides; every size may be 0. Each tensor has the dtype of `x`, or float32 where `x` is float16
     or bfloat16.
@@ -353,7 +353,7 @@ def ssd_scan(
 
     **Raises:** `ValueError` for sizes that disagree, a bad limit, and, looked up for CPU tensors only, `lo > hi` or a
     negative step; `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` >= 0
-    (CPU tensors) gives a `RuntimeWarning`: such a state does not decay, and overflows to inf unless it is clamped.
+    (CPU tensors) without a clamp gives a `RuntimeWarning`: such a state does not decay, and overflows to inf.
 
     **Accuracy:** output and gradients at most twice the error of the sequential loop in the same dtype
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_ssd_scan.py`).
@@ -394,7 +394,7 @@ def ssd_scan(
         raise ValueError(message(_OP, "`dt` + `dt_bias` must be >= 0 without `dt_softplus`", f"{step.min():g}"))
     if low > 0 or high < torch.inf or not dt_softplus:
         step = step.clamp(low, high)
-    if _readable(A) and A.numel() and bool(A.detach().amax() >= 0):
+    if lower is None and _readable(A) and A.numel() and bool(A.detach().amax() >= 0):
         rule = "`A` >= 0 does not decay: exp(dt * A) >= 1, the state grows until it overflows to inf"
         warnings.warn(message(_OP, rule, f"{A.max():g}"), RuntimeWarning, stacklevel=2)
     if D is not None:

@@ -29,8 +29,8 @@ class Sample:
 class OpSpec:
     """What the suite needs to know of one op.
 
-    `reference` takes the same arguments as `op` and shares no code with it. `view` maps (outputs, sample) to the tensors
-    that are compared: the identity, or a function that removes what the op leaves open (the sign of an eigenvector).
+    `reference` takes the same arguments as `op` and shares no code with it. `view` maps (outputs, sample) to the
+    tensors that are compared: the identity, or a function that removes what the op leaves open (an eigenvector's sign).
     `slack` is k in err_op <= k * err_reference + floor_ulps * eps * max|exact|; another k than 2 needs `slack_reason`.
     """
 

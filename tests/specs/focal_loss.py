@@ -56,7 +56,11 @@ SPECS = (
         samples=samples,
         dtypes=FLOATS + HALVES,
         errors=(
-            (_call(targets=torch.zeros(4)), ValueError, r"`targets` must have the shape of `logits`: got \(4,\) and \(3,\)"),
+            (
+                _call(targets=torch.zeros(4)),
+                ValueError,
+                r"`targets` must have the shape of `logits`: got \(4,\) and \(3,\)",
+            ),
             (_call(logits=torch.zeros(3, dtype=torch.int64)), TypeError, "`logits` must be one of .*: got int64"),
             (_call(targets=torch.zeros(3).double()), TypeError, "`targets` and `logits` must have one dtype"),
             (_call(logits=[0.0]), TypeError, "`logits` must be a tensor: got list"),
