@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specs.eigh import repeated, separated
 from torch import Tensor
 
 import stablekern
+from specs.eigh import repeated, separated
 from stablekern.ops import eigh as spine
 from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 

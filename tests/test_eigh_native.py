@@ -36,7 +36,9 @@ def run(native):
 
 @pytest.fixture
 def run_backward(native):
-    def call(w: Tensor, rows: Tensor, grad_w: Tensor | None, grad_rows: Tensor | None, mode: int, floor: float) -> Tensor:
+    def call(
+        w: Tensor, rows: Tensor, grad_w: Tensor | None, grad_rows: Tensor | None, mode: int, floor: float
+    ) -> Tensor:
         result = torch.full_like(rows, float("nan"))
         native.eigh_bwd(w, rows, grad_w, grad_rows, mode, floor, 16.0, 0.1, result)
         return result

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specs.eigh import repeated
-from specs.laplacian_pe import separated_graphs
-from specs.normalized_laplacian import dense_graphs, top_graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specs.eigh import repeated
+from specs.laplacian_pe import separated_graphs
+from specs.normalized_laplacian import dense_graphs, top_graphs
 from stablekern.ops import normalized_laplacian as laplacian_spine
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
 from stablekern.ops.normalized_laplacian import normalized_laplacian
@@ -279,7 +279,7 @@ def test_weakly_linked_components_are_not_torn_apart():
 
 def test_alignment_goes_on_from_the_natural_null_space():
     """Two groups that lose their bridge for some steps: then positive vectors, and after them the nearer sign."""
-    A = torch.block_diag(torch.ones(5, 5), torch.ones(4, 4)).double() * walk(30, 9, step=0.1)
+    A = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).double() * walk(30, 9, step=0.1)
     cut = torch.arange(30) % 7 == 3
     A[:, ~cut, 0, 8] = A[:, ~cut, 8, 0] = 0.3
     pe = laplacian_pe(A, 4, align="temporal")[0]

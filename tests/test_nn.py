@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from stablekern.ops.laplacian_pe import laplacian_pe
 from torch import Tensor, nn
 
 import stablekern.nn as snn
@@ -18,6 +17,7 @@ from stablekern.nn import mamba2
 from stablekern.nn.graph import propagation_matrix
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.cosine_edges import cosine_edges
+from stablekern.ops.laplacian_pe import laplacian_pe
 
 FALLBACK = "SEIZURE_MAMBA_FORCE_FALLBACK"
 NODE = {"d_model": 64, "d_state": 16, "headdim": 8}

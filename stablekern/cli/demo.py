@@ -19,7 +19,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from stablekern.eeg import (
     robust_sigma,
     split,
 )
+from stablekern.eeg.synthesis import SpikeWave
 from stablekern.errors import NonFiniteError, RecordingError, SettingError, message
 from stablekern.nn import SeizureDetector
 from stablekern.nn.tcn import DOWNSAMPLING
@@ -53,6 +54,7 @@ __all__ = ["Options", "TorchLaplacianPE", "gradient_with_torch_eigh", "run"]
 
 _PRESET = "nano"
 _TRAIN_SHARE = 0.7
+_COPIES = 8  # of the training part, each with discharges of its own: one draw of six knows too few places and rates
 _CROP_STRIDE = 1 / 16  # s: a window can start at any of 16 places in a second
 _LONGEST = 1200.0  # s of a recording that are used
 _MAX_NORM = 1.0
@@ -81,20 +83,22 @@ class Options:
 
 @dataclass(frozen=True)
 class _Data:
-    train: Recording
+    """`train` holds the training part several times, each time with other discharges; `events` are those held out."""
+
+    train: list[Recording]
     held_out: Recording
     notes: tuple[str, ...]
-    events: list[dict[str, Any]]
+    events: list[SpikeWave]
     centre: np.ndarray
     spread: np.ndarray
 
     @property
     def cut(self) -> float:
-        return self.train.seconds
+        return self.train[0].seconds
 
 
 def _load(options: Options) -> _Data:
-    """Read, add discharges, cut, filter each part by itself, scale both by the training part."""
+    """Read, cut, add discharges to each part, filter each part by itself, scale all by the training part."""
     recording = load_sample() if options.edf is None else read_edf(options.edf)
     shortest = max(7.0, options.window_seconds) / (1 - _TRAIN_SHARE)
     if recording.seconds < shortest:
@@ -104,41 +108,45 @@ def _load(options: Options) -> _Data:
     if recording.seconds > _LONGEST:
         notes = (*notes, f"of its {recording.seconds:.0f} s the first {_LONGEST:.0f} s are used")
         recording = recording.crop(0, round(_LONGEST * recording.sample_rate))
-    events = draw_events(recording.seconds, seed=options.seed, boundary=_TRAIN_SHARE)
-    background = replace(recording, notes=(), labels=None)
-    made, _ = add_spike_wave(background, seed=options.seed, events=events)
-    parts = [replace(part, data=bandpass(part.data, part.sample_rate)) for part in split(made, _TRAIN_SHARE)]
-    centre = np.median(parts[0].data, axis=1, keepdims=True)
-    spread = np.maximum(robust_sigma(parts[0].data), _FLAT_MICROVOLTS)[:, None]
-    train, held_out = (
-        replace(part, data=np.clip((part.data - centre) / spread, -_CLIP, _CLIP), unit="sigma") for part in parts
-    )
-    scaled = f"band-pass 0.5 to 120 Hz, notch at 60 Hz, scaled by the training part, clipped to +-{_CLIP:g} sigma"
-    listed = [
-        {
-            "part": "training" if event.onset < train.seconds else "held out",
-            "onset": event.onset,
-            "duration": event.duration,
-            "focus": event.focus,
-            "rate": event.rate,
-        }
-        for event in events
-    ]
-    return _Data(train, held_out, (*notes, *made.notes, scaled), listed, centre, spread)
+    seconds, background = recording.seconds, split(recording, _TRAIN_SHARE)
+    cut = background[0].seconds
+
+    def drawn(seed: int) -> list[SpikeWave]:
+        return draw_events(seconds, seed=seed, boundary=_TRAIN_SHARE)
+
+    def made(part: Recording, seed: int, events: list[SpikeWave]) -> Recording:
+        added, _ = add_spike_wave(part, seed=seed, events=events)
+        return replace(added, data=bandpass(added.data, added.sample_rate))
+
+    held_events = [event for event in drawn(options.seed) if event.onset >= cut]
+    shifted = [replace(event, onset=event.onset - cut) for event in held_events]
+    held_out = made(background[1], options.seed, shifted)
+    seeds = np.random.SeedSequence(options.seed).generate_state(_COPIES).tolist()
+    train = [made(background[0], seed, [event for event in drawn(seed) if event.onset < cut]) for seed in seeds]
+    together = np.concatenate([copy.data for copy in train], axis=1)
+    centre = np.median(together, axis=1, keepdims=True)
+    spread = np.maximum(robust_sigma(together), _FLAT_MICROVOLTS)[:, None]
+
+    def scaled(part: Recording) -> Recording:
+        return replace(part, data=np.clip((part.data - centre) / spread, -_CLIP, _CLIP), unit="sigma")
+
+    filtered = f"band-pass 0.5 to 120 Hz, notch at 60 Hz, scaled by the training part, clipped to +-{_CLIP:g} sigma"
+    return _Data([scaled(copy) for copy in train], scaled(held_out), (*notes, filtered), held_events, centre, spread)
 
 
 def _description(options: Options, data: _Data) -> str:
-    seconds = data.train.seconds + data.held_out.seconds
-    cut = f"The first {data.cut:.0f} s are for training, the last {data.held_out.seconds:.0f} s are held out."
     if options.edf is None:
         origin = (
             "The recording that comes with stablekern: EEGLAB's tutorial data, a real scalp EEG without seizures "
             "(Delorme and Makeig, J. Neurosci. Methods 134 (2004) 9-21; BSD 2-Clause licence, see ATTRIBUTION.md)."
         )
     else:
-        origin = f"Your recording {options.edf.name}, as background."
-    added = "Synthetic spike-and-wave discharges were added to it; nothing else in it is taken for a discharge."
-    return f"{origin} {seconds:.0f} s. {added} {cut}"
+        origin = f"Your recording {options.edf.name}, as background; nothing in it is taken for a discharge."
+    return (
+        f"{origin} The first {data.cut:.0f} s are for training, {_COPIES} times over with synthetic spike-and-wave "
+        f"discharges at ever other times and places; the last {data.held_out.seconds:.0f} s, with the discharges below, "
+        "are held out."
+    )
 
 
 # ---- the other backward --------------------------------------------------------------------------------------------
@@ -408,10 +416,10 @@ def _run(options: Options, as_json: bool) -> int:
             "seconds": time.monotonic() - start,
             "cpu_seconds": time.process_time() - cpu_start,
             "recording": {
-                "source": data.train.source,
+                "source": data.held_out.source,
                 "description": _description(options, data),
                 "notes": list(data.notes),
-                "events": data.events,
+                "events": [asdict(event) for event in data.events],
             },
             "files": files,
         }
@@ -432,7 +440,7 @@ def _train(
     """All steps, or those before Ctrl-C; each is written to `metrics` as soon as it is done."""
     crops = WindowDataset(data.train, window_seconds=options.window_seconds, stride_seconds=_CROP_STRIDE)
     batches = training.random_windows(crops, batch_size=options.batch_size, steps=options.steps, seed=options.seed)
-    weight = training.positive_weight(data.train.labels)
+    weight = training.positive_weight(np.concatenate([copy.labels for copy in data.train]))
     loss = functools.partial(stablekern.focal_loss, pos_weight=weight, reduction="mean")
     comparisons: list[Comparison] = []
 

@@ -392,14 +392,14 @@ def _held_out(summary: dict[str, Any], held: HeldOut) -> list[str]:
 def _recording(recording: dict[str, Any]) -> list[str]:
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in recording["notes"])
     rows = [
-        (e["part"], f"{e['onset']:.1f} s", f"{e['duration']:.1f} s", e["focus"], f"{e['rate']:.2f} Hz")
+        (f"{e['onset']:.1f} s", f"{e['duration']:.1f} s", e["focus"], f"{e['rate']:.2f} Hz")
         for e in recording["events"]
     ]
     return [
         "<h2>The recording</h2>",
         f"<p>{html.escape(recording['description'])}</p>",
         f"<ul>{notes}</ul>",
-        _table(("Discharge in", "Onset", "Duration", "Focus", "Rate"), rows, numbers=False),
+        _table(("Held-out discharge at", "Duration", "Focus", "Rate"), rows, numbers=False),
     ]
 
 

@@ -136,14 +136,14 @@ class _SSGConv(nn.Module):
 
 
 class GraphMixer(nn.Module):
-    r"""Message passing between electrodes, (b, N, T, d_model) features and (b, $T_g$, N, N) adjacencies -> (b, N, T,
+    r"""Message passing between electrodes: (b, N, T, d_model), with (b, $T_g$, N, N) adjacencies, to (b, N, T,
     d_model).
 
     With $M$ as in `propagation_matrix` and $P$ the Laplacian encoding of each graph, $h_0 = [x; P]$,
 
     $$h_1 = \mathrm{drop}(\mathrm{gelu}(\mathrm{LN}(W_0 M h_0 + b_0))), \quad
-    h_{i+1} = h_i + \mathrm{drop}(\mathrm{gelu}(\mathrm{LN}(W_i M h_i + b_i))), \quad out = x + \gamma \odot (h_{last} -
-    x).$$
+    h_{i+1} = h_i + \mathrm{drop}(\mathrm{gelu}(\mathrm{LN}(W_i M h_i + b_i))), \quad
+    out = x + \gamma \odot (h_{last} - x).$$
 
     Dense: for 19 nodes $M$ is one small matrix per graph, made once and used by all layers, in batched products; there
     are no edge lists, no loop over graphs and no synchronisation.

@@ -4,8 +4,8 @@ r"""Mamba-2 blocks: one direction with the parameters of mamba_ssm, and the bidi
 and $g$ groups of $n$ states:
 
 $$[z, u, \delta] = W_{in} x, \quad [x', B, C] = \mathrm{silu}(\mathrm{conv}(u)), \quad
-y = \mathrm{scan}(x', \mathrm{softplus}(\delta + b), -e^{A_{log}}, B, C) + D x', \quad out = W_{out}\, \mathrm{norm}(y
-\odot \mathrm{silu}(z)).$$
+y = \mathrm{scan}(x', \mathrm{softplus}(\delta + b), -e^{A_{log}}, B, C) + D x', \quad
+out = W_{out}\, \mathrm{norm}(y \odot \mathrm{silu}(z)).$$
 
 Every parameter has the name and shape that mamba_ssm's `Mamba2` gives it, and the mathematics is the same on every
 device, so a checkpoint trained on a GPU gives the same output on a CPU. The arguments of all exponentials of the scan

@@ -1,9 +1,8 @@
-r"""The temporal convolutions at the ends of the detector: electrodes to features at 1/16 of the rate, and back to
-samples.
+r"""The temporal ends of the detector: electrodes to features at 1/16 of the rate, and back to samples.
 
 **Encoder.** Layer $i$ is a weight-normed convolution of width 7 with taps $2^i$ input samples apart, GELU and dropout.
 The first four halve the rate; from the fifth on, at 16 frames per second for 256 Hz, each is added to its input where
-the widths agree:
+the widths agree, and the sum scaled by $\sqrt{1/2}$, which keeps its variance:
 
 (b, 19, L) -> (b, c_0, L/2) -> (b, c_1, L/4) -> (b, c_2, L/8) -> (b, c_3, L/16) -> ... -> (b, c_last, L/16).
 
@@ -93,11 +92,11 @@ class TCNEncoder(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    r"""Features back to samples, (b, in_channels, T) -> (b, out_channels, 16 T): 1x1 convolution, linear interpolation,
-    GELU.
+    r"""Features back to samples, (b, in_channels, T) -> (b, out_channels, 16 T).
 
-    The head that this comes from repeated each frame 16 times, a staircase of 62.5 ms, and led straight into a second
-    linear 1x1 convolution, which made the two of them one. Interpolation and the non-linearity in between remove both.
+    A 1x1 convolution, linear interpolation between the frames, GELU. The head that this comes from repeated each frame
+    16 times, a staircase of 62.5 ms, and led straight into a second linear 1x1 convolution, which made the two of them
+    one. Interpolation and the non-linearity in between remove both.
 
     **Arguments:** `in_channels`, `out_channels`. **Raises:** `ValueError` for inputs of another width.
     """

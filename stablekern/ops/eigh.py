@@ -243,7 +243,7 @@ def _weighed(w: Tensor, M: Tensor, mode: str, gap_floor: float, noise: float, no
     """S off the diagonal."""
     # Gaps in units of max|w|, so that no square over- or underflows; a matrix of subnormals counts as 0.
     largest = w.abs().amax(-1, keepdim=True)
-    unit = torch.ones_like(largest)
+    unit = torch.where(largest < torch.finfo(w.dtype).tiny, 1.0, largest)
     gap = (w / unit)[:, None, :] - (w / unit)[:, :, None]
     numerator = M - M.mH
     if mode == "auto":
