@@ -15,6 +15,7 @@ __all__ = [
     "COSINE_EPS",
     "COSINE_GRAD_FLOOR",
     "EDGE_THRESHOLD",
+    "EIGENPROJECTOR_GAP_ULPS",
     "EIGH_AUTO_GAP_ULPS",
     "EIGH_LORENTZ_GAP_FLOOR",
     "EIGH_MASK_GAP_ULPS",
@@ -116,5 +117,13 @@ LAPLACIAN_ROTATION_ULPS = Constant(
     "within it the rows of a rotation count as orthonormal: the iteration that makes them so is quadratic, so it has "
     "converged to a few ulp or is far from it, because the subspaces before and after hardly overlap",
     "Newton-Schulz iteration: Higham, Functions of Matrices, sec. 8.3",
+    ulps=True,
+)
+
+EIGENPROJECTOR_GAP_ULPS = Constant(
+    4.0,
+    "times sqrt(n): twice the largest spread of a repeated eigenvalue that LAPACK computes, n = 3 to 256, measured; a "
+    "smaller gap cannot be told from 0, and as the width of a Lorentzian it bounds the gradient there",
+    "the statistical growth of rounding in n steps: Higham, Accuracy and Stability, sec. 2.8",
     ulps=True,
 )

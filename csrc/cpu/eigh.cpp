@@ -12,7 +12,7 @@
 //      (the "ultimate shift"): the rotations are recorded
 //   5. and then applied to Q, several columns at a time held in registers;
 //   6. rank, fix signs, scale back, transpose out: eigenvectors leave as rows.
-// Couplings |e| <= eps/2 ||T|| are deflated: errors are relative to the norm of the matrix, as in LAPACK's syevd.
+// Couplings |e| of the order of eps ||T|| are deflated: errors are relative to the norm of the matrix.
 //
 // Steps 3 and 4 are one scalar recurrence per lane, bound by latency, so several blocks of lanes take turns in it.
 #include <torch/csrc/stable/library.h>
@@ -38,8 +38,8 @@ using torch::stable::Tensor;
 
 constexpr int kMaxN = 32;
 constexpr int kElectrodes = 19;  // of the 10-20 system: the size that gets loops of known length
-constexpr int kMaxSweeps = 30;  // per eigenvalue, as LAPACK's steqr; two or three is usual
-constexpr int kBlocks = 4;      // blocks of lanes that share the QL recurrence
+constexpr int kMaxSweeps = 30;   // per eigenvalue on average, as LAPACK's steqr; two are usual
+constexpr int kBlocks = 4;       // blocks of lanes that share the QL recurrence
 constexpr int32_t kNotConverged = 1, kNonFinite = 2;  // bits of `info`
 constexpr int64_t kStreamBytes = int64_t{1} << 22;    // larger results go past the caches
 
@@ -65,8 +65,8 @@ struct Sweep {
 template <class T, int N, int Blocks>
 struct alignas(64) Workspace {
   static constexpr int kN = N > 0 ? N : kMaxN;
-  static constexpr int kStride = kN | 1;                    // odd: rows do not fall on the same cache sets
-  static constexpr int kRotations = 3 * kN * kN / 4 + kN;   // 1.5 times n sweeps of ultimate shift
+  static constexpr int kStride = kN | 1;                   // odd: rows do not fall on the same cache sets
+  static constexpr int kRotations = 3 * kN * kN / 4 + kN;  // 1.5 times n sweeps; when full they are applied early
   static constexpr int kSweeps = 4 * kN;
 
   Vec<T> z[Blocks][kN * kStride];       // the matrix, then Q^T, then the eigenvectors as rows
@@ -81,19 +81,24 @@ struct alignas(64) Workspace {
 };
 
 // Memory that a thread keeps between calls: allocating it afresh would fault its pages in every time.
-template <class W>
-W& workspace() {
+std::byte* scratch(std::size_t size) {
   struct Release {
     void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
   thread_local std::unique_ptr<std::byte, Release> memory;
-  thread_local std::size_t size = 0;
-  if (size < sizeof(W)) {
+  thread_local std::size_t capacity = 0;
+  if (capacity < size) {
     memory.reset();
-    memory.reset(static_cast<std::byte*>(::operator new[](sizeof(W), std::align_val_t{64})));
-    size = sizeof(W);
+    capacity = 0;
+    memory.reset(static_cast<std::byte*>(::operator new[](size, std::align_val_t{64})));
+    capacity = size;
   }
-  return *reinterpret_cast<W*>(memory.get());
+  return memory.get();
+}
+
+template <class W>
+W& workspace() {
+  return *reinterpret_cast<W*>(scratch(sizeof(W)));
 }
 
 // ---- in -----------------------------------------------------------------------------------------------------------
@@ -104,7 +109,8 @@ template <class T>
 void gather_items(const T* items, int length, int count, Vec<T>* out) {
   constexpr int lanes = kLanes<T>;
   const T* item[lanes];
-  for (int lane = 0; lane < lanes; ++lane) item[lane] = items + static_cast<int64_t>(lane < count ? lane : count - 1) * length;
+  for (int lane = 0; lane < lanes; ++lane)
+    item[lane] = items + static_cast<int64_t>(std::min(lane, count - 1)) * length;
   Vec<T> tile[lanes];
   int i = 0;
   for (; i + lanes <= length; i += lanes) {
@@ -185,7 +191,8 @@ SK_INLINE V dot(const V* x, const V* y, int length) {
 // Rows row..row+Rows of a symmetric matrix, lower triangle: a -= u q^T + q u^T if `Update`; then p += a v for what
 // these rows contribute, p[row..] being set.
 template <class T, int Rows, bool Update>
-SK_INLINE void update_and_multiply(Vec<T>* a, int stride, int row, const Vec<T>* u, const Vec<T>* q, const Vec<T>* v, Vec<T>* p) {
+SK_INLINE void update_and_multiply(Vec<T>* a, int stride, int row, const Vec<T>* u, const Vec<T>* q, const Vec<T>* v,
+                                   Vec<T>* p) {
   // Copies in registers: the compiler cannot know that stores to a and p leave u, q and v alone.
   Vec<T> minus_u[Rows], minus_q[Rows], vr[Rows], sum[Rows];
   Vec<T>* rows[Rows];
@@ -225,7 +232,8 @@ SK_INLINE void update_and_multiply(Vec<T>* a, int stride, int row, const Vec<T>*
 }
 
 template <class T, bool Update>
-SK_INLINE void update_and_multiply_all(Vec<T>* a, int stride, int size, const Vec<T>* u, const Vec<T>* q, const Vec<T>* v, Vec<T>* p) {
+SK_INLINE void update_and_multiply_all(Vec<T>* a, int stride, int size, const Vec<T>* u, const Vec<T>* q,
+                                       const Vec<T>* v, Vec<T>* p) {
   int row = 0;
   for (; row + 4 <= size; row += 4) update_and_multiply<T, 4, Update>(a, stride, row, u, q, v, p);
   switch (size - row) {
@@ -238,8 +246,8 @@ SK_INLINE void update_and_multiply_all(Vec<T>* a, int stride, int size, const Ve
 // Rows of Q^T so far, `size` - 1 long, times two reflectors: I - u w^T of length `size`, then I - u2 w2^T of length
 // size + 1, `inner` = w . u2. Each row grows by the two columns in which it is still zero.
 template <class T, int Rows>
-SK_INLINE void reflect_rows(Vec<T>* z, int stride, int size, const Vec<T>* u, const Vec<T>* w, const Vec<T>* u2, const Vec<T>* w2,
-                            Vec<T> inner) {
+SK_INLINE void reflect_rows(Vec<T>* z, int stride, int size, const Vec<T>* u, const Vec<T>* w, const Vec<T>* u2,
+                            const Vec<T>* w2, Vec<T> inner) {
   Vec<T> sum[Rows], sum2[Rows];
   for (int r = 0; r < Rows; ++r) sum[r] = sum2[r] = Vec<T>{};
   for (int k = 0; k < size - 1; ++k) {
@@ -440,7 +448,7 @@ void implicit_ql(Workspace<T, N, Blocks>& w, int runtime_n, Vec<T> (*d)[Blocks],
       uint32_t rows = 0;  // bit i: some lane is coupled there
       Mask<T> active = none_set<T>();
       for (int i = high[b] - 1; i >= low[b]; --i) {
-        const Mask<T> coupled = greater(abs(e[i][b]), threshold[b]);
+        const Mask<T> coupled = !less_equal(abs(e[i][b]), threshold[b]);  // a NaN never passes for converged
         edge = select_int(coupled, edge, index(i));
         edge_d = select(coupled, edge_d, d[i][b]);
         l[b] = select_int(coupled, index(i), l[b]);
@@ -489,7 +497,8 @@ void implicit_ql(Workspace<T, N, Blocks>& w, int runtime_n, Vec<T> (*d)[Blocks],
     for (int i = last - 1; i >= first; --i) {
 #pragma GCC unroll 8
       for (int b = 0; b < Blocks; ++b) {
-        const Mask<T> on = greater_than<T>(m[b], static_cast<Integer>(i)) & !greater_than<T>(l[b], static_cast<Integer>(i));
+        const auto row = static_cast<Integer>(i);
+        const Mask<T> on = greater_than<T>(m[b], row) & !greater_than<T>(l[b], row);  // l <= i < m
         const Vec<T> ei = e[i][b], di = d[i][b];
         const Vec<T> f = s[b] * ei, h = c[b] * ei;
         const Vec<T> square = fma(f, f, g[b] * g[b]);
@@ -545,8 +554,8 @@ void copy_out(const T* from, int64_t length, bool past_caches, T* to) {
 }
 
 template <class T, int N, int Blocks, bool Vectors>
-void store_block(Workspace<T, N, Blocks>& w, int block, int runtime_n, int count, bool past_caches, T* eigenvalues, T* eigenvectors,
-                 int32_t* info) {
+void store_block(Workspace<T, N, Blocks>& w, int block, int runtime_n, int count, bool past_caches, T* eigenvalues,
+                 T* eigenvectors, int32_t* info) {
   using W = Workspace<T, N, Blocks>;
   using Integer = typename VecTypes<T>::integer;
   constexpr int lanes = kLanes<T>, stride = W::kStride;
@@ -602,11 +611,12 @@ void store_block(Workspace<T, N, Blocks>& w, int block, int runtime_n, int count
 
 // The first `count` of `left` matrices, at most Blocks * kLanes of them.
 template <class T, int N, int Blocks, bool Vectors>
-void solve_group(const T* matrices, int n, int count, int64_t left, bool upper, bool past_caches, T* eigenvalues, T* eigenvectors, int32_t* info) {
+void solve_group(const T* matrices, int n, int count, int64_t left, bool upper, bool past_caches, T* eigenvalues,
+                 T* eigenvectors, int32_t* info) {
   constexpr int lanes = kLanes<T>;
   auto& w = workspace<Workspace<T, N, Blocks>>();
   for (int b = 0; b < Blocks; ++b) {
-    const int first = b * lanes < count ? b * lanes : 0, present = count - first < lanes ? count - first : lanes;
+    const int first = b * lanes < count ? b * lanes : 0, present = std::min(count - first, lanes);
     const T* from = matrices + static_cast<int64_t>(first) * n * n;
     load_block(w, b, from, n, present, upper);
     const int64_t later = left - first - present;  // the next block comes from memory while this one is reduced
@@ -623,9 +633,10 @@ void solve_group(const T* matrices, int n, int count, int64_t left, bool upper, 
     apply_recorded(w, n);
   }
   for (int b = 0; b * lanes < count; ++b) {
-    const int first = b * lanes, present = count - first < lanes ? count - first : lanes;
-    store_block<T, N, Blocks, Vectors>(w, b, n, present, past_caches, eigenvalues + static_cast<int64_t>(first) * n,
-                                       Vectors ? eigenvectors + static_cast<int64_t>(first) * n * n : nullptr, info + first);
+    const int64_t first = b * lanes;
+    T* vectors = Vectors ? eigenvectors + first * n * n : nullptr;
+    store_block<T, N, Blocks, Vectors>(w, b, n, std::min(count - b * lanes, lanes), past_caches,
+                                       eigenvalues + first * n, vectors, info + first);
   }
 }
 
@@ -639,11 +650,9 @@ void solve(const T* matrices, int64_t batch, int n, bool upper, T* eigenvalues, 
       const int64_t left = stop - item;
       const T* from = matrices + item * n * n;
       T* vectors = Vectors ? eigenvectors + item * n * n : nullptr;
-      const int count = static_cast<int>(left > lanes ? (left < kBlocks * lanes ? left : kBlocks * lanes) : left);
-      if (count > lanes)
-        solve_group<T, N, kBlocks, Vectors>(from, n, count, left, upper, past_caches, eigenvalues + item * n, vectors, info + item);
-      else
-        solve_group<T, N, 1, Vectors>(from, n, count, left, upper, past_caches, eigenvalues + item * n, vectors, info + item);
+      const int count = static_cast<int>(std::min<int64_t>(left, kBlocks * lanes));
+      const auto group = count > lanes ? solve_group<T, N, kBlocks, Vectors> : solve_group<T, N, 1, Vectors>;
+      group(from, n, count, left, upper, past_caches, eigenvalues + item * n, vectors, info + item);
       item += count;
     }
     if (past_caches) stream_fence();
@@ -663,7 +672,8 @@ struct GapRule {
 
 // out[i * stride + j] = sum_k x[i * x_row + k * x_sum] y[j * y_column + k * y_sum], Rows x Columns of them from (i, j).
 template <class T, int Rows, int Columns>
-SK_INLINE void product_tile(int n, const Vec<T>* x, int x_row, int x_sum, const Vec<T>* y, int y_column, int y_sum, Vec<T> (*out)[Columns]) {
+SK_INLINE void product_tile(int n, const Vec<T>* x, int x_row, int x_sum, const Vec<T>* y, int y_column, int y_sum,
+                            Vec<T> (*out)[Columns]) {
   Vec<T> sum[Rows][Columns];
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Columns; ++c) sum[r][c] = Vec<T>{};
@@ -676,7 +686,8 @@ SK_INLINE void product_tile(int n, const Vec<T>* x, int x_row, int x_sum, const 
 
 // The whole product, or its lower triangle mirrored. The last tiles are moved back to end with the matrix.
 template <class T, bool Symmetric>
-SK_INLINE void product(int n, const Vec<T>* x, int x_row, int x_sum, const Vec<T>* y, int y_column, int y_sum, Vec<T>* out) {
+SK_INLINE void product(int n, const Vec<T>* x, int x_row, int x_sum, const Vec<T>* y, int y_column, int y_sum,
+                       Vec<T>* out) {
   constexpr int rows = 4, columns = kVectorBytes == 64 ? 5 : 2;
   const auto put = [&](int i, int j, Vec<T> value) {
     if (!Symmetric || j <= i) out[i * n + j] = value;
@@ -751,14 +762,14 @@ SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, con
 }
 
 template <class T, int N>
-void backward(const T* eigenvalues, const T* eigenvectors, const T* grad_values, const T* grad_vectors, int64_t batch, int runtime_n,
-              const GapRule& rule, T* grad_matrices) {
+void backward(const T* eigenvalues, const T* eigenvectors, const T* grad_values, const T* grad_vectors, int64_t batch,
+              int runtime_n, const GapRule& rule, T* grad_matrices) {
   constexpr int lanes = kLanes<T>;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
     const int n = N > 0 ? N : runtime_n;
     auto& w = workspace<BackwardWorkspace<T, N>>();
     for (int64_t item = begin * lanes; item < batch && item < end * lanes; item += lanes) {
-      const int count = static_cast<int>(batch - item < lanes ? batch - item : lanes);
+      const int count = static_cast<int>(std::min<int64_t>(batch - item, lanes));
       const int64_t at = item * n * n;
       gather_items(eigenvectors + at, n * n, count, w.vectors);
       if (grad_values) gather_items(grad_values + item * n, n, count, w.value_gradient);
@@ -782,7 +793,8 @@ void backward(const T* eigenvalues, const T* eigenvectors, const T* grad_values,
 // ---- launchers ----------------------------------------------------------------------------------------------------
 
 template <bool Vectors>
-void solve_tensor(const Tensor& A, bool upper, const Tensor& eigenvalues, const Tensor* eigenvectors, const Tensor& info) {
+void solve_tensor(const Tensor& A, bool upper, const Tensor& eigenvalues, const Tensor* eigenvectors,
+                  const Tensor& info) {
   const int64_t batch = A.size(0);
   const int n = static_cast<int>(A.size(1));
   if (batch == 0 || n == 0) return;
@@ -808,8 +820,9 @@ void eigvalsh_fwd(const Tensor A, bool upper, Tensor eigenvalues, Tensor info) {
   solve_tensor<false>(A, upper, eigenvalues, nullptr, info);
 }
 
-void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional<Tensor> grad_eigenvalues, std::optional<Tensor> grad_eigenvectors,
-              int64_t mode, double gap_floor, double noise_kappa, double noise_floor, Tensor grad_A) {
+void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional<Tensor> grad_eigenvalues,
+              std::optional<Tensor> grad_eigenvectors, int64_t mode, double gap_floor, double noise_kappa,
+              double noise_floor, Tensor grad_A) {
   const int64_t batch = eigenvalues.size(0);
   const int n = static_cast<int>(eigenvalues.size(1));
   if (batch == 0 || n == 0) return;
@@ -817,7 +830,9 @@ void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "eigh_bwd: unknown mode ", mode);
   const GapRule rule{mode, gap_floor, noise_kappa, noise_floor};
   const auto run = [&]<class T>(T) {
-    const auto data = [](const std::optional<Tensor>& t) { return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr; };
+    const auto data = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+    };
     auto* out = static_cast<T*>(grad_A.mutable_data_ptr());
     const T *values = data(eigenvalues), *vectors = data(eigenvectors);
     const T *grad_values = data(grad_eigenvalues), *grad_vectors = data(grad_eigenvectors);
@@ -838,8 +853,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def("eigh_fwd(Tensor A, bool upper, Tensor(a!) eigenvalues, Tensor(b!) eigenvectors, Tensor(c!) info) -> ()");
   m.def("eigvalsh_fwd(Tensor A, bool upper, Tensor(a!) eigenvalues, Tensor(b!) info) -> ()");
   m.def(
-      "eigh_bwd(Tensor eigenvalues, Tensor eigenvectors_rows, Tensor? grad_eigenvalues, Tensor? grad_eigenvectors_rows, "
-      "int mode, float gap_floor, float noise_kappa, float noise_floor, Tensor(a!) grad_A) -> ()");
+      "eigh_bwd(Tensor eigenvalues, Tensor eigenvectors_rows, Tensor? grad_eigenvalues, "
+      "Tensor? grad_eigenvectors_rows, int mode, float gap_floor, float noise_kappa, float noise_floor, "
+      "Tensor(a!) grad_A) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

@@ -35,7 +35,7 @@ def demo(
     edf: Annotated[
         Path | None, typer.Option(help="Your own recording (EDF or EDF+) in place of the one in the package.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of the bursts, the weights, the order of the windows.")] = 0,
     out: Annotated[Path, typer.Option(help="Each run gets a directory of its own in here.")] = Path("runs"),
     window_seconds: Annotated[float, typer.Option(min=1.0, help="Length of the training windows.")] = 8.0,

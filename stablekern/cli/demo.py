@@ -54,7 +54,7 @@ __all__ = ["Options", "TorchLaplacianPE", "gradient_with_torch_eigh", "run"]
 
 _PRESET = "nano"
 _TRAIN_SHARE = 0.7
-_COPIES = 8  # of the training part, each with discharges of its own: one draw of six knows too few places and rates
+_COPIES = 8  # of the training part, each with its own discharges: one draw, of six, would know few places
 _CROP_STRIDE = 1 / 16  # s: a window can start at any of 16 places in a second
 _LONGEST = 1200.0  # s of a recording that are used
 _MAX_NORM = 1.0
@@ -69,7 +69,7 @@ class Options:
     """What the command line gives; `edf` None is the recording of the package, `compare_every` 0 compares nothing."""
 
     edf: Path | None = None
-    steps: int = 200
+    steps: int = 300
     seed: int = 0
     out: Path = Path("runs")
     window_seconds: float = 8.0
@@ -144,8 +144,8 @@ def _description(options: Options, data: _Data) -> str:
         origin = f"Your recording {options.edf.name}, as background; nothing in it is taken for a discharge."
     return (
         f"{origin} The first {data.cut:.0f} s are for training, {_COPIES} times over with synthetic spike-and-wave "
-        f"discharges at ever other times and places; the last {data.held_out.seconds:.0f} s, with the discharges below, "
-        "are held out."
+        f"discharges at ever other times and places; the last {data.held_out.seconds:.0f} s, with {len(data.events)} "
+        "further ones, are held out."
     )
 
 

@@ -1,0 +1,215 @@
+r"""The projector on the span of `k` eigenvectors: smooth in the matrix wherever the eigenvalues next to the cut differ.
+
+With $A = V \mathrm{diag}(w) V^H$, $w$ ascending, and $S$ the `k` lowest (or largest) eigenvalues, $P = V_S V_S^H$.
+The eigenvectors inside $S$, and those outside, enter as subspaces alone: no choice of a basis, sign or phase is left,
+and the derivative holds only pairs across the cut,
+
+$$dP = \sum_{i \in S,\, j \notin S} \frac{v_i^H\, dA\, v_j}{w_i - w_j}\, v_i v_j^H + \text{h.c.}, \qquad
+\bar A = \sum_{i \in S,\, j \notin S} \frac{v_i^H G\, v_j}{w_i - w_j}\, v_i v_j^H + \text{h.c.}, \qquad
+G = \tfrac12 (\bar P + \bar P^H).$$
+
+Eigenvalues that repeat on one side of the cut never meet in a denominator, so the gradient is exact there: nothing is
+masked and no tolerance decides. The one hard point is a closed cut, $w_k = w_{k+1}$: no projector is defined by $A$,
+and the derivative is unbounded nearby. There stands $g/(g^2 + \delta^2)$ for $1/g$, $g$ the gap over max|w| and
+$\delta = 4\sqrt n\,\epsilon$, the accuracy of a computed eigenvalue: at most $1/(2\delta)$, 0 for $g = 0$, and nearer
+to $1/g$ than the rounding of $g$ is ($\delta^2/g^2$ against $\delta/g$) for every gap that is open.
+
+The pairs cost two products of k x n by n x n, and the smaller of the two sides gives $P$.
+
+Sources: Kato, Perturbation Theory for Linear Operators, ch. II, sec. 2 (the derivative of an eigenprojection); Kasim
+2020, arXiv:2011.04366 (what a loss must satisfy at degeneracies).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablekern import _check, numerics
+from stablekern._registry import define, launcher
+from stablekern.errors import message
+from stablekern.ops import eigh
+
+__all__ = ["eigenprojector", "eigenprojector_ex"]
+
+_OP = "eigenprojector"
+_CUT_CLOSED = 4  # bit 2 of `info`, after the two of `eigh_ex`
+
+
+class EigenprojectorEx(NamedTuple):
+    """P (..., n, n), the gap at the cut (...), and a status (...): bits 0 and 1 as in `eigh_ex`, bit 2 closed cut."""
+
+    projector: Tensor
+    gap: Tensor
+    info: Tensor
+
+
+def reference(A: Tensor, k: int, *, largest: bool = False) -> Tensor:
+    """The definition by LAPACK's eigenvectors, differentiable where no eigenvalue at all is repeated."""
+    V = torch.linalg.eigh(A)[1]
+    S = V[..., V.shape[-1] - k :] if largest else V[..., :k]
+    return S @ S.mH
+
+
+def _fake_fwd(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
+    batch, n, _ = A.shape
+    real = A.dtype.to_real()
+    return (
+        A.new_empty(A.shape),
+        A.new_empty(batch, dtype=real),
+        A.new_empty((batch, n), dtype=real),
+        A.new_empty(A.shape),
+        A.new_empty(batch, dtype=torch.int32),
+    )
+
+
+def _fake_bwd(values: Tensor, rows: Tensor, grad: Tensor, k: int, largest: bool, gap_floor: float) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+_fwd = define(
+    "eigenprojector_fwd(Tensor A, int k, bool largest, float gap_floor) -> (Tensor projector, Tensor gap,"
+    " Tensor eigenvalues, Tensor eigenvector_rows, Tensor info)",
+    fake=_fake_fwd,
+)
+_bwd = define(
+    "eigenprojector_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor grad_projector, int k, bool largest,"
+    " float gap_floor) -> Tensor grad_A",
+    fake=_fake_bwd,
+)
+
+
+def _unit(values: Tensor) -> Tensor:
+    """max|w| (b, 1), so that no square of a gap over- or underflows; 1 for a matrix of zeros or subnormals."""
+    largest = values.abs().amax(-1, keepdim=True)
+    return torch.where(largest < torch.finfo(values.dtype).tiny, 1.0, largest)
+
+
+@launcher("eigenprojector_fwd", device="cuda", backend="torch")
+@launcher("eigenprojector_fwd", device="cpu", backend="torch")
+def _(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
+    n = A.shape[-1]
+    values, rows, info = eigh.forward_of(A)
+    cut = n - k if largest else k
+    few_are_low = 2 * cut <= n
+    few = rows[:, :cut] if few_are_low else rows[:, cut:]
+    P = few.mT @ few.conj()
+    if few_are_low == largest:
+        P = torch.eye(n, dtype=P.dtype, device=P.device) - P
+    P = (P + P.mH) / 2
+    failed = info != 0
+    if 0 < cut < n:
+        gap = values[:, cut] - values[:, cut - 1]
+        unit = _unit(values)[:, 0]
+        info = info + _CUT_CLOSED * (values[:, cut] / unit - values[:, cut - 1] / unit <= gap_floor).to(torch.int32)
+    else:
+        gap = torch.full_like(values[:, 0], torch.inf)
+    return (
+        P.masked_fill(failed[:, None, None], torch.nan).contiguous(),
+        gap.masked_fill(failed, torch.nan),
+        values,
+        rows,
+        info,
+    )
+
+
+@launcher("eigenprojector_bwd", device="cuda", backend="torch")
+@launcher("eigenprojector_bwd", device="cpu", backend="torch")
+def _(values: Tensor, rows: Tensor, grad: Tensor, k: int, largest: bool, gap_floor: float) -> Tensor:
+    cut = values.shape[-1] - k if largest else k
+    unit = _unit(values)
+    w = values / unit
+    low, high = rows[:, :cut], rows[:, cut:]
+    gap = w[:, None, cut:] - w[:, :cut, None]
+    pairs = low.conj() @ ((grad + grad.mH) / 2) @ high.mT * (gap / (gap.square() + gap_floor**2)) / unit[..., None]
+    half = low.mT @ pairs @ high.conj()
+    result = half + half.mH
+    # w_i - w_j with i in S: minus the gap if S lies below the cut.
+    result = result.contiguous() if largest else result.neg().contiguous()
+    eigh.settle_failed(result, values, grad)
+    return result
+
+
+class _Eigenprojector(torch.autograd.Function):
+    @staticmethod
+    def forward(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
+        return _fwd(A, k, largest, gap_floor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, *ctx.cut = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[2], output[3])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        _check.first_order(_OP)
+        return _bwd(*ctx.saved_tensors, grad, *ctx.cut), None, None, None
+
+
+def eigenprojector_ex(
+    A: Tensor,  # (..., n, n)
+    k: int,
+    *,
+    largest: bool = False,
+) -> EigenprojectorEx:  # (..., n, n), (...), (...)
+    r"""`eigenprojector` with the gap at its cut and a status: `(projector, gap, info)`.
+
+    `gap` is the distance of the two eigenvalues next to the cut, >= 0; inf where there is no cut (`k` is 0 or n). It is
+    not differentiable: a loss of the gap is `eigengap_hinge`. `info` (int32, one per matrix) is 0 for success; bit 0: no
+    convergence, bit 1: a non-finite entry in either triangle; with these the matrix's results are NaN. Bit 2: the cut
+    is closed, gap at most $4 \sqrt n \epsilon$ max|w|; the projector is then one of those that rounding can give, and
+    the gradient the bounded stand-in. All else is as in `eigenprojector`.
+    """
+    _check.dtypes(_OP, _check.REAL + _check.COMPLEX + _check.HALF, A=A)
+    n = _check.shapes(_OP, A=(A, "... n n"))["n"]
+    k = _check.integer(_OP, "k", k, low=0, high=n)
+    if not isinstance(largest, bool):
+        raise TypeError(message(_OP, "`largest` must be a bool", type(largest).__name__))
+    A = A.to(torch.float32) if A.dtype in _check.HALF else A
+    flat = A.reshape(math.prod(A.shape[:-2]), n, n)
+    if n == 0:
+        gap = torch.full(flat.shape[:1], torch.inf, dtype=A.dtype.to_real(), device=A.device)
+        P, info = flat, torch.zeros(flat.shape[:1], dtype=torch.int32, device=A.device)
+    else:
+        floor = numerics.EIGENPROJECTOR_GAP_ULPS.of(A.dtype) * n**0.5
+        P, gap, _, _, info = _Eigenprojector.apply(flat, k, largest, floor)
+    return EigenprojectorEx(P.reshape(A.shape), gap.reshape(A.shape[:-2]), info.reshape(A.shape[:-2]))
+
+
+def eigenprojector(
+    A: Tensor,  # (..., n, n)
+    k: int,
+    *,
+    largest: bool = False,
+) -> Tensor:  # (..., n, n)
+    r"""Orthogonal projector on the `k` lowest (or largest) eigenvectors of Hermitian matrices; exact at degeneracies.
+
+    $P = V_k V_k^H$, with $P = P^H = P^2$ and $\mathrm{tr} P = k$ up to rounding. The gradient sums over pairs of
+    eigenvalues across the cut only, so eigenvalues that repeat on either side of it (a noise floor, a graph of equal
+    components) cost no accuracy, where the gradient of eigenvectors is infinite.
+
+    **Arguments:**
+
+    - `A`: float32, float64, complex64 or complex128; any strides and batch dimensions. float16 and bfloat16 are
+        computed, and returned, in float32. Not checked to be Hermitian: the lower triangle is read.
+    - `k`: the rank, 0 to n.
+    - `largest`: take the largest eigenvalues in place of the lowest. Keyword only.
+
+    **Returns:** a new tensor of the same shape, Hermitian to the last bit. A matrix with a non-finite entry, or one that
+    does not converge, is NaN by itself (`eigenprojector_ex` says why); its gradient is NaN, or 0 if the loss leaves it
+    out (its own incoming gradient is all 0). The gradient of `A` is Hermitian. It is always finite otherwise: at most
+    $1/(8 \sqrt n \epsilon)$ over max|w| per pair, which it reaches next to a closed cut only; at a closed cut it is
+    no derivative, since there is none.
+
+    **Raises:** `ValueError` for a matrix that is not square or `k` out of range, `TypeError` for other dtypes,
+    `RuntimeError` when second derivatives are asked for.
+
+    **Accuracy:** $P$ and the relative error of its gradient: a few $n \epsilon$ max|w| / gap, as the conditioning of the
+    subspace allows (`tests/test_eigenprojector.py`).
+    **Sources:** Kato, Perturbation Theory for Linear Operators, ch. II, sec. 2.
+    """
+    return eigenprojector_ex(A, k, largest=largest).projector
