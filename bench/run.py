@@ -8,45 +8,15 @@ one JSON line per case to bench/results/<device>/<op>.jsonl. `--check` exits 1 w
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import re
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import torch
 
 import stablekern
 from bench.cases import CASES, Case
+from bench.store import append, device_name, stamp
 from bench.timing import Ceilings, Times, ceilings, interleave
 from stablekern import _registry
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def device_name(device: str) -> str:
-    """A folder name: the GPU's name, or the CPU's with its core count."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        found = (
-            re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-            if platform.system() == "Linux"
-            else None
-        )
-        name = f"{found[1] if found else platform.processor()}-{torch.get_num_threads()}-threads"
-    return re.sub(r"[^a-z0-9]+", "-", f"{device}-{name}".lower()).strip("-")
-
-
-def commit() -> tuple[str, bool]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
-
-    return git("rev-parse", "--short=12", "HEAD"), bool(
-        git("status", "--porcelain", "--", "stablekern", "csrc", "triton_kernels", "bench/*.py")
-    )
 
 
 def tensors(outputs) -> list[torch.Tensor]:
@@ -80,7 +50,6 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
     ours, base = times["ours"], times["baseline"]
     factor = case.backward if backward else 1.0
     limit = max(case.flops * factor / top.flops, case.bytes * factor / top.bandwidth)
-    revision, dirty = commit()
     return {
         "op": case.op, "case": case.name, "direction": direction, "dtype": "float32", "baseline": case.baseline_name,
         "ms": round(1e3 * ours.median, 4), "ms_best": round(1e3 * ours.best, 4),
@@ -92,9 +61,7 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
         "gbytes_per_s": round(case.bytes * factor / ours.median / 1e9, 2),
         "limit_gflops": round(top.flops / 1e9, 1), "limit_gbytes_per_s": round(top.bandwidth / 1e9, 1),
         "samples": len(ours.samples), "busy_samples": ours.busy + base.busy,
-        "backend": backend(case, inputs, device), "commit": revision, "dirty": dirty, "torch": torch.__version__,
-        "python": platform.python_version(), "threads": torch.get_num_threads(), "device": device_name(device),
-        "date": time.strftime("%Y-%m-%d"),
+        "backend": backend(case, inputs, device), **stamp(device),
     }  # fmt: skip
 
 
@@ -153,10 +120,7 @@ def main() -> int:
             print(line(result), flush=True)
             missed += result["gate"] is not None and options.device == "cpu" and result["ratio"] < result["gate"]
             if options.save:
-                target = RESULTS / result["device"] / f"{case.op}.jsonl"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(target, "a") as file:
-                    file.write(json.dumps(result) + "\n")
+                append(result)
     return 1 if options.check and missed else 0
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
-from bench.run import RESULTS, commit, device_name
+from bench.store import append, stamp
 
 
 def seconds(code: str, **environment: str) -> float:
@@ -36,21 +34,17 @@ def main() -> None:
         again = seconds(
             "from stablekern import _load; _load.native()", STABLEKERN_CACHE_DIR=os.path.join(cache, "kernels")
         )
-    revision, dirty = commit()
     result = {
         "op": "startup", "import_added_s": round(added, 3), "first_build_s": round(build, 1),
         "cached_load_s": round(again, 2),
-        "commit": revision, "dirty": dirty, "device": device_name("cpu"), "date": time.strftime("%Y-%m-%d"),
+        **stamp("cpu"),
     }  # fmt: skip
     print(
         f"import adds {added:.3f} s to torch's; first build {build:.1f} s; cached load {again:.2f} s"
         " (both with torch's import)"
     )
     if options.save:
-        target = RESULTS / result["device"] / "startup.jsonl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "a") as file:
-            file.write(json.dumps(result) + "\n")
+        append(result)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _once(function: Callable[[], object], device: str) -> float:
 
 
 def interleave(
-    variants: dict[str, Callable[[], object]], *, seconds: float, device: str, least: int = 5
+    variants: dict[str, Callable[[], object]], *, seconds: float, device: str, least: int = 3
 ) -> dict[str, Times]:
     """Run the variants in turn, A B A B ..., until the time is spent and each has `least` samples."""
     found: dict[str, list[float]] = {name: [] for name in variants}

@@ -16,8 +16,8 @@ from stablekern import errors
 from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.cosine_edges import cosine_edges
-from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 from stablekern.ops.eigenprojector import eigenprojector, eigenprojector_ex
+from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 from stablekern.ops.finite_stats import finite_stats
 from stablekern.ops.focal_loss import focal_loss
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex

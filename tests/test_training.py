@@ -199,7 +199,7 @@ def test_fit_stops_when_told_and_refuses_an_empty_source():
         (None, None, 20, 9),
         ("1", None, 1, 1),
         ("7", None, 7, 1),
-        ("15", None, 15, 3),
+        ("19", None, 19, 3),
         ("99", None, 20, 9),
         (None, "1", 3, 1),
         ("10", "1", 3, 1),

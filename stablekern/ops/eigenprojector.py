@@ -159,10 +159,10 @@ def eigenprojector_ex(
     r"""`eigenprojector` with the gap at its cut and a status: `(projector, gap, info)`.
 
     `gap` is the distance of the two eigenvalues next to the cut, >= 0; inf where there is no cut (`k` is 0 or n). It is
-    not differentiable: a loss of the gap is `eigengap_hinge`. `info` (int32, one per matrix) is 0 for success; bit 0: no
-    convergence, bit 1: a non-finite entry in either triangle; with these the matrix's results are NaN. Bit 2: the cut
-    is closed, gap at most $4 \sqrt n \epsilon$ max|w|; the projector is then one of those that rounding can give, and
-    the gradient the bounded stand-in. All else is as in `eigenprojector`.
+    not differentiable: a loss of the gap is that of two eigenvalues of `eigvalsh`. `info` (int32, one per matrix) is 0
+    for success; bit 0: no convergence, bit 1: a non-finite entry in either triangle; with these the matrix's results
+    are NaN. Bit 2: the cut is closed, gap at most $4 \sqrt n \epsilon$ max|w|; the projector is then one of those that
+    rounding can give, and the gradient the bounded stand-in. All else is as in `eigenprojector`.
     """
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX + _check.HALF, A=A)
     n = _check.shapes(_OP, A=(A, "... n n"))["n"]
@@ -199,17 +199,17 @@ def eigenprojector(
     - `k`: the rank, 0 to n.
     - `largest`: take the largest eigenvalues in place of the lowest. Keyword only.
 
-    **Returns:** a new tensor of the same shape, Hermitian to the last bit. A matrix with a non-finite entry, or one that
-    does not converge, is NaN by itself (`eigenprojector_ex` says why); its gradient is NaN, or 0 if the loss leaves it
-    out (its own incoming gradient is all 0). The gradient of `A` is Hermitian. It is always finite otherwise: at most
-    $1/(8 \sqrt n \epsilon)$ over max|w| per pair, which it reaches next to a closed cut only; at a closed cut it is
-    no derivative, since there is none.
+    **Returns:** a new tensor of the same shape, Hermitian to the last bit. A matrix with a non-finite entry, or one
+    that does not converge, is NaN by itself (`eigenprojector_ex` says why); its gradient is NaN, or 0 if the loss
+    leaves it out (its own incoming gradient is all 0). The gradient of `A` is Hermitian. It is finite otherwise: a pair
+    is weighed by at most $1/(8 \sqrt n \epsilon)$ over max|w|, and by that next to a closed cut only. At a closed cut
+    it is no derivative, since there is none.
 
     **Raises:** `ValueError` for a matrix that is not square or `k` out of range, `TypeError` for other dtypes,
     `RuntimeError` when second derivatives are asked for.
 
-    **Accuracy:** $P$ and the relative error of its gradient: a few $n \epsilon$ max|w| / gap, as the conditioning of the
-    subspace allows (`tests/test_eigenprojector.py`).
+    **Accuracy:** error of $P$ and of its gradient, relative to the largest entry: at most $8 n \epsilon$ max|w| / gap
+    on the matrices of `tests/test_eigenprojector.py`; that is the conditioning of the subspace.
     **Sources:** Kato, Perturbation Theory for Linear Operators, ch. II, sec. 2.
     """
     return eigenprojector_ex(A, k, largest=largest).projector
