@@ -14,10 +14,6 @@ $(VENV)/.base: pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '.[eeg,cli,test]'
-	touch $@
-
-$(VENV)/.bench: $(VENV)/.test
 	$(PIP) -e '.[eeg,cli,test,bench]'
 	touch $@
 
@@ -32,7 +28,7 @@ demo: $(VENV)/.base
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.test
 	$(BIN)/python -m bench.run $(ARGS)
 
 lint: $(VENV)/.lint

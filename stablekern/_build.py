@@ -32,7 +32,14 @@ except ImportError:  # loaded by path from setup.py
         return f"stablekern.{where}: {rule}: {' and '.join(str(item) for item in got)}"
 
 
-SOURCES = ("bindings.cpp", "cpu/cosine_edges.cpp", "cpu/eigh.cpp", "cpu/focal_loss.cpp", "cpu/ssd_scan.cpp")
+SOURCES = (
+    "bindings.cpp",
+    "cpu/cosine_edges.cpp",
+    "cpu/eigh.cpp",
+    "cpu/focal_loss.cpp",
+    "cpu/laplacian_pe.cpp",
+    "cpu/ssd_scan.cpp",
+)
 
 # No fast-math: NaN and infinities must keep their meaning. These two give up what nobody reads (errno, trap flags).
 FLAGS = (

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "CHOLESKY_JITTER_LIMIT",
+    "CHOLESKY_JITTER_ULPS",
     "CLIP_NORM_OFFSET",
     "COSINE_EPS",
     "COSINE_GRAD_FLOOR",
@@ -26,6 +28,7 @@ __all__ = [
     "MAMBA_DT_MAX",
     "MAMBA_DT_MIN",
     "NORM_EPS",
+    "SUBSPACE_RIDGE",
     "Constant",
 ]
 
@@ -126,4 +129,23 @@ EIGENPROJECTOR_GAP_ULPS = Constant(
     "smaller gap cannot be told from 0, and as the width of a Lorentzian it bounds the gradient there",
     "the statistical growth of rounding in n steps: Higham, Accuracy and Stability, sec. 2.8",
     ulps=True,
+)
+CHOLESKY_JITTER_ULPS = Constant(
+    4.0,
+    "of the trace, a bound of the norm: the least shift that outweighs the rounding which makes the factorisation of a "
+    "semidefinite matrix fail",
+    "Higham, Accuracy and Stability, sec. 10.1 (Cholesky runs to completion unless cond(A) is about 1/eps)",
+    ulps=True,
+)
+CHOLESKY_JITTER_LIMIT = Constant(
+    1e-2,
+    "of the mean eigenvalue: a matrix that needs a larger shift is no covariance with rounding errors, and a solution "
+    "with it would answer another question",
+    "the usual diagonal loading of adaptive beamformers, 1e-2 of the mean power",
+)
+SUBSPACE_RIDGE = Constant(
+    1e-4,
+    "added to the Gram matrix of unit columns: nearly parallel sources stay factorable in float32 (1e-4 is 800 ulp), "
+    "and a well separated column keeps (1e-4)^2 of its own power in the residual",
+    "the ridge of the subspace loss of the radio-localisation pipeline",
 )

@@ -330,7 +330,7 @@ def test_a_directory_that_cannot_be_made_is_one_line_before_any_training(tmp_pat
 def _batch_and_model():
     from stablekern.nn import SeizureDetector
 
-    model = SeizureDetector.from_preset("nano")
+    model = SeizureDetector.from_preset("nano", tcn_dropout=0.15, dropout=0.1)
     x = torch.randn(2, 19, 512)
     loss = functools.partial(stablekern.focal_loss, reduction="mean")
     return model, x, (x[:, 0] > 0).float(), loss

@@ -279,7 +279,7 @@ def _sections(facts: dict[str, Any]) -> list[_Section]:
         ("torch", versions["torch"]),
         ("Python", f"{versions['python']}, NumPy {versions['numpy']}"),
         ("system", f"{system['os']}, {system['machine']}"),
-        ("CPU", f"{system['cpu']}, {cores}, {system['torch_threads']} torch threads{memory}"),
+        ("CPU", f"{system['cpu']}, {cores}, torch uses {system['torch_threads']}{memory}"),
         ("SIMD", f"{' '.join(system['simd']) or 'unknown'} (torch: {system['torch_simd']})"),
     ]
     built = (
@@ -337,7 +337,7 @@ def summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "stablekern",
             f"{versions['stablekern']}, torch {versions['torch']}, Python {versions['python']}, {system['os']}",
         ),
-        ("CPU", f"{system['cpu']}, {system['cores_allowed']} cores, {system['torch_threads']} torch threads"),
+        ("CPU", f"{system['cpu']}, {system['cores_allowed']} cores, torch uses {system['torch_threads']}"),
         ("CPU kernels", kernels),
         ("GPU", ", ".join(g["name"] for g in facts["gpus"]) or f"none: {facts['gpu_reason']}"),
     ]

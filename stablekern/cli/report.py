@@ -220,8 +220,8 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #e3e6ea; }
 p { margin: .4rem 0 .8rem; max-width: 46rem; }
 .lead, figcaption, footer { color: #4a5160; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.5rem 0 0; }
-.tiles div { border: 1px solid #dfe3e8; border-radius: .5rem; padding: .7rem .9rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.5rem 0 0; }
+.tiles div { flex: 1 1 10rem; border: 1px solid #dfe3e8; border-radius: .5rem; padding: .7rem .9rem; }
 .tiles dt { font-size: .82rem; color: #4a5160; }
 .tiles dd { margin: 0; font-size: 1.55rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tiles small { display: block; font-size: .8rem; font-weight: 400; line-height: 1.35; color: #4a5160; }

@@ -172,7 +172,7 @@ def eigenprojector_ex(
     A = A.to(torch.float32) if A.dtype in _check.HALF else A
     flat = A.reshape(math.prod(A.shape[:-2]), n, n)
     if n == 0:
-        gap = torch.full(flat.shape[:1], torch.inf, dtype=A.dtype.to_real(), device=A.device)
+        gap = torch.full(flat.shape[:1], torch.inf, dtype=A.real.dtype, device=A.device)
         P, info = flat, torch.zeros(flat.shape[:1], dtype=torch.int32, device=A.device)
     else:
         floor = numerics.EIGENPROJECTOR_GAP_ULPS.of(A.dtype) * n**0.5

@@ -21,6 +21,10 @@ Columns are matched by their place: two eigenvalues that cross exchange their co
 **Adjoint.** Signs, rotations and the choice of the null basis are constants: what flows back is the adjoint of `eigh`
 at the chosen basis, then that of the Laplacian.
 
+**Operations.** The forward gives the rows $v_f, \ldots, v_{f+k-1}$ of the encoding, and the other eigenvectors for the
+backward alone: a pair of eigenvectors passes a gradient if one of the two is in the encoding. The Laplacian is not
+kept; it is made again from the adjacency. Up to n = 32 each direction is one native kernel on a CPU.
+
 Sources: Dwivedi et al. 2020, arXiv:2003.00982, sec. 4 (the encoding); Higham 2008, Functions of Matrices, sec. 8.3
 (Newton-Schulz); Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem".
 """
@@ -33,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablekern import _check, numerics
+from stablekern import _check, _load, numerics
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
@@ -66,15 +70,15 @@ def reference(adjacency: Tensor, k: int, *, skip_trivial: bool = False) -> tuple
     return V[..., first : first + k], w[..., first : first + k]
 
 
-def _fake_fwd(adjacency: Tensor, canonical: bool, cluster_gap: float) -> tuple[Tensor, ...]:
+def _fake_fwd(adjacency: Tensor, first: int, k: int, canonical: bool, cluster_gap: float) -> tuple[Tensor, ...]:
     batch, n = adjacency.shape[:2]
+    shapes = ((batch, n), (batch, k, n), (batch, n - k, n), (batch, n))
     flags = (adjacency.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    shapes = ((batch, n), (batch, n, n), (batch, n, n), (batch, n))
     return *(adjacency.new_empty(shape) for shape in shapes), *flags
 
 
-def _fake_bwd(eigenvalues: Tensor, eigenvector_rows: Tensor, *rest) -> Tensor:
-    return eigenvector_rows.new_empty(eigenvector_rows.shape)
+def _fake_bwd(adjacency: Tensor, *rest) -> Tensor:
+    return adjacency.new_empty(adjacency.shape)
 
 
 def _fake_align(
@@ -92,14 +96,13 @@ def _fake_align(
 
 
 _fwd = define(
-    "laplacian_pe_fwd(Tensor adjacency, bool canonical, float cluster_gap) -> (Tensor eigenvalues,"
-    " Tensor eigenvector_rows, Tensor laplacian, Tensor inverse_root, Tensor components, Tensor info)",
+    "laplacian_pe_fwd(Tensor adjacency, int first, int k, bool canonical, float cluster_gap) -> (Tensor eigenvalues,"
+    " Tensor pe_rows, Tensor other_rows, Tensor inverse_root, Tensor components, Tensor info)",
     fake=_fake_fwd,
 )
 _bwd = define(
-    "laplacian_pe_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor? grad_eigenvalues,"
-    " Tensor? grad_eigenvector_rows, Tensor laplacian, Tensor inverse_root, int mode, float gap_floor)"
-    " -> Tensor grad_adjacency",
+    "laplacian_pe_bwd(Tensor adjacency, Tensor eigenvalues, Tensor pe_rows, Tensor other_rows, Tensor inverse_root,"
+    " Tensor? grad_eigenvalues, Tensor? grad_pe_rows, int first, int mode, float gap_floor) -> Tensor grad_adjacency",
     fake=_fake_bwd,
 )
 _align = define(
@@ -109,10 +112,28 @@ _align = define(
 )
 
 
+@launcher("laplacian_pe_fwd", device="cpu", backend="native", supports=lambda A, *_: eigh.native_reason(A))
+def _(adjacency: Tensor, first: int, k: int, canonical: bool, cluster_gap: float) -> tuple[Tensor, ...]:
+    outputs = _fake_fwd(adjacency, first, k, canonical, cluster_gap)
+    _load.native().laplacian_pe_fwd(adjacency.contiguous(), first, canonical, cluster_gap, *outputs)
+    return outputs
+
+
+@launcher("laplacian_pe_bwd", device="cpu", backend="native", supports=lambda A, *_: eigh.native_reason(A))
+def _(adjacency, values, pe_rows, other_rows, inverse_root, grad_values, grad_pe, *rule) -> Tensor:
+    result = _fake_bwd(adjacency)
+    # The gradient of the encoding often comes as columns, (b, n, k) in memory, the layout of what the caller sees.
+    columns = grad_pe is not None and grad_pe.mT.is_contiguous()
+    grads = (x if x is None or x is grad_pe and columns else x.contiguous() for x in (grad_values, grad_pe))
+    saved = (x.contiguous() for x in (adjacency, values, pe_rows, other_rows, inverse_root))
+    noise = numerics.EIGH_NOISE_KAPPA.of(), numerics.EIGH_NOISE_FLOOR.of()
+    _load.native().laplacian_pe_bwd(*saved, *grads, columns, *rule, *noise, result)
+    return result
+
+
 @launcher("laplacian_pe_fwd", device="cuda", backend="torch")
 @launcher("laplacian_pe_fwd", device="cpu", backend="torch")
-@launcher("laplacian_pe_fwd", device="cpu", backend="native", supports=lambda A, *_: eigh.native_reason(A))
-def _(adjacency: Tensor, canonical: bool, cluster_gap: float) -> tuple[Tensor, ...]:
+def _(adjacency: Tensor, first: int, k: int, canonical: bool, cluster_gap: float) -> tuple[Tensor, ...]:
     laplacian, inverse_root = laplacian_of(adjacency)
     values, rows, info = eigh.forward_of(laplacian)
     components = torch.zeros_like(info)
@@ -124,7 +145,8 @@ def _(adjacency: Tensor, canonical: bool, cluster_gap: float) -> tuple[Tensor, .
         if not isinstance(chosen, Tensor) or chosen.numel():
             found = _null_space(*(x[chosen] for x in (adjacency, inverse_root, values, rows, limit)))
             values[chosen], rows[chosen], components[chosen] = found
-    return values, rows, laplacian, inverse_root, components, info
+    before, pe_rows, after = rows.split([first, k, rows.shape[1] - first - k], 1)
+    return values, pe_rows.contiguous(), torch.cat([before, after], 1), inverse_root, components, info
 
 
 def _null_space(
@@ -157,9 +179,14 @@ def _null_space(
 
 @launcher("laplacian_pe_bwd", device="cuda", backend="torch")
 @launcher("laplacian_pe_bwd", device="cpu", backend="torch")
-@launcher("laplacian_pe_bwd", device="cpu", backend="native", supports=lambda w, rows, *_: eigh.native_reason(rows))
-def _(values, rows, grad_values, grad_rows, laplacian, inverse_root, mode, gap_floor) -> Tensor:
-    return adjoint(eigh.backward_of(values, rows, grad_values, grad_rows, mode, gap_floor), laplacian, inverse_root)
+def _(adjacency, values, pe_rows, other_rows, inverse_root, grad_values, grad_pe, first, mode, gap_floor) -> Tensor:
+    def whole(part: Tensor, others: Tensor) -> Tensor:
+        return torch.cat([others[:, :first], part, others[:, first:]], 1)
+
+    rows = whole(pe_rows, other_rows)
+    grad_rows = None if grad_pe is None else whole(grad_pe, torch.zeros_like(other_rows))
+    grad = eigh.backward_of(values, rows, grad_values, grad_rows, mode, gap_floor)
+    return adjoint(grad, laplacian_of(adjacency)[0], inverse_root)
 
 
 @launcher("laplacian_pe_align", device="cuda", backend="torch")
@@ -254,23 +281,23 @@ def _polar(Y: Tensor, orthonormal: float, on_cpu: bool) -> tuple[Tensor, Tensor]
 
 class _LaplacianPe(torch.autograd.Function):
     @staticmethod
-    def forward(adjacency: Tensor, canonical: bool, cluster_gap: float, mode: int, gap_floor: float):
-        return _fwd(adjacency, canonical, cluster_gap)
+    def forward(adjacency: Tensor, first: int, k: int, canonical: bool, cluster_gap: float, mode: int, floor: float):
+        return _fwd(adjacency, first, k, canonical, cluster_gap)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.rule = inputs[3:]
+        adjacency, first, _, _, _, *gap_rule = inputs
+        ctx.rule = first, *gap_rule
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[:4])
+        ctx.save_for_backward(adjacency, *output[:4])
 
     @staticmethod
     def backward(ctx, grad_values, grad_rows, *_):
         _check.first_order(_OP)
         if grad_values is None and grad_rows is None:
-            return (None,) * 5
-        values, rows, laplacian, inverse_root = ctx.saved_tensors
-        return _bwd(values, rows, grad_values, grad_rows, laplacian, inverse_root, *ctx.rule), *(None,) * 4
+            return (None,) * 7
+        return _bwd(*ctx.saved_tensors, grad_values, grad_rows, *ctx.rule), *(None,) * 6
 
 
 def laplacian_pe_ex(
@@ -301,7 +328,9 @@ def laplacian_pe_ex(
     if previous is not None:
         _check_previous(previous, adjacency, k, align)
     cluster_gap = numerics.EIGH_MASK_GAP_ULPS.of(flat.dtype)
-    values, rows, _, _, components, info = _LaplacianPe.apply(flat, align != "none", cluster_gap, *rule)
+    # A rotation in time may reach for eigenvectors outside the encoding.
+    window = (0, dims["n"]) if align == "temporal" else (first, k)
+    values, rows, _, _, components, info = _LaplacianPe.apply(flat, *window, align != "none", cluster_gap, *rule)
     if align == "temporal":
         items, n = math.prod(batch), dims["n"]
         earlier = None if previous is None else previous.detach().to(flat.dtype).reshape(items, n, k)
@@ -318,7 +347,7 @@ def laplacian_pe_ex(
         with torch.autocast(flat.device.type, enabled=False):
             pe = (turns.view(-1, k, n) @ rows).mT
     else:
-        pe = rows[:, first : first + k].mT
+        pe = rows.mT
     found = tuple(x.reshape(*batch, steps, *x.shape[1:]) for x in (pe, values[:, first : first + k], info))
     if interval > 1:
         held = torch.arange(dims["t"], device=flat.device) // interval
