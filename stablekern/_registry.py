@@ -93,8 +93,26 @@ def _choose(name: str, device: str, arguments: tuple[Any, ...]) -> tuple[str, Ca
     raise BackendUnavailableError(message(name, f"{rule} ({'; '.join(reasons)})"))
 
 
+def _lazy_views() -> Any:
+    """A context in which conjugate and negative views mean what they say.
+
+    A compiled graph calls an op with the dispatch keys excluded that resolve them: a launcher's `x.conj() * y` would
+    silently be `x * y`.
+    """
+    lazy = torch._C.DispatchKeySet(torch._C.DispatchKey.Conjugate).add(torch._C.DispatchKey.Negative)
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(include, exclude - lazy)
+
+
 def _run(name: str, device: str, *arguments: Any) -> Any:
     function = _choose(name, device, arguments)[1]
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Conjugate):
+        with _lazy_views():
+            return _without_autocast(function, device, *arguments)
+    return _without_autocast(function, device, *arguments)
+
+
+def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any) -> Any:
     if not torch.is_autocast_enabled(device):
         return function(*arguments)
     # Autocast reaches into the implementation: it would take the matrix products of a torch launcher in half precision.

@@ -11,12 +11,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specs.eigh import repeated
 from specs.laplacian_pe import separated_graphs
 from specs.normalized_laplacian import dense_graphs, top_graphs
+from stablekern import available_backends, use_backend
 from stablekern.ops import normalized_laplacian as laplacian_spine
+from stablekern.ops.eigh import eigh
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
 from stablekern.ops.normalized_laplacian import normalized_laplacian
 
 FLOATS = (torch.float32, torch.float64)
 ALIGN = ("sign", "temporal", "none")
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request):
+    """Each CPU backend in turn; one that is missing here is a skip that says why."""
+    reason = available_backends("laplacian_pe")[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    with use_backend(request.param):
+        yield request.param
+
+
+def laplacian(adjacency: Tensor) -> Tensor:
+    """By whatever backend there is: `normalized_laplacian` has no native one that could be forced."""
+    with use_backend(None):
+        return normalized_laplacian(adjacency)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -233,7 +251,7 @@ def test_windows_continue_each_other(name, skip_trivial):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("align", ["sign", "temporal"])
-def test_null_space_of_a_disconnected_graph(dtype, align):
+def test_null_space_of_a_disconnected_graph(backend, dtype, align):
     """One vector D^1/2 1 per component, by lowest node; an isolated node is none. Exactly 0 outside the component."""
     n = 19
     members = [[0, 2, 7, 11], [1, 18], [3, 4, 5, 6, 8], [9, 10, 12, 13, 14, 15, 16]]  # 17 is isolated
@@ -261,12 +279,12 @@ def test_null_space_of_a_disconnected_graph(dtype, align):
     columns = [zero.index_copy(-1, torch.tensor(nodes), degree[..., nodes].sqrt()) for nodes in members]
     columns = torch.stack([c / c.norm(dim=-1, keepdim=True) for c in columns], -1)
     expected = torch.autograd.grad(columns, B, weights)[0]
-    inside = (B.detach() @ B.detach() > 0)
+    inside = B.detach() @ B.detach() > 0
     bound = 5 * n * torch.finfo(dtype).eps * 2 / w[..., 4].min().item()
     assert ((found - expected)[inside].abs() <= bound * expected.abs().max()).all()
 
 
-def test_weakly_linked_components_are_not_torn_apart():
+def test_weakly_linked_components_are_not_torn_apart(backend):
     """Linked by 1e-9: float32 cannot tell the two, and the columns stay orthonormal, beside a third one too."""
     for blocks in (2, 3):
         A = torch.block_diag(*(dense_graphs(generator(i), (), 5) for i in range(blocks))).float()[None, None]
@@ -277,7 +295,7 @@ def test_weakly_linked_components_are_not_torn_apart():
         torch.testing.assert_close(pe.mT @ pe, torch.eye(n).expand(1, 1, n, n), rtol=0, atol=5e-6)
 
 
-def test_alignment_goes_on_from_the_natural_null_space():
+def test_alignment_goes_on_from_the_natural_null_space(backend):
     """Two groups that lose their bridge for some steps: then positive vectors, and after them the nearer sign."""
     A = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).double() * walk(30, 9, step=0.1)
     cut = torch.arange(30) % 7 == 3
@@ -288,12 +306,12 @@ def test_alignment_goes_on_from_the_natural_null_space():
     assert near[..., 2:].all() and near[~cut[1:]].all() and not near.all()
 
 
-def test_isolated_nodes_and_graphs_without_edges():
+def test_isolated_nodes_and_graphs_without_edges(backend):
     """Each isolated node is an eigenvector with the eigenvalue 1, and has no gradient; never a NaN."""
     A = dense_graphs(generator(0), (1, 3), 6)
     A[:, :, 2] = A[:, :, :, 2] = 0
     A[:, 1] = 0
-    L = normalized_laplacian(A)
+    L = laplacian(A)
     assert torch.equal(L[:, 1], torch.eye(6, dtype=torch.float64)[None])
     assert (L[:, :, 2] == torch.eye(6)[2]).all()
     for align in ALIGN:
@@ -302,6 +320,90 @@ def test_isolated_nodes_and_graphs_without_edges():
         grad = gradient(A, torch.randn_like(pe), align=align)
         assert torch.isfinite(grad).all()
         assert (grad[:, 1] == 0).all() and (grad[:, :, 2] == 0).all() and (grad[..., 2] == 0).all()
+
+
+def two_triangles(weight: float = 1.0) -> Tensor:
+    A = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).double() * (1 - torch.eye(6, dtype=torch.float64))
+    A[3:, 3:] *= weight
+    return A[None]
+
+
+def test_only_weights_of_one_sign_have_a_natural_null_space(backend):
+    """A directed pair that cancels is no link, isolated nodes are no components, and negative weights have none."""
+    pe, w, _ = laplacian_pe_ex(two_triangles(), 6)
+    expected = torch.tensor([[1.0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]], dtype=torch.float64).mT / 3**0.5
+    torch.testing.assert_close(pe[0, :, :2], expected, rtol=0, atol=1e-15)
+    assert torch.equal(pe[0, :, :2] == 0, expected == 0)
+    assert (w[0, :2] == 0).all()
+    signed = two_triangles(-1.0)  # of the second triangle every eigenvalue is positive
+    w = laplacian_pe_ex(signed, 6)[1]
+    torch.testing.assert_close(w, torch.linalg.eigvalsh(laplacian(signed)), rtol=0, atol=1e-14)
+    directed = two_triangles()
+    directed[0, 0, 5], directed[0, 5, 0] = 0.5, -0.5
+    assert torch.equal(laplacian_pe(directed, 2)[0], laplacian_pe(two_triangles(), 2)[0])
+    alone = two_triangles(0.0)
+    assert (laplacian_pe_ex(alone, 6)[1][0, 1:] > 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_is_the_chain_of_its_two_ops(backend, dtype):
+    """Values and gradients of directed graphs with weights of both signs, loops and an isolated node."""
+    A = torch.randn(1, 40, 7, 7, generator=generator(10), dtype=torch.float64)
+    A[:, :, 3] = A[:, :, :, 3] = 0
+    A = A.to(dtype)
+    exact = A.double().requires_grad_()
+    for first, k in ((0, 1), (0, 7), (1, 4)):
+        weights = torch.randn(1, 40, 7, k, generator=generator(11), dtype=torch.float64)
+        with use_backend(None):
+            columns = eigh(normalized_laplacian(exact), grad="lorentz").eigenvectors[..., first : first + k]
+            expected = torch.autograd.grad(columns, exact, weights)[0]
+        options = {"skip_trivial": first == 1, "align": "none"}
+        found = gradient(A, weights.to(dtype), **options)
+        # Errors of an eigenvector are a few eps over the gap, which the Lorentzian holds above a thousandth.
+        bound = 7 * torch.finfo(dtype).eps / 1e-3
+        error = (found - expected).flatten(2).norm(dim=-1) / expected.flatten(2).norm(dim=-1)
+        assert (error <= bound * 10).all()
+        torch.testing.assert_close(laplacian_pe(A, k, **options).double(), columns.detach(), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("k", [1, 4, 6])
+def test_the_layout_of_the_gradient_does_not_matter(backend, k):
+    A = walk(5, 7)
+    weights = torch.randn(1, 5, 7, k, generator=generator(12), dtype=torch.float64)
+    strided = torch.stack([weights, weights], -1)[..., 0]
+    for given in (weights.mT.contiguous().mT, strided, weights[:, :1].expand_as(weights)):
+        found = gradient(A, given, skip_trivial=True)
+        assert torch.equal(found, gradient(A, given.contiguous(), skip_trivial=True))
+
+
+@pytest.mark.parametrize("n", [5, 19])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_neighbours_in_the_batch_do_not_matter(dtype, n):
+    """The same bits, forward and backward, for a graph alone and anywhere among others, connected or not."""
+    A = torch.cat([top_graphs(generator(c), (40,), n, degree=2, clusters=c) for c in (1, 2)]).to(dtype)
+    weights = torch.randn(80, n, 3, generator=generator(14), dtype=torch.float64).to(dtype)
+    pe, w, _ = laplacian_pe_ex(A, 3, skip_trivial=True)
+    grad = gradient(A, weights, skip_trivial=True)
+    for some in (slice(7, 8), slice(41, 42), slice(3, 70), slice(79, None)):
+        alone = laplacian_pe_ex(A[some], 3, skip_trivial=True)
+        assert torch.equal(alone.pe, pe[some]) and torch.equal(alone.eigenvalues, w[some])
+        assert torch.equal(gradient(A[some], weights[some], skip_trivial=True), grad[some])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_encodings_of_every_finite_adjacency(backend, dtype):
+    """As `test_laplacian_is_finite_for_every_finite_adjacency`: no scale of the weights matters."""
+    A = extreme_graphs(dtype)[None]
+    pe, w, info = laplacian_pe_ex(A, 7)
+    assert not info.any()
+    L = laplacian(A).double()
+    residual = L @ pe.double() - pe.double() * w.double()[..., None, :]
+    assert (residual.abs() <= 2 * 5 * 7 * torch.finfo(dtype).eps).all()
+    weights = torch.randn(1, 8, 7, 5, generator=generator(13), dtype=dtype)
+    for scale in (2.0**-60, 2.0**60):
+        assert torch.equal(laplacian_pe(A[:, :8] * scale, 7), pe[:, :8])
+        found = gradient(A[:, :8] * scale, weights) * scale
+        torch.testing.assert_close(found, gradient(A[:, :8], weights), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("align", ALIGN)
@@ -343,9 +445,8 @@ def test_half_precision_and_autocast_compute_in_float32():
     torch.testing.assert_close(again, pe, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_laplacian_is_finite_for_every_finite_adjacency(dtype):
-    """Weights of any size and sign, in one graph or many: |I - L| <= 1, symmetric, eigenvalues in [0, 2]."""
+def extreme_graphs(dtype: torch.dtype) -> Tensor:
+    """Weights of any size and sign (40, 7, 7); ordinary ones in the first eight graphs."""
     g, huge, tiny = generator(9), torch.finfo(dtype).max, torch.finfo(dtype).tiny
     A = torch.randn(40, 7, 7, generator=g, dtype=dtype)
     spread = torch.rand(40, 7, 7, generator=g, dtype=dtype) * 600 - 300
@@ -353,6 +454,13 @@ def test_laplacian_is_finite_for_every_finite_adjacency(dtype):
     A[16:20], A[20:24], A[24:28] = huge, tiny, tiny / 1024
     A[28:32] = A[28:32].sign() * huge
     A[32:] *= torch.rand(8, 7, 7, generator=g, dtype=dtype) < 0.2
+    return A
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_laplacian_is_finite_for_every_finite_adjacency(dtype):
+    """In one graph or many: |I - L| <= 1, symmetric, eigenvalues in [0, 2]."""
+    A = extreme_graphs(dtype)
     L = normalized_laplacian(A)
     N = torch.eye(7, dtype=dtype) - L
     slack = 8 * torch.finfo(dtype).eps

@@ -70,6 +70,15 @@ def test_a_kernel_that_raises_is_not_passed_over(op):
         op(torch.zeros(1))
 
 
+def test_conjugate_views_of_launchers_survive_compilation(op):
+    """A compiled graph calls ops with the dispatch key excluded that resolves them: x.conj() * x would be x * x."""
+    _registry.launcher("registry_probe_fwd", device="cpu", backend="native")(lambda x: x.conj() * x + x.conj().imag)
+    x = torch.tensor([3 + 4j])
+    compiled = torch.compile(lambda x: op(x) + 0, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), torch.tensor([21 + 0j]))
+    torch.testing.assert_close(compiled(x), op(x))
+
+
 def test_available_backends_gives_reasons(monkeypatch):
     monkeypatch.setenv("STABLEKERN_NATIVE", "0")
     assert _load.native_reason() == "switched off by STABLEKERN_NATIVE"

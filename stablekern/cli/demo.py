@@ -379,6 +379,21 @@ def run(options: Options, *, as_json: bool = False) -> int:
         return 130
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Train on one CPU thread.
+
+    A step of this small model is hundreds of parallel regions of microseconds each. A second thread saves little on
+    an idle machine; where another process holds its core, every region waits for it, and steps take many times longer.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _run(options: Options, as_json: bool) -> int:
     start, cpu_start, started = time.monotonic(), time.process_time(), datetime.now()
     say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
@@ -389,7 +404,7 @@ def _run(options: Options, as_json: bool) -> int:
     for line in _opening(options, data, machine):
         say(line)
 
-    with _Interrupt().watching() as interrupt:
+    with _one_thread(), _Interrupt().watching() as interrupt:
         torch.manual_seed(options.seed)
         model = SeizureDetector.from_preset(_PRESET)
         results, comparisons = _train(options, data, model, interrupt, files["metrics"])

@@ -1,7 +1,7 @@
 r"""Solutions with Hermitian positive definite matrices, each item with the least diagonal shift that lets it factor.
 
 $X = (H + j I)^{-1} A$, $H = \tfrac12(R + R^H)$, by Cholesky. For each matrix by itself $j$ is 0 if it factors as it
-is, else the first of $4 \epsilon\,\mathrm{tr} H \cdot 10^m$, $m = 0, 1, \ldots$, up to a hundredth of the mean
+is, else the first of $4 \epsilon\,\mathrm{tr} H \cdot 10^m$, $m = 0, 1, \ldots$, and last a hundredth of the mean
 eigenvalue, with which it does. So a covariance that has lost its definiteness to rounding is solved with a shift of
 that size, a good one beside it is not touched, and a matrix that is not a covariance at all is NaN, not an exception.
 
@@ -95,11 +95,10 @@ def chol_solve_safe(
     - `A`: right-hand sides as columns, same dtype and device; batch dimensions broadcast with those of `R`.
 
     **Returns:** `(solution, info, jitter)`. `jitter` is the shift, in the units of `R`: 0, or the first of
-    $4\epsilon\,\mathrm{tr}H \cdot 10^m$ with which the matrix factors. `info` (int32, one per matrix of `R`) is 0 for a
-    matrix that was solved as it is; bit 0: it was shifted; bit 1: it has a non-finite entry; bit 2: no shift up to a
-    hundredth of its mean eigenvalue $\mathrm{tr}H / n$ made it definite. With bits 1 and 2 the solution is NaN, its
-    gradient 0, and the shift 0. No other item is touched. Differentiable with respect to `R` and `A`, any order; the
-    shift is a constant.
+    $4\epsilon\,\mathrm{tr}H \cdot 10^m$, and last $\mathrm{tr}H / 100 n$, with which the matrix factors. `info` (int32,
+    one per matrix of `R`) is 0 for a matrix that was solved as it is; bit 0: it was shifted; bit 1: it has a non-finite
+    entry; bit 2: no such shift made it definite. With bits 1 and 2 the solution is NaN, its gradient 0, and the shift
+    0. No other item is touched. Differentiable with respect to `R` and `A`, any order; the shift is a constant.
 
     **Raises:** `ValueError` for shapes that do not fit, `TypeError` for other dtypes.
 
@@ -112,11 +111,12 @@ def chol_solve_safe(
     finite = torch.isfinite(H).flatten(-2).all(-1)
     H = torch.where(finite[..., None, None], H, 0.0)
     trace = trace_of(H.detach())
-    sizes, size = [], numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n
-    while size <= numerics.CHOLESKY_JITTER_LIMIT.of():
+    size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n, numerics.CHOLESKY_JITTER_LIMIT.of()
+    sizes = []
+    while size < limit:
         sizes.append(size)
         size *= 10
-    L, failed, jitter = factor(H, [size / max(n, 1) * trace for size in sizes])
+    L, failed, jitter = factor(H, [size / max(n, 1) * trace for size in (*sizes, limit)])
     solution = torch.cholesky_solve(A, L)
     info = _SHIFTED * (~failed & (jitter > 0)) + _NON_FINITE * ~finite + _INDEFINITE * (failed & finite)
     return CholSolveSafe(

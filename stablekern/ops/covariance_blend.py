@@ -60,22 +60,25 @@ def _of_unit_trace(R: Tensor) -> tuple[Tensor, Tensor]:
     H = hermitised(R)
     trace = trace_of(H)
     finite = torch.isfinite(H).flatten(-2).all(-1) & torch.isfinite(trace)
-    info = _NO_TRACE * (trace <= 0) + _NON_FINITE * ~finite
+    # Diagonal entries of both signs can leave a positive rounding error of a trace.
+    rounding = n * torch.finfo(R.dtype).eps * H.detach().diagonal(dim1=-2, dim2=-1).real.abs().sum(-1)
+    info = _NO_TRACE * (trace <= rounding) + _NON_FINITE * ~finite
     failed = (info != 0)[..., None, None]
     H = torch.where(failed, torch.eye(n, dtype=R.dtype, device=R.device), H)
     return H / torch.where(failed, n, trace[..., None, None]), info
 
 
-def _weight(name: str, value: float | Tensor, batch: torch.Size, high: float | None) -> float | Tensor:
-    """A checked number, or a tensor of one per item, ready to multiply matrices."""
+def _weight(name: str, value: float | Tensor, matrices: Tensor, high: float | None) -> float | Tensor:
+    """A checked number, or a tensor of one per item, ready to multiply the matrices."""
     if not isinstance(value, Tensor):
         return _check.number(_OP, name, value, low=0.0, high=high)
     if not value.is_floating_point():
         raise TypeError(message(_OP, f"`{name}` must be a number or a real tensor", value.dtype))
+    batch = matrices.shape[:-2]
     if value.shape not in (batch, ()):
         rule = f"`{name}` must be a number or have the batch dimensions of `R_pred`"
         raise ValueError(message(_OP, rule, tuple(value.shape), tuple(batch)))
-    return value[..., None, None]
+    return value[..., None, None].to(matrices.real.dtype)
 
 
 def covariance_blend_ex(
@@ -90,9 +93,9 @@ def covariance_blend_ex(
 ) -> CovarianceBlendEx:  # (..., n, n), (...)
     r"""`covariance_blend` with a status: `(covariance, info)`.
 
-    `info` (int32, one per item) is 0 for success; bit 0: a trace of an input is 0 or negative, bit 1: an entry of an
-    input, or its trace, is not finite. The result of an item whose `info` is not 0 is NaN; no other item is touched.
-    All else is as in `covariance_blend`.
+    `info` (int32, one per item) is 0 for success; bit 0: a trace of an input is negative, or 0 within its rounding
+    ($n\epsilon$ times the sum of the diagonal's moduli); bit 1: an entry of an input, or its trace, is not finite. The
+    result of an item whose `info` is not 0 is NaN; no other item is touched. All else is as in `covariance_blend`.
     """
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R_pred=R_pred, R_samp=R_samp)
     rank = R_pred.dim()
@@ -107,9 +110,8 @@ def covariance_blend_ex(
         raise ValueError(message(_OP, "`beta` other than 0 needs `R_samp`", beta))
     matrices = R_pred.movedim(dims, (-2, -1))
     n = _check.shapes(_OP, R_pred=(matrices, "... n n"))["n"]
-    batch = matrices.shape[:-2]
-    beta, shrink = (_weight(name, x, batch, 1.0) for name, x in (("beta", beta), ("shrink", shrink)))
-    loading = _weight("loading", loading, batch, None)
+    beta, shrink = (_weight(name, x, matrices, 1.0) for name, x in (("beta", beta), ("shrink", shrink)))
+    loading = _weight("loading", loading, matrices, None)
     target = float(n)
     if target_trace is not None:
         target = _check.number(_OP, "target_trace", target_trace, low=0.0, strict=True)
@@ -149,7 +151,8 @@ def covariance_blend(
     - `target_trace`: $T$ > 0; None is n.
     - `dims`: the two dimensions of the matrices, named, never positional.
 
-    `beta`, `shrink` and `loading` are numbers, or real tensors of the batch's shape (one per item; values not checked).
+    `beta`, `shrink` and `loading` are numbers, or real tensors of the batch's shape (one per item, cast to the
+    precision of `R_pred`; values not checked).
 
     **Returns:** a tensor shaped as `R_pred`. An item where an input has a trace that is 0, negative or not finite, or
     any non-finite entry, is NaN by itself (`covariance_blend_ex` says why), with a gradient of 0. Differentiable with
