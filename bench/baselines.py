@@ -31,3 +31,15 @@ def focal_composite(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: 
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     weight = torch.where(targets > 0.5, alpha, 1 - alpha)
     return weight * (1 - torch.exp(-bce)) ** gamma * bce
+
+
+def ssd_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The one-step update of Mamba-2 in a loop over time, indexing each step, as the slow paths of libraries do."""
+    state = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)
+        entering = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], B[:, t, 0])
+        state = state * decay[:, :, None, None] + entering
+        outputs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t, 0]))
+    return torch.stack(outputs, 1)

@@ -8,7 +8,7 @@ import torch
 
 import stablekern
 from bench.store import append, stamp
-from bench.timing import interleave
+from bench.timing import interleave, keep_freed_memory
 from stablekern.nn import SeizureDetector
 from stablekern.optim import ComplexAdamW, GradGuard
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--save", action="store_true", help="append to bench/results")
     options = parser.parse_args()
+    keep_freed_memory()
     for length in map(int, options.lengths.split(",")):
         run = step(options.preset, options.batch, length)
         times = interleave({"step": run}, seconds=options.seconds, device="cpu")["step"]

@@ -14,12 +14,12 @@ BEGIN, END = "<!-- speed: begin (python -m bench.report --write) -->", "<!-- spe
 
 
 def newest(device: Path) -> dict[tuple[str, ...], dict]:
-    """The last line of each (op, case, direction) in a device's folder."""
+    """The last line of each (op, case, direction, baseline) in a device's folder."""
     found = {}
     for path in sorted(device.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             result = json.loads(line)
-            found[result["op"], result.get("case", ""), result.get("direction", "")] = result
+            found[tuple(result.get(key, "") for key in ("op", "case", "direction", "baseline"))] = result
     return found
 
 
@@ -52,7 +52,7 @@ def table(device: Path) -> str:
             "",
             f"Measured interleaved in one run on {one['device']}, torch {one['torch']}. The limit is the larger of "
             f"flops and bytes over what a matrix product ({one['limit_gflops']:.0f} GFLOP/s) and a copy "
-            f"({one['limit_gbytes_per_s']:.0f} GB/s) reached in that run.",
+            f"({one['limit_gbytes_per_s']:.0f} GB/s) reached in that run. glibc keeps freed memory meanwhile, for both sides.",
             *rest,
         ]
     )

@@ -1,8 +1,9 @@
 """Time ops against their baselines: `python -m bench.run [--op eigh,ssd_scan] [--seconds 8] [--save]`.
 
-Each line: median time, ratio of medians against the named baseline, share of the machine's limit (the larger of flops
-and bytes over what a matrix product and a copy reached in the same run), and error against float64. `--save` appends
-one JSON line per case to bench/results/<device>/<op>.jsonl. `--check` exits 1 when a gate is missed on a quiet machine.
+Each line: median time, ratio of medians against the named baseline, and the share of the machine's limit (the larger of
+flops and bytes over what a matrix product and a copy reached in the same run). glibc keeps freed memory meanwhile, for
+both sides (`bench.timing.keep_freed_memory`). `--save` appends one JSON line per case to bench/results. `--check` exits
+1 when a gate is missed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import stablekern
 from bench.cases import CASES, Case
 from bench.store import append, device_name, stamp
-from bench.timing import Ceilings, Times, ceilings, interleave
+from bench.timing import Ceilings, Times, ceilings, interleave, keep_freed_memory
 from stablekern import _registry
 
 
@@ -23,7 +24,7 @@ def tensors(outputs) -> list[torch.Tensor]:
     return [outputs] if isinstance(outputs, torch.Tensor) else [o for o in outputs if isinstance(o, torch.Tensor)]
 
 
-def call(function, inputs, *, backward: bool):
+def call(function, inputs, *, backward: bool, constant: tuple[int, ...]):
     if not backward:
 
         def forward():
@@ -31,9 +32,10 @@ def call(function, inputs, *, backward: bool):
                 function(*inputs)
 
         return forward
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    weights = [torch.randn_like(o) for o in tensors(function(*leaves))]
-    return lambda: torch.autograd.grad(tensors(function(*leaves)), leaves, weights)
+    arguments = [x.detach().requires_grad_(i not in constant) for i, x in enumerate(inputs)]
+    leaves = [x for x in arguments if x.requires_grad]
+    weights = [torch.randn_like(o) for o in tensors(function(*arguments))]
+    return lambda: torch.autograd.grad(tensors(function(*arguments)), leaves, weights)
 
 
 def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilings) -> dict:
@@ -41,8 +43,8 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
     backward = direction == "fwd+bwd"
     times: dict[str, Times] = interleave(
         {
-            "ours": call(case.ours, inputs, backward=backward),
-            "baseline": call(case.baseline, inputs, backward=backward),
+            "ours": call(case.ours, inputs, backward=backward, constant=case.constant),
+            "baseline": call(case.baseline, inputs, backward=backward, constant=case.constant),
         },
         seconds=seconds,
         device=device,
@@ -111,6 +113,7 @@ def main() -> int:
     wanted = set(options.op.split(",")) if options.op else known
     if wanted - known:
         parser.error(f"--op: unknown {', '.join(sorted(wanted - known))}; known are {', '.join(sorted(known))}")
+    keep_freed_memory()
     top = ceilings(options.device)
     print(f"{device_name(options.device)}: {top.flops / 1e9:.0f} GFLOP/s, copy {top.bandwidth / 1e9:.0f} GB/s")
     missed = 0

@@ -135,6 +135,37 @@ void focal_loss_fwd(Tensor logits, Tensor targets, double alpha, double gamma, d
     launch<double>(logits, targets, alpha, gamma, pos_weight, loss, by_logits, by_targets);
 }
 
+template <class T>
+void product(const Tensor& grad, const Tensor& slope, Tensor& out) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t n = slope.numel();
+  const auto* g = static_cast<const T*>(grad.const_data_ptr());
+  const auto* s = static_cast<const T*>(slope.const_data_ptr());
+  auto* to = static_cast<T*>(out.mutable_data_ptr());
+  const bool streaming =
+      n * static_cast<int64_t>(sizeof(T)) > kStreamBytes && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+  torch::stable::parallel_for(0, (n + lanes - 1) / lanes, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      const int64_t at = v * lanes;
+      if (at + lanes > n) {
+        const int rest = static_cast<int>(n - at);
+        store_first(to + at, load_first(g + at, rest) * load_first(s + at, rest), rest);
+      } else if (streaming) {
+        stream<T>(to + at, load(g + at) * load(s + at));
+      } else {
+        store<T>(to + at, load(g + at) * load(s + at));
+      }
+    }
+  });
+}
+
+void focal_loss_bwd(Tensor grad, Tensor slope, Tensor out) {
+  if (slope.scalar_type() == torch::headeronly::ScalarType::Float)
+    product<float>(grad, slope, out);
+  else
+    product<double>(grad, slope, out);
+}
+
 }  // namespace
 }  // namespace stablekern
 
@@ -142,6 +173,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "focal_loss_fwd(Tensor logits, Tensor targets, float alpha, float gamma, float pos_weight, Tensor(a!) loss,"
       " Tensor(b!) by_logits, Tensor(c!) by_targets) -> ()");
+  m.def("focal_loss_bwd(Tensor grad, Tensor slope, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) { m.impl("focal_loss_fwd", TORCH_BOX(&stablekern::focal_loss_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
+  m.impl("focal_loss_fwd", TORCH_BOX(&stablekern::focal_loss_fwd));
+  m.impl("focal_loss_bwd", TORCH_BOX(&stablekern::focal_loss_bwd));
+}

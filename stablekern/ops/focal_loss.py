@@ -62,6 +62,9 @@ _fwd = define(
     " bool by_targets) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
 )
+_bwd = define(
+    "focal_loss_bwd(Tensor grad, Tensor slope) -> Tensor", fake=lambda grad, slope: slope.new_empty(slope.shape)
+)
 
 
 def _unsupported(logits: Tensor, *others: object) -> str | None:
@@ -75,6 +78,25 @@ def _(
     results = _outputs(logits, by_logits, by_targets)
     native().focal_loss_fwd(logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight, *results)
     return results
+
+
+def _unsupported_bwd(grad: Tensor, slope: Tensor) -> str | None:
+    return None if slope.dtype in _check.REAL and grad.dtype == slope.dtype else "float16 and bfloat16"
+
+
+@launcher("focal_loss_bwd", device="cpu", backend="native", supports=_unsupported_bwd)
+def _(grad: Tensor, slope: Tensor) -> Tensor:
+    out = torch.empty(slope.shape, dtype=slope.dtype, device=slope.device)
+    native().focal_loss_bwd(grad.contiguous(), slope, out)
+    return out
+
+
+@launcher("focal_loss_bwd", device="cuda", backend="triton")
+@launcher("focal_loss_bwd", device="cpu", backend="triton")
+@launcher("focal_loss_bwd", device="cuda", backend="torch")
+@launcher("focal_loss_bwd", device="cpu", backend="torch")
+def _(grad: Tensor, slope: Tensor) -> Tensor:
+    return (grad * slope).contiguous()  # one product: no kernel of our own is better
 
 
 @launcher("focal_loss_fwd", device="cuda", backend="triton")
@@ -140,8 +162,8 @@ class _FocalLoss(torch.autograd.Function):
         _check.first_order("focal_loss")
         slope, difference = ctx.saved_tensors
         return (
-            grad * slope if ctx.needs_input_grad[0] else None,
-            grad * difference if ctx.needs_input_grad[1] else None,
+            _bwd(grad, slope) if ctx.needs_input_grad[0] else None,
+            _bwd(grad, difference) if ctx.needs_input_grad[1] else None,
             *(None,) * 5,
         )
 
