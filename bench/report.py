@@ -52,7 +52,8 @@ def table(device: Path) -> str:
             "",
             f"Measured interleaved in one run on {one['device']}, torch {one['torch']}. The limit is the larger of "
             f"flops and bytes over what a matrix product ({one['limit_gflops']:.0f} GFLOP/s) and a copy "
-            f"({one['limit_gbytes_per_s']:.0f} GB/s) reached in that run. glibc keeps freed memory meanwhile, for both sides.",
+            f"({one['limit_gbytes_per_s']:.0f} GB/s) reached in that run. glibc keeps freed memory meanwhile, for both "
+            "sides.",
             *rest,
         ]
     )

@@ -14,16 +14,16 @@ from stablekern.errors import BackendUnavailableError, SettingError
 def op(monkeypatch):
     """A throw-away op with two launchers that say who ran."""
     name = "registry_probe_fwd"
-    if name not in _registry.ops():
+    if not hasattr(torch.ops.stablekern, name):
         _registry.define(f"{name}(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x))
-    monkeypatch.setitem(_registry._launchers, name, {"cpu": {}, "cuda": {}})
+    _registry._launchers[name] = {"cpu": {}, "cuda": {}}
     _registry.launcher(name, device="cpu", backend="torch")(lambda x: x + 1)
     _registry.launcher(
         name, device="cpu", backend="native", supports=lambda x: "more than 3 elements" if x.numel() > 3 else None
     )(lambda x: x + 2)
     monkeypatch.setattr(_registry, "_missing", lambda backend, device: None)
     yield torch.ops.stablekern.registry_probe_fwd.default
-    _registry._launchers.pop(name, None)
+    del _registry._launchers[name]
 
 
 def test_best_first_and_passed_over_when_unsupported(op):
