@@ -41,8 +41,8 @@ def table(device: Path) -> str:
     for r in results.values():
         if r["op"] == "startup":
             rest.append(
-                f"`import stablekern` adds {max(r['import_added_s'], 0.0):.2f} s to `import torch`; the first native build takes "
-                f"{r['first_build_s']:.0f} s."
+                f"`import stablekern` adds {max(r['import_added_s'], 0.0):.2f} s to `import torch`; "
+                f"the first native build takes {r['first_build_s']:.0f} s."
             )
     return "\n".join(
         [
