@@ -14,7 +14,7 @@ import sys
 import torch
 
 import stablekern
-from bench.cases import CASES, Case
+from bench.cases import Case, all_cases
 from bench.store import append, device_name, stamp
 from bench.timing import Ceilings, Times, ceilings, interleave, keep_freed_memory
 from stablekern import _registry
@@ -109,7 +109,7 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     stablekern.use_backend(options.backend)
-    known = {case.op for case in CASES}
+    known = {case.op for case in all_cases()}
     wanted = set(options.op.split(",")) if options.op else known
     if wanted - known:
         parser.error(f"--op: unknown {', '.join(sorted(wanted - known))}; known are {', '.join(sorted(known))}")
@@ -117,7 +117,7 @@ def main() -> int:
     top = ceilings(options.device)
     print(f"{device_name(options.device)}: {top.flops / 1e9:.0f} GFLOP/s, copy {top.bandwidth / 1e9:.0f} GB/s")
     missed = 0
-    for case in (case for case in CASES if case.op in wanted):
+    for case in (case for case in all_cases() if case.op in wanted):
         for direction in (options.direction,) if options.direction else ("fwd", "fwd+bwd"):
             result = measure(case, direction, options.device, options.seconds, top)
             print(line(result), flush=True)

@@ -112,6 +112,11 @@ def integer(op: str, name: str, value: Any, *, low: int | None = None, high: int
     return value
 
 
+def readable(*tensors: torch.Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, and not while a graph is traced."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def first_order(op: str) -> None:
     """Call first in `backward`: under `create_graph=True` a hand-written backward would silently drop terms."""
     if torch.is_grad_enabled():

@@ -31,13 +31,13 @@ recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the der
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from stablekern import _check, _load
+from stablekern import _check, _load, _state_clamp
 from stablekern._registry import define, launcher
+from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
 
 __all__ = ["ssd_scan"]
@@ -60,7 +60,7 @@ def reference(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, torch.inf),
-    state_clamp: float | Tensor | Sequence[float | Tensor] | None = None,
+    state_clamp: StateClamp = None,
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def reference(
     if dt_softplus:
         dt = torch.log1p(torch.exp(-dt.abs())) + dt.clamp_min(0)
     dt = dt.clamp(*dt_limit)
-    bounds = [] if state_clamp is None else list(_pair(state_clamp))
+    bounds = [] if state_clamp is None else list(_state_clamp.pair(_OP, state_clamp))
     for i, bound in enumerate(bounds):
         bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
         bounds[i] = bound[:, None, None] if bound.dim() == 1 else bound[..., None]
@@ -268,48 +268,6 @@ class _SsdScan(torch.autograd.Function):
         return *wanted, None, None, None
 
 
-def _pair(state_clamp: float | Tensor | Sequence[float | Tensor]) -> tuple[float | Tensor, float | Tensor]:
-    """(lo, hi) of either form of `state_clamp`."""
-    if isinstance(state_clamp, (tuple, list)):
-        if len(state_clamp) != 2:
-            raise ValueError(message(_OP, "`state_clamp` must be c or (lo, hi)", f"{len(state_clamp)} values"))
-        return state_clamp[0], state_clamp[1]
-    if isinstance(state_clamp, bool) or not isinstance(state_clamp, (int, float, Tensor)):
-        rule = "`state_clamp` must be a number, a tensor or a pair of them"
-        raise TypeError(message(_OP, rule, type(state_clamp).__name__))
-    return -state_clamp, state_clamp
-
-
-def _readable(*tensors: Tensor) -> bool:
-    """Whether values may be looked at: on a CPU, and not while a graph is traced."""
-    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
-
-
-def _bounds(state_clamp, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Lower and upper bound as (h, p) tensors with the dtype and device of `like` (b, l, h, p)."""
-    if state_clamp is None:
-        return None, None
-    heads, width = like.shape[2:]
-    both = []
-    for bound in _pair(state_clamp):
-        if isinstance(bound, Tensor):
-            if bound.requires_grad:
-                raise ValueError(message(_OP, "`state_clamp` is not differentiable, detach it", "requires_grad=True"))
-            if tuple(bound.shape) not in ((), (heads,), (heads, 1), (heads, width)):
-                rule = "a tensor in `state_clamp` must have the shape (), (h) or (h, p)"
-                raise ValueError(message(_OP, rule, tuple(bound.shape)))
-            bound = bound.to(device=like.device, dtype=like.dtype)
-            bound = bound[:, None] if bound.dim() == 1 else bound
-        else:
-            bound = like.new_full((), _check.number(_OP, "state_clamp", bound))
-        both.append(bound.expand(heads, width))
-    lower, upper = both
-    if _readable(lower, upper) and not bool((lower <= upper).all()):
-        came = f"lo up to {lower.max():g}", f"hi from {upper.min():g}"
-        raise ValueError(message(_OP, "`state_clamp` must have lo <= hi", *came))
-    return lower, upper
-
-
 def ssd_scan(
     x: Tensor,  # (b, l, h, p)
     dt: Tensor,  # (b, l, h)
@@ -322,7 +280,7 @@ def ssd_scan(
     dt_bias: Tensor | None = None,  # (h)
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, torch.inf),
-    state_clamp: float | Tensor | Sequence[float | Tensor] | None = None,
+    state_clamp: StateClamp = None,
     initial_state: Tensor | None = None,  # (b, h, p, n)
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (b, l, h, p), and (b, h, p, n)
@@ -384,17 +342,17 @@ def ssd_scan(
     low = _check.number(_OP, "dt_limit", dt_limit[0], low=0.0)
     high = _check.number(_OP, "dt_limit", dt_limit[1], low=low)
     x_wide, step, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
-    lower, upper = _bounds(state_clamp, x_wide)
+    lower, upper = _state_clamp.bounds(_OP, state_clamp, x_wide, h=sizes["h"], p=sizes["p"])
 
     if dt_bias is not None:
         step = step + dt_bias.to(wide)
     if dt_softplus:
         step = torch.logaddexp(step, step.new_zeros(()))  # max(x, 0) + log1p(exp(-|x|))
-    elif _readable(step) and step.numel() and bool(step.detach().amin() < 0):
+    elif _check.readable(step) and step.numel() and bool(step.detach().amin() < 0):
         raise ValueError(message(_OP, "`dt` + `dt_bias` must be >= 0 without `dt_softplus`", f"{step.min():g}"))
     if low > 0 or high < torch.inf or not dt_softplus:
         step = step.clamp(low, high)
-    if lower is None and _readable(A) and A.numel() and bool(A.detach().amax() >= 0):
+    if lower is None and _check.readable(A) and A.numel() and bool(A.detach().amax() >= 0):
         rule = "`A` >= 0 does not decay: exp(dt * A) >= 1, the state grows until it overflows to inf"
         warnings.warn(message(_OP, rule, f"{A.max():g}"), RuntimeWarning, stacklevel=2)
     if D is not None:

@@ -111,7 +111,11 @@ SPECS = (
             (_call(state_clamp=-1.0), ValueError, "`state_clamp` must have lo <= hi: got lo up to 1 and hi from -1"),
             (_call(state_clamp=(1.0, 2.0, 3.0)), ValueError, r"`state_clamp` must be c or \(lo, hi\): got 3 values"),
             (_call(state_clamp="1"), TypeError, "`state_clamp` must be a number, a tensor or a pair of them: got str"),
-            (_call(state_clamp=torch.ones(3)), ValueError, r"must have the shape \(\), \(h\) or \(h, p\): got \(3,\)"),
+            (
+                _call(state_clamp=torch.ones(3)),
+                ValueError,
+                r"one of the shapes \(\), \(h\), \(h p\): got \(3,\)",
+            ),
             (_call(state_clamp=torch.ones(4, requires_grad=True)), ValueError, "`state_clamp` is not differentiable"),
             (_call(initial_state=lambda a: a["initial_state"].mT), ValueError, "`initial_state` and `x` disagree on"),
         ),

@@ -1,0 +1,43 @@
+"""The workloads: sizes of real models, the baseline named exactly, the flops and bytes that must be spent.
+
+A module per op, named like it, with its `CASES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Case", "all_cases"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`ours` and `baseline` take what `inputs(device)` makes; all but `constant` get gradients in `fwd+bwd`.
+
+    `flops` and `bytes` are the least that the forward must spend; `backward` scales both for forward and backward.
+    `gates` are the ratios (direction -> factor) below which a line is a regression.
+    """
+
+    op: str
+    name: str
+    inputs: Callable[[str], tuple[Tensor, ...]]
+    ours: Callable[..., Any]
+    baseline_name: str
+    baseline: Callable[..., Any]
+    flops: float
+    bytes: float
+    backward: float
+    gates: dict[str, float]
+    constant: tuple[int, ...] = ()  # inputs that get no gradient
+
+
+def all_cases() -> tuple[Case, ...]:
+    """The cases of every module here, in the order of their names."""
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return tuple(case for module in modules for case in getattr(module, "CASES", ()))

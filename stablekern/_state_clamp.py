@@ -1,0 +1,55 @@
+"""The argument `state_clamp` of the scans: what it may be, and the two tensors of bounds that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from stablekern import _check
+from stablekern.errors import message
+
+Bound = float | Tensor
+StateClamp = Bound | Sequence[Bound] | None
+
+
+def pair(op: str, state_clamp: Bound | Sequence[Bound]) -> tuple[Bound, Bound]:
+    """(lo, hi) of either form: `c` stands for (-c, c)."""
+    if isinstance(state_clamp, (tuple, list)):
+        if len(state_clamp) != 2:
+            raise ValueError(message(op, "`state_clamp` must be c or (lo, hi)", f"{len(state_clamp)} values"))
+        return state_clamp[0], state_clamp[1]
+    if isinstance(state_clamp, bool) or not isinstance(state_clamp, (int, float, Tensor)):
+        rule = "`state_clamp` must be a number, a tensor or a pair of them"
+        raise TypeError(message(op, rule, type(state_clamp).__name__))
+    return -state_clamp, state_clamp
+
+
+def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Lower and upper bound with the dtype and device of `like`, expanded to the named `sizes`, outermost first.
+
+    A bound may be a number, or a tensor over the first few of these axes; any of its axes may have size 1.
+    """
+    if state_clamp is None:
+        return None, None
+    names, full = tuple(sizes), tuple(sizes.values())
+    both = []
+    for bound in pair(op, state_clamp):
+        if isinstance(bound, Tensor):
+            if bound.requires_grad:
+                raise ValueError(message(op, "`state_clamp` is not differentiable, detach it", "requires_grad=True"))
+            shape = tuple(bound.shape)
+            if len(shape) > len(full) or any(n not in (1, size) for n, size in zip(shape, full, strict=False)):
+                forms = ", ".join(f"({' '.join(names[:i])})" for i in range(len(names) + 1))
+                rule = f"a tensor in `state_clamp` must have one of the shapes {forms}"
+                raise ValueError(message(op, rule, shape))
+            bound = bound.to(device=like.device, dtype=like.dtype)
+            bound = bound.reshape(shape + (1,) * (len(full) - len(shape)))
+        else:
+            bound = like.new_full((), _check.number(op, "state_clamp", bound))
+        both.append(bound.expand(full))
+    lower, upper = both
+    if _check.readable(lower, upper) and not bool((lower <= upper).all()):
+        came = f"lo up to {lower.max():g}", f"hi from {upper.min():g}"
+        raise ValueError(message(op, "`state_clamp` must have lo <= hi", *came))
+    return lower, upper
