@@ -20,6 +20,7 @@
 #endif
 
 #define SK_INLINE inline __attribute__((always_inline))
+#define SK_NOINLINE __attribute__((noinline))  // of templates: one copy for all callers
 
 namespace stablekern {
 
@@ -288,7 +289,14 @@ SK_INLINE V fma(V a, V b, V c) {
 // -(a * b) + c
 template <class V>
 SK_INLINE V fnma(V a, V b, V c) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else
+    return (V)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#else
   return fma(-a, b, c);
+#endif
 }
 template <class V>
 SK_INLINE V sqrt(V a) {
