@@ -53,7 +53,8 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
     factor = case.backward if backward else 1.0
     limit = max(case.flops * factor / top.flops, case.bytes * factor / top.bandwidth)
     return {
-        "op": case.op, "case": case.name, "direction": direction, "dtype": "float32", "baseline": case.baseline_name,
+        "op": case.op, "case": case.name, "direction": direction,
+        "dtype": str(inputs[0].dtype).removeprefix("torch."), "baseline": case.baseline_name,
         "ms": round(1e3 * ours.median, 4), "ms_best": round(1e3 * ours.best, 4),
         "ms_p20": round(1e3 * ours.quantile(0.2), 4), "ms_p80": round(1e3 * ours.quantile(0.8), 4),
         "baseline_ms": round(1e3 * base.median, 3), "baseline_ms_best": round(1e3 * base.best, 3),

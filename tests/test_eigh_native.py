@@ -224,6 +224,26 @@ def test_non_finite_stays_with_its_matrix(native, run, n, value):
     assert torch.equal(info, torch.where(bad, NON_FINITE, 0).int())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [2, 19])
+def test_no_convergence_stays_with_its_matrix(native, n, dtype):
+    """Without any sweep only diagonal matrices are done."""
+    A = hermitian(70, n, dtype)
+    diagonal = torch.arange(70) % 3 == 0
+    A[diagonal] = torch.diag_embed(torch.rand(70, n))[diagonal].to(dtype)
+    w, rows = A.real.new_empty(70, n), torch.empty_like(A)
+    info = torch.full((70,), -77777, dtype=torch.int32)
+    native.eigh_fwd(A, False, w, rows, info, 0)
+    assert torch.equal(info, torch.where(diagonal, 0, NOT_CONVERGED).int())
+    assert w[~diagonal].isnan().all() and rows[~diagonal].isnan().all()
+    assert torch.equal(w[diagonal], A[diagonal].diagonal(dim1=1, dim2=2).real.sort(-1).values)
+    assert rows[diagonal].isfinite().all()
+    native.eigh_fwd(A, False, w, rows, info)
+    assert not info.any() and w.isfinite().all()
+    with pytest.raises(RuntimeError, match="sweeps must be 0 to 30"):
+        native.eigh_fwd(A, False, w, rows, info, 31)
+
+
 def test_tied_components_make_the_first_one_positive(run):
     A = torch.tensor([[[0.0, -1.0], [-1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
     _, rows, _ = run(A)

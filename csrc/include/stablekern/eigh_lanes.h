@@ -1,11 +1,12 @@
-// Eigendecomposition of small symmetric matrices (n <= 32), one per SIMD lane: what the kernels built on it share.
+// Eigendecomposition of small Hermitian matrices (n <= 32), one per SIMD lane: what the kernels built on it share.
 //
 // Every matrix takes the same instructions, with masks where they part ways, so no result depends on which lane, block,
 // thread or batch it was computed in. All fused multiply-adds are written out as `fma` for the same reason: the
 // compiler is left no choice that could differ between two instantiations.
 //
 // Per lane, after a kernel has loaded a matrix of about size 1 (`solve_lanes`):
-//   1. Householder tridiagonalisation A = Q T Q^T (Golub & Van Loan, 8.3.1), rank-2 update fused with the next product;
+//   1. Householder tridiagonalisation A = Q T Q^H (Golub & Van Loan, 8.3.1), rank-2 update fused with the next product;
+//      of a complex matrix the phases of T's couplings go to Q, so that all that follows is real;
 //   2. implicit QL with Wilkinson's shift for the eigenvalues alone;
 //   3. implicit QL again from T with the eigenvalues now known as shifts, so that about one sweep deflates each
 //      (the "ultimate shift"): the rotations are recorded
@@ -38,6 +39,7 @@ constexpr int kElectrodes = 19;  // of the 10-20 system: the size that gets loop
 constexpr int kMaxSweeps = 30;   // per eigenvalue on average, as LAPACK's steqr; two are usual
 constexpr int kBlocks = 4;       // blocks of lanes that share the QL recurrence
 constexpr int32_t kNotConverged = 1, kNonFinite = 2;  // bits of `info`
+constexpr int kL1Bytes = 1 << 15;
 constexpr int64_t kStreamBytes = int64_t{1} << 22;    // larger results go past the caches
 
 // A square below this has lost relative accuracy to underflow; its root is still far below eps times a scaled matrix.
@@ -58,6 +60,25 @@ struct Sweep {
   int low, high, first;  // rows low..high, rotations from `first` on
 };
 
+// Brings what is needed next to the second-level cache, a few lines at a time between computations: all at once would
+// have to wait for memory.
+class Prefetcher {
+ public:
+  template <class T>
+  void aim(const T* items, int64_t count) {
+    next_ = reinterpret_cast<const char*>(items);
+    left_ = (count * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
+  }
+  SK_INLINE void advance(int lines) {
+    for (; lines > 0 && left_ > 0; --lines, --left_, next_ += kLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  static constexpr int kLine = 64;
+  const char* next_ = nullptr;
+  int64_t left_ = 0;
+};
+
 // N x N matrices; N = 0: up to kMaxN.
 template <int N>
 constexpr int kSize = N > 0 ? N : kMaxN;
@@ -76,8 +97,10 @@ struct alignas(64) Workspace {
   Element<S> staging[kN * kN];          // one block on its way in or out
   Vec<T> d[kN][Blocks], e[kN][Blocks];  // T: diagonal, and coupling of i with i + 1
   Vec<T> values[kN][Blocks], couplings[kN][Blocks];
-  Vec<T> up[Blocks];  // scales back
+  Vec<T> up[Blocks];    // scales back
+  Prefetcher upcoming;  // may be aimed at the next block's items when one is loaded
   Mask<T> non_finite[Blocks], not_converged[Blocks];
+  int max_rounds;  // of QL
   int used[Blocks], sweep_count[Blocks];
   Sweep sweeps[Blocks][kSweeps];
   Rotation<T> rotations[Blocks][kRotations];
@@ -320,7 +343,7 @@ struct Tridiagonal {
 };
 
 template <class S, int N>
-SK_NOINLINE void tridiagonalise(Element<S>* a, int runtime_n, Tridiagonal<S, N>& t) {
+SK_NOINLINE void tridiagonalise(Element<S>* a, int runtime_n, Tridiagonal<S, N>& t, Prefetcher& upcoming) {
   using T = RealOf<S>;
   using E = Element<S>;
   const int n = N > 0 ? N : runtime_n;
@@ -331,6 +354,7 @@ SK_NOINLINE void tridiagonalise(Element<S>* a, int runtime_n, Tridiagonal<S, N>&
   const Vec<T> zero{}, one = zero + T(1);
 
   for (int i = n - 1; i > 0; --i) {
+    upcoming.advance(2 * kParts<S> * n);  // an n-th of a block, or two if the lanes are narrow
     E* row = a + i * stride;
     if (i < n - 1) {
       const E* u = row + stride;
@@ -374,7 +398,7 @@ void reduce_block(Workspace<S, N, Blocks>& w, int block, int runtime_n) {
   const int n = N > 0 ? N : runtime_n;
   Element<S>* z = w.z[block];
   Tridiagonal<S, N> t;
-  tridiagonalise<S, N>(z, n, t);
+  tridiagonalise<S, N>(z, n, t, w.upcoming);
   if constexpr (Vectors) form_q<S, N>(z, n, t.inverse_h);
   const Vec<T> zero{};
   for (int i = 0; i < n; ++i) w.d[i][block] = t.diagonal[i];
@@ -517,9 +541,9 @@ void implicit_ql(Workspace<S, N, Blocks>& w, int runtime_n, Vec<RealOf<S>> (*d)[
       g[b] = d_m - shift;
       s[b] = c[b] = one;
       started[b] = none_set<T>();
-      if (round == kMaxSweeps * n) w.not_converged[b] = w.not_converged[b] | active;
+      if (round == w.max_rounds) w.not_converged[b] = w.not_converged[b] | active;
     }
-    if (last == 0 || round == kMaxSweeps * n) return;
+    if (last == 0 || round == w.max_rounds) return;
 
     Rotation<T>* out[Blocks];
     if constexpr (Record) {
@@ -671,9 +695,10 @@ void store_vectors(Workspace<S, N, Blocks>& w, int block, int runtime_n,
 
 // `count` matrices from `item` on, at most Blocks * kLanes of them.
 template <class S, int N, int Blocks, bool Vectors, class Load, class Store>
-void solve_group(int n, int64_t item, int count, const Load& load_block, const Store& store_block) {
+void solve_group(int n, int64_t item, int count, int sweeps, const Load& load_block, const Store& store_block) {
   constexpr int lanes = kLanes<RealOf<S>>;
   auto& w = workspace<Workspace<S, N, Blocks>>();
+  w.max_rounds = sweeps * n;
   for (int b = 0; b < Blocks; ++b) {
     const int first = b * lanes < count ? b * lanes : 0;
     load_block(w, b, item + first, std::min(count - first, lanes));
@@ -693,18 +718,19 @@ void solve_group(int n, int64_t item, int count, const Load& load_block, const S
 
 // `batch` matrices, in parallel. `load_block(workspace, block, item, count)` fills the block's lower triangles of z,
 // `up` and `non_finite` from `count` <= kLanes items (it may be asked for some of them twice); `store_block`, of the
-// same arguments, writes what came of them. Streamed stores are complete when this returns.
+// same arguments, writes what came of them. Streamed stores are complete when this returns. A matrix has not converged
+// after more than `sweeps` sweeps per eigenvalue.
 template <class S, int N, bool Vectors, class Load, class Store>
-void solve_lanes(int64_t batch, int n, const Load& load_block, const Store& store_block) {
+void solve_lanes(int64_t batch, int n, const Load& load_block, const Store& store_block, int sweeps = kMaxSweeps) {
   constexpr int lanes = kLanes<RealOf<S>>;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
     const int64_t stop = std::min(end * lanes, batch);
     for (int64_t item = begin * lanes; item < stop;) {
       const int count = static_cast<int>(std::min<int64_t>(stop - item, kBlocks * lanes));
       if (count > lanes)
-        solve_group<S, N, kBlocks, Vectors>(n, item, count, load_block, store_block);
+        solve_group<S, N, kBlocks, Vectors>(n, item, count, sweeps, load_block, store_block);
       else
-        solve_group<S, N, 1, Vectors>(n, item, count, load_block, store_block);
+        solve_group<S, N, 1, Vectors>(n, item, count, sweeps, load_block, store_block);
       item += count;
     }
     stream_fence();
@@ -752,7 +778,8 @@ SK_INLINE void product_tile(int length, const Element<S>* x, int x_row, int x_su
 // above a real diagonal. The last tiles are moved back to end with the matrix.
 template <class S, bool Hermitian, Conjugate Which = Conjugate::kNone>
 SK_INLINE void product(int height, int width, int length, const Element<S>* x, int x_row, int x_sum,
-                       const Element<S>* y, int y_column, int y_sum, Element<S>* out, int out_row) {
+                       const Element<S>* y, int y_column, int y_sum, Element<S>* out, int out_row,
+                       Prefetcher upcoming = {}, int lines = 0) {
   constexpr int rows = kIsComplex<S> ? (kVectorBytes == 64 ? 3 : 2) : 4;
   constexpr int columns = kVectorBytes != 64 ? (kIsComplex<S> ? 1 : 2) : kIsComplex<S> ? 4 : 5;
   const auto put = [&](int i, int j, Element<S> value) {
@@ -774,15 +801,22 @@ SK_INLINE void product(int height, int width, int length, const Element<S>* x, i
     }
     return;
   }
-  for (int i0 = 0; i0 < height; i0 += rows) {
-    const int i = i0 + rows <= height ? i0 : height - rows;
-    for (int j0 = 0; j0 < width && (!Hermitian || j0 < i + rows); j0 += columns) {
-      const int j = j0 + columns <= width ? j0 : width - columns;
-      Element<S> tile[rows][columns];
-      product_tile<S, Which, rows, columns>(length, x + i * x_row, x_row, x_sum, y + j * y_column, y_column, y_sum,
-                                            tile);
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < columns; ++c) put(i + r, j + c, tile[r][c]);
+  // Panels of y that stay in the first-level cache while x passes.
+  constexpr int cached = kL1Bytes / 2 / static_cast<int>(sizeof(Element<S>));
+  const int panel = std::max(1, cached / (columns * length)) * columns;
+  for (int start = 0; start < width; start += panel) {
+    const int stop = std::min(start + panel, width);
+    for (int i0 = 0; i0 < height; i0 += rows) {
+      const int i = i0 + rows <= height ? i0 : height - rows;
+      for (int j0 = start; j0 < stop && (!Hermitian || j0 < i + rows); j0 += columns) {
+        const int j = j0 + columns <= width ? j0 : width - columns;
+        Element<S> tile[rows][columns];
+        product_tile<S, Which, rows, columns>(length, x + i * x_row, x_row, x_sum, y + j * y_column, y_column, y_sum,
+                                              tile);
+        for (int r = 0; r < rows; ++r)
+          for (int c = 0; c < columns; ++c) put(i + r, j + c, tile[r][c]);
+        upcoming.advance(lines);
+      }
     }
   }
 }
