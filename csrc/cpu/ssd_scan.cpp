@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "stablekern/simd.h"
+#include "stablekern/tensor.h"
 #include "stablekern/vmath.h"
 
 namespace stablekern {
@@ -585,29 +586,11 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
 // ---- tensors ------------------------------------------------------------------------------------------------------
 
 template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-template <class T>
-T* mutable_data(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
 Problem<T> problem(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                    const std::optional<Tensor>& D, const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
                    int64_t chunk) {
   return {x.size(0),  x.size(1),  x.size(2),  x.size(3),  B.size(2),  B.size(3),      chunk,          data<T>(x),
           data<T>(dt), data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(lower), data<T>(upper)};
-}
-
-template <class F>
-void for_dtype(const Tensor& like, const F& f) {
-  like.scalar_type() == torch::headeronly::ScalarType::Double ? f(double{}) : f(float{});
 }
 
 void ssd_scan_fwd(const Tensor x, const Tensor dt, const Tensor A, const Tensor B, const Tensor C,

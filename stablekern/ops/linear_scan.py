@@ -37,7 +37,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablekern import _check, _state_clamp
+from stablekern import _check, _load, _state_clamp
 from stablekern._registry import define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
@@ -112,6 +112,25 @@ _bwd = define(
     " -> (Tensor grad_gate, Tensor grad_token, Tensor grad_initial_state)",
     fake=_fake_bwd,
 )
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous memory that holds the values themselves, not their conjugates or negatives."""
+    return [None if tensor is None else tensor.resolve_conj().resolve_neg().contiguous() for tensor in tensors]
+
+
+@launcher("linear_scan_fwd", device="cpu", backend="native")
+def _(*arguments):
+    states = _fake_fwd(*arguments)
+    _load.native().linear_scan_fwd(*_dense(*arguments[:-1]), arguments[-1], states)
+    return states
+
+
+@launcher("linear_scan_bwd", device="cpu", backend="native")
+def _(*arguments):
+    outputs = _fake_bwd(*arguments)
+    _load.native().linear_scan_bwd(*_dense(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
 
 
 def _clamped(free: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:

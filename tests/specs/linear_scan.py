@@ -66,7 +66,8 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("strided-complex", [gate_c[..., ::2], token_c[..., ::2]], {"initial_state": state_c}, dtypes=FLOATS),
         Sample("extreme", [gate, token * graded], dtypes=FLOATS),
         Sample("extreme-clamped", [gate * 1e4, token * graded], {"state_clamp": 1.0}, dtypes=FLOATS),
-        Sample("extreme-complex-clamped", [gate_c * 1e4, token_c * graded], {"state_clamp": 1.0}, dtypes=FLOATS),
+        # Each saturated step keeps the error of the direction and adds its own: float32 alone has a more exact oracle.
+        Sample("extreme-complex-clamped", [gate_c * 1e4, token_c * graded], {"state_clamp": 1.0}, dtypes=FLOATS[:1]),
     ]
 
 

@@ -528,4 +528,90 @@ SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r) {
 #endif
 }
 
+// ---- pairs of lanes, complex numbers ------------------------------------------------------------------------------
+
+// Lanes 2 i and 2 i + 1 exchanged; both lane 2 i; both lane 2 i + 1.
+template <class T>
+SK_INLINE Vec<T> swap_pairs(Vec<T> v) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_permute_ps((__m512)v, 0xb1);
+  else
+    return (Vec<T>)_mm512_permute_pd((__m512d)v, 0x55);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_permute_ps((__m256)v, 0xb1);
+  else
+    return (Vec<T>)_mm256_permute_pd((__m256d)v, 0x5);
+#else
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[i ^ 1];
+  return r;
+#endif
+}
+template <class T>
+SK_INLINE Vec<T> first_of_pairs(Vec<T> v) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_moveldup_ps((__m512)v);
+  else
+    return (Vec<T>)_mm512_movedup_pd((__m512d)v);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_moveldup_ps((__m256)v);
+  else
+    return (Vec<T>)_mm256_movedup_pd((__m256d)v);
+#else
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[i & ~1];
+  return r;
+#endif
+}
+template <class T>
+SK_INLINE Vec<T> second_of_pairs(Vec<T> v) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_movehdup_ps((__m512)v);
+  else
+    return (Vec<T>)_mm512_permute_pd((__m512d)v, 0xff);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_movehdup_ps((__m256)v);
+  else
+    return (Vec<T>)_mm256_permute_pd((__m256d)v, 0xf);
+#else
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[i | 1];
+  return r;
+#endif
+}
+// `transpose` with pairs for elements, kLanes / 2 of them a side.
+template <class T>
+SK_INLINE void transpose_pairs(Vec<T>* r) {
+  if constexpr (sizeof(T) == 4) {
+    Vec<double> t[kLanes<double>];
+    for (int i = 0; i < kLanes<double>; ++i) t[i] = (Vec<double>)r[i];
+    transpose<double>(t);
+    for (int i = 0; i < kLanes<double>; ++i) r[i] = (Vec<T>)t[i];
+  } else {
+#if defined(SK_AVX512)
+    auto* x = reinterpret_cast<__m512d*>(r);
+    __m512d t[4];
+    for (int i = 0; i < 2; ++i) {
+      t[2 * i] = _mm512_shuffle_f64x2(x[2 * i], x[2 * i + 1], 0x44);
+      t[2 * i + 1] = _mm512_shuffle_f64x2(x[2 * i], x[2 * i + 1], 0xee);
+    }
+    for (int i = 0; i < 2; ++i) {
+      x[2 * i] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
+      x[2 * i + 1] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+    }
+#elif defined(SK_AVX2)
+    auto* x = reinterpret_cast<__m256d*>(r);
+    const __m256d low = _mm256_permute2f128_pd(x[0], x[1], 0x20);
+    x[1] = _mm256_permute2f128_pd(x[0], x[1], 0x31);
+    x[0] = low;
+#endif  // elsewhere a vector holds one pair
+  }
+}
+
 }  // namespace stablekern
