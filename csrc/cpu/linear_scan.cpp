@@ -326,36 +326,44 @@ struct Backward {
   T *grad_gate, *grad_token;
   bool past_caches;
 
-  // What a tile of the adjoint reads.
+  // What a tile of the adjoint reads. `state` holds what the scan made of the tile, and `before` it.
   struct Tile {
-    Vec<T> grad[F::kRows], gate[F::kRows], before[F::kRows], free[F::kRows];
+    Vec<T> grad[F::kRows], gate[F::kRows], state[F::kRows], free[F::kRows];
+    Vec<T> before;
     bool clamped;  // perhaps; `free`, the states before the clamp, are there only then
+
+    SK_INLINE Vec<T> state_before(int k, int width) const {
+      return kReverse ? (k == width - 1 ? before : state[k + 1]) : (k == 0 ? before : state[k - 1]);
+    }
   };
 
-  // `after`: the state of the step that the scan does last in this tile; becomes that before the first.
-  SK_INLINE void read(const Rows<F>& rows, int64_t at, int width, bool first, Vec<T> initial_state, const Bounds& bounds,
-                      Vec<T>& after, Tile& tile) const {
+  // Fills `tile` but for its states, and the states of `next`, the tile that comes before it in the scan.
+  SK_INLINE void read(const Rows<F>& rows, int64_t at, int width, Vec<T> initial_state, const Bounds& bounds, Tile& tile,
+                      Tile& next) const {
+    const int64_t beyond = kReverse ? at + width : at - F::kRows;
     load_tile<F>(grad_states, rows, at, width, tile.grad);
     load_tile<F>(p.gate, rows, at, width, tile.gate);
-    if (first) {  // nothing lies before the first step: the tile, moved by one in registers
-      load_tile<F>(states, rows, at, width, tile.before);
-      for (int k = width - 1; !kReverse && k > 0; --k) tile.before[k] = tile.before[k - 1];
-      for (int k = 0; kReverse && k < width - 1; ++k) tile.before[k] = tile.before[k + 1];
-      tile.before[kReverse ? width - 1 : 0] = initial_state;
+    if (rows.offset[0] + beyond >= rows.row[0] * p.length && rows.offset[F::kRows - 1] + beyond < last_end(rows)) {
+      const int64_t left = last_end(rows) - rows.offset[F::kRows - 1] - beyond;
+      load_tile<F>(states, rows, beyond, static_cast<int>(std::min<int64_t>(F::kRows, left)), next.state);
+      tile.before = next.state[kReverse ? 0 : F::kRows - 1];
     } else {
-      load_tile<F>(states, rows, kReverse ? at + 1 : at - 1, width, tile.before);
+      tile.before = initial_state;
     }
     if constexpr (kClamp) {
-      Mask<T> on_bound = F::may_be_clamped(after, bounds);
-      each_step<F, kDown>(width, [&](int k) {
-        if (k != (kReverse ? width - 1 : 0)) on_bound = on_bound | F::may_be_clamped(tile.before[k], bounds);
-      });
-      after = tile.before[kReverse ? width - 1 : 0];
+      Mask<T> on_bound = none_set<T>();
+      each_step<F, kDown>(width, [&](int k) { on_bound = on_bound | F::may_be_clamped(tile.state[k], bounds); });
       tile.clamped = any(on_bound);
-      if (tile.clamped) {
-        load_tile<F>(p.token, rows, at, width, tile.free);
+      if (tile.clamped) {  // only rows that need it read their tokens
+        const uint32_t wanted = lane_bits<T>(on_bound);
+        for (int i = 0; i < F::kRows; ++i) {
+          const T* from = p.token + (rows.offset[i] + at) * F::kWords;
+          tile.free[i] = wanted >> i * F::kWords & 1 ? load_first(from, width * F::kWords) : Vec<T>{};
+        }
+        F::turn(tile.free);
         each_step<F, kDown>(width, [&](int k) {
-          tile.free[k] = F::multiply_add(F::factor(tile.gate[k]), tile.before[k], tile.free[k]);
+          const Vec<T> free = F::multiply_add(F::factor(tile.gate[k]), tile.state_before(k, width), tile.free[k]);
+          tile.free[k] = select(on_bound, free, tile.state[k]);
         });
       }
     }
@@ -375,18 +383,10 @@ struct Backward {
       const Vec<T> grad = clamp(tile.grad[k] + carry);
       carry = F::multiply(F::conjugate(tile.gate[k]), grad);
       tile.grad[k] = grad;
-      tile.gate[k] = F::multiply(F::conjugate(tile.before[k]), grad);
+      tile.gate[k] = F::multiply(F::conjugate(tile.state_before(k, width)), grad);
     });
     store_tile<F>(tile.grad, rows, at, width, past_caches, grad_token);
     store_tile<F>(tile.gate, rows, at, width, past_caches, grad_gate);
-  }
-
-  // The states that a scan leaves at the end of steps begin..end - 1.
-  Vec<T> last_states(const Rows<F>& rows, int64_t begin, int64_t end) const {
-    const int64_t at = kReverse ? begin : end - 1;
-    Vec<T> v;
-    for (int i = 0; i < kLanes<T>; ++i) v[i] = states[(rows.offset[i / F::kWords] + at) * F::kWords + i % F::kWords];
-    return v;
   }
 
   // Steps begin..end - 1 of all rows; what they pass on.
@@ -394,40 +394,46 @@ struct Backward {
     if (begin == end) return carry;
     const Bounds bounds = F::bounds(p, rows.row);
     const Vec<T> initial_state = gather<F>(p.initial_state, rows);
-    Vec<T> after = last_states(rows, begin, end);
+    Tile tiles[2];
+    bool first = true, turn = false;
     each_tile<F, kDown>(begin, end, [&](int64_t at, int width) {
-      Tile tile;
-      read(rows, at, width, kReverse ? at + width == p.length : at == 0, initial_state, bounds, after, tile);
+      Tile &tile = tiles[turn], &next = tiles[!turn];
+      if (first) load_tile<F>(states, rows, at, width, tile.state);
+      read(rows, at, width, initial_state, bounds, tile, next);
       write(tile, rows, at, width, bounds, carry);
+      first = false, turn = !turn;
     });
     return carry;
   }
 
-  // As in the forward pass, for the linear map of `carry` that the gates and clamps of a stretch make. Nothing of the
-  // row's first tile may be among them.
+  // As in the forward pass, for the linear map of `carry` that the gates and clamps of a stretch make. The row's first
+  // tile in the scan may not be among them: before it there is nothing to load.
   bool stretches(int64_t row, int64_t begin, T* carry) const {
     constexpr int kStretch = kStretchTiles * F::kRows;
     const Rows<F> lanes = Rows<F>::stretches(row, begin, kStretch, p.length);
     const Bounds bounds = F::bounds(p, lanes.row);
-    Tile tiles[kStretchTiles];
-    Vec<T> after = last_states(lanes, 0, kStretch);
+    Tile tiles[kStretchTiles + 2];  // one more at either end for `next`
     Map<F, false> map(bounds);
+    load_tile<F>(states, lanes, kReverse ? 0 : kStretch - F::kRows, F::kRows, tiles[kReverse ? 1 : kStretchTiles].state);
     each_tile<F, kDown>(0, kStretch, [&](int64_t at, int width) {
-      Tile& tile = tiles[at / F::kRows];
-      read(lanes, at, width, false, after, bounds, after, tile);
-      sweep(tile, width, bounds, [&](int k, const auto& clamp) {
-        const auto gate = F::conjugate(tile.gate[k]);
+      Tile* tile = tiles + 1 + at / F::kRows;
+      read(lanes, at, width, Vec<T>{}, bounds, *tile, tile[kReverse ? 1 : -1]);
+      sweep(*tile, width, bounds, [&](int k, const auto& clamp) {
+        const auto gate = F::conjugate(tile->gate[k]);
         map.scale = F::multiply(gate, clamp(map.scale));
-        map.shift = F::multiply(gate, clamp(tile.grad[k] + map.shift));
+        map.shift = F::multiply(gate, clamp(tile->grad[k] + map.shift));
       });
     });
     if (!map.usable()) return false;
     Vec<T> starts = map.template starts<kDown>(carry);
     each_tile<F, kDown>(0, kStretch, [&](int64_t at, int width) {
-      write(tiles[at / F::kRows], lanes, at, width, bounds, starts);
+      write(tiles[1 + at / F::kRows], lanes, at, width, bounds, starts);
     });
     return true;
   }
+
+ private:
+  int64_t last_end(const Rows<F>& rows) const { return (rows.row[F::kRows - 1] + 1) * p.length; }
 };
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
