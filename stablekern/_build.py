@@ -38,6 +38,7 @@ SOURCES = (
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
     "cpu/laplacian_pe.cpp",
+    "cpu/selective_scan.cpp",
     "cpu/ssd_scan.cpp",
 )
 

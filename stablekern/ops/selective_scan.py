@@ -45,7 +45,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from stablekern import _check, _state_clamp
+from stablekern import _check, _load, _state_clamp
 from stablekern._registry import define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
@@ -189,6 +189,37 @@ def _widened(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Half precision to float32; float32, float64 and complex tensors as they are."""
     wide = A.real.dtype if A.is_complex() else A.dtype
     return [t.to(wide) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def _unsupported(A: Tensor, B: Tensor, C: Tensor) -> str | None:
+    """Why the native kernel cannot run these, or None."""
+    if A.is_complex():
+        return "complex states"
+    return "constant B or C" if B.dim() == 2 or C.dim() == 2 else None
+
+
+def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in _widened(A, *tensors)]
+
+
+@launcher(
+    "selective_scan_fwd", device="cpu", backend="native", supports=lambda *arguments: _unsupported(*arguments[2:5])
+)
+def _(*arguments):
+    y, *states = outputs = _fake_fwd(*arguments)
+    A, wide_y = arguments[2], y if y.dtype == arguments[2].dtype else arguments[2].new_empty(y.shape)
+    _load.native().selective_scan_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], wide_y, *states)
+    return wide_y.to(y.dtype), *outputs[1:]
+
+
+@launcher(
+    "selective_scan_bwd", device="cpu", backend="native", supports=lambda *arguments: _unsupported(*arguments[4:7])
+)
+def _(*arguments):
+    grads, A = _fake_bwd(*arguments), arguments[4]
+    wide = [grad if grad.dtype == A.dtype else A.new_empty(grad.shape) for grad in grads]
+    _load.native().selective_scan_bwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
+    return tuple(ours.to(grad.dtype) for ours, grad in zip(wide, grads, strict=True))
 
 
 def _step(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> tuple[Tensor, Tensor | None]:
