@@ -32,7 +32,7 @@ namespace {
 using torch::stable::Tensor;
 
 #if defined(SK_AVX512)
-constexpr int kForwardTile = 16;  // states held in registers
+constexpr int kForwardTile = 8;  // states held in registers
 constexpr int kBackwardTile = 8;  // and as many sums for dA
 #else
 constexpr int kForwardTile = 8;
@@ -168,7 +168,7 @@ SK_INLINE Vec<T> sigmoid(Vec<T> x) {
 
 // Step sizes and tokens of a strip; `slope`, unless null, becomes the derivative of the steps. u is left in `u`.
 template <class T>
-SK_INLINE void prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel, int64_t offset, Vec<T>* u, Vec<T>* slope) {
+SK_NOINLINE void prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel, int64_t offset, Vec<T>* u, Vec<T>* slope) {
   load_turned(p.u + offset, p.length, s.lanes, s.steps, u);
   load_turned(p.delta + offset, p.length, s.lanes, s.steps, s.step);
   const Vec<T> bias = p.bias ? load_first(p.bias + channel, static_cast<int>(s.lanes)) : Vec<T>{};
@@ -199,7 +199,7 @@ SK_INLINE Vec<T> advance(const Strip<T>& s, int64_t state, Vec<T> h, Vec<T> deca
 
 // Tile of N states: `state` goes on by the strip's steps, y += h C.
 template <class T, bool kClamp, int N>
-void forward_tile(const Strip<T>& s, int64_t first, Vec<T>* state, Vec<T>* y) {
+SK_NOINLINE void forward_tile(const Strip<T>& s, int64_t first, Vec<T>* state, Vec<T>* y) {
   Vec<T> h[N];
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) h[i] = state[first + i];
@@ -325,7 +325,7 @@ struct Sums {
 
 // The states of a tile from the chunk's start on, and sums of grad_y h and, with a gate, of h C.
 template <class T, bool kClamp, bool kGate, int N>
-void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, const T* saved, int64_t row, Sums<T> grad_leave) {
+SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, const T* saved, int64_t row, Sums<T> grad_leave) {
   Vec<T> h[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) z.trail[i] = h[i] = load_block(saved + (first + i) * row, 0, s.lanes);
@@ -350,7 +350,7 @@ void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, const
 
 // The sweep back over the steps of a chunk.
 template <class T, bool kClamp, int N>
-void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, Vec<T>* carry, Vec<T>* grad_rate, Sums<T> grad_enter) {
+SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, Vec<T>* carry, Vec<T>* grad_rate, Sums<T> grad_enter) {
   Vec<T> r[N], by_rate[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) r[i] = carry[first + i], by_rate[i] = Vec<T>{};

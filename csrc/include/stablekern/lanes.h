@@ -56,7 +56,7 @@ SK_INLINE void store_block(T* p, Vec<T> v, int w, int64_t count) {
 // `rows` <= kLanes rows of `columns` numbers, `stride` apart, to one vector a column, whose lanes are the rows (0 where
 // there is none). `out` holds whole vectors: padded_to_lanes(columns).
 template <class T>
-SK_INLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, Vec<T>* out) {
+SK_NOINLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, Vec<T>* out) {
   for (int64_t c = 0; c < columns; c += kLanes<T>) {
     const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, columns - c));
     Vec<T> r[kLanes<T>];
@@ -70,7 +70,7 @@ SK_INLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_t 
 }
 // The way back: lanes of v[columns] to rows.
 template <class T>
-SK_INLINE void store_turned(const Vec<T>* v, int64_t rows, int64_t columns, T* to, int64_t stride) {
+SK_NOINLINE void store_turned(const Vec<T>* v, int64_t rows, int64_t columns, T* to, int64_t stride) {
   for (int64_t c = 0; c < columns; c += kLanes<T>) {
     const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, columns - c));
     Vec<T> r[kLanes<T>];
