@@ -38,6 +38,7 @@ SOURCES = (
     "cpu/cosine_edges.cpp",
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
+    "cpu/grad_guard.cpp",
     "cpu/laplacian_pe.cpp",
     "cpu/ssd_scan.cpp",
 )
