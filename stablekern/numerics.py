@@ -67,7 +67,7 @@ EIGH_MASK_GAP_ULPS = Constant(
 EIGH_NOISE_KAPPA = Constant(
     8.0,
     "a cotangent pair |M_ij - M_ji| below this many ulp of the longest column of M is rounding of a loss that treats "
-    "the pair as one subspace (the largest seen is 2 ulp, n = 2 to 256); dividing it by a tiny gap would make noise the "
+    "the pair as one subspace (at most 2 ulp were seen, n = 2 to 256); dividing it by a tiny gap would make noise the "
     "largest entry of the gradient",
     "rounding of dot products is relative to the lengths of their factors, not to the result: Higham, Accuracy and "
     "Stability, sec. 3.1; bench/eigh_sweep.py measures it",
