@@ -258,7 +258,8 @@ def draw(lines: dict[str, dict], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = OP  # the same file from the same lines
+    # The same file from the same lines, with text as text.
+    matplotlib.rcParams |= {"svg.hashsalt": OP, "svg.fonttype": "none"}
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
     inside = max(i for i, gap in enumerate(INNER) if gap <= 1e-4)
     panels = (
