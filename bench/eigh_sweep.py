@@ -289,6 +289,7 @@ def draw(lines: dict[str, dict], target: Path) -> None:
         axis.set(title=title, xlabel=label + (" (leftmost: 0)" if xs is INNER else ""), ylabel="relative error")
         axis.set_ylim(1e-8, 2e3)
         axis.grid(alpha=0.3)
+        axis.minorticks_off()
     axes[0, 0].legend(fontsize=8)
     figure.suptitle("Gradient of eigh next to repeated eigenvalues: float32, n = 19; 1e3 stands for more, and for NaN")
     figure.tight_layout()
@@ -306,6 +307,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure what has a line already, too")
     parser.add_argument("--draw", action="store_true", help="only draw the figure")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are small; and the lines of all runs go to one folder
     marks = stamp("cpu")
     device = RESULTS / marks["device"]
     known = {} if options.again else stored(device)
