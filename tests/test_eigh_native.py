@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablekern import _load
+from stablekern import _load, numerics
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 DOUBLES = (torch.float64, torch.complex128)
 SIZES = (1, 2, 3, 5, 8, 16, 17, 19, 31, 32)
 NOT_CONVERGED, NON_FINITE = 1, 2
+KAPPA = numerics.EIGH_NOISE_KAPPA.of()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def run_backward(native):
         w: Tensor, rows: Tensor, grad_w: Tensor | None, grad_rows: Tensor | None, mode: int, floor: float
     ) -> Tensor:
         result = torch.full_like(rows, float("nan"))
-        native.eigh_bwd(w, rows, grad_w, grad_rows, mode, floor, 16.0, 0.1, result)
+        native.eigh_bwd(w, rows, grad_w, grad_rows, mode, floor, KAPPA, result)
         return result
 
     return call
@@ -301,9 +302,7 @@ def test_complex_backward_is_the_definition(run, run_backward, n, mode):
         inverse = torch.where(gap.abs() > floor, inverse, 0.0)
     numerator = M - M.mH
     if mode == 0:
-        noise = 16 * torch.finfo(torch.float32).eps
-        size = M.abs()
-        limit = noise * (size + size.mT + 0.1 * size.amax((1, 2), keepdim=True))
+        limit = KAPPA * torch.finfo(torch.float32).eps * M.norm(dim=1).amax(-1)[:, None, None]
         numerator = torch.where(numerator.abs() <= limit, 0.0, numerator)
     S = numerator * inverse / 2
     S.diagonal(dim1=1, dim2=2).copy_(grad_w)

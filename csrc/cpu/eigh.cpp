@@ -180,13 +180,13 @@ void eigvalsh_fwd(const Tensor A, bool upper, Tensor eigenvalues, Tensor info) {
 
 void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional<Tensor> grad_eigenvalues,
               std::optional<Tensor> grad_eigenvectors, int64_t mode, double gap_floor, double noise_kappa,
-              double noise_floor, Tensor grad_A) {
+              Tensor grad_A) {
   const int64_t batch = eigenvalues.size(0);
   const int n = static_cast<int>(eigenvalues.size(1));
   if (batch == 0 || n == 0) return;
   STD_TORCH_CHECK(n <= kMaxN, "eigh_bwd: n must be at most ", kMaxN);
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "eigh_bwd: unknown mode ", mode);
-  const GapRule rule{mode, gap_floor, noise_kappa, noise_floor};
+  const GapRule rule{mode, gap_floor, noise_kappa};
   if (!grad_eigenvalues && !grad_eigenvectors) {
     std::memset(grad_A.mutable_data_ptr(), 0, static_cast<std::size_t>(grad_A.numel() * grad_A.element_size()));
     return;
@@ -209,7 +209,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def("eigvalsh_fwd(Tensor A, bool upper, Tensor(a!) eigenvalues, Tensor(b!) info) -> ()");
   m.def(
       "eigh_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor? grad_eigenvalues, "
-      "Tensor? grad_eigenvector_rows, int mode, float gap_floor, float noise_kappa, float noise_floor, "
+      "Tensor? grad_eigenvector_rows, int mode, float gap_floor, float noise_kappa, "
       "Tensor(a!) grad_A) -> ()");
 }
 

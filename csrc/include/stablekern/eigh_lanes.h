@@ -744,8 +744,7 @@ enum Mode : int64_t { kAuto = 0, kLorentz = 1, kMask = 2, kRaw = 3 };
 struct GapRule {
   int64_t mode;
   double gap_floor;    // relative to max|w|
-  double noise_kappa;  // of the rule that calls num_ij roundoff, in eps
-  double noise_floor;  // relative to max|M|
+  double noise_kappa;  // num_ij is rounding up to so many eps of the longest column of M
 };
 
 enum class Conjugate { kNone, kFirst, kSecond };  // of the factors of a product
@@ -821,6 +820,18 @@ SK_INLINE void product(int height, int width, int length, const Element<S>* x, i
   }
 }
 
+// The length of the longest column of a square matrix times `shrink`, with which no square leaves the range.
+template <class S, class T = RealOf<S>>
+SK_INLINE Vec<T> longest_column(int n, const Element<S>* m, Vec<T> shrink) {
+  Vec<T> longest{};
+  for (int j = 0; j < n; ++j) {
+    Vec<T> sum{};
+    for (int i = 0; i < n; ++i) sum = add_square(m[i * n + j] * shrink, sum);
+    longest = max(sum, longest);
+  }
+  return sqrt(longest);
+}
+
 // M to S, in place: S_ij = num_ij F(w_j - w_i) / 2 off the diagonal, `diagonal` (zero if null) on it.
 template <class S, class T = RealOf<S>>
 SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, const Vec<T>* diagonal, Element<S>* m) {
@@ -832,22 +843,10 @@ SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, con
   const Vec<T> floor = largest * unit.down * static_cast<T>(rule.gap_floor), floor_square = floor * floor;
   const Vec<T> scale = unit.down * T(0.5);
   const T kappa = static_cast<T>(rule.noise_kappa) * std::numeric_limits<T>::epsilon();
-  Vec<T> noise{}, shrink{};
-  const auto size = [&](Element<S> x) {  // the modulus; of complex elements in units in which squares are in range
-    if constexpr (kIsComplex<S>)
-      return modulus(x * shrink);
-    else
-      return abs(x);
-  };
-  if (rule.mode == kAuto) {
-    if constexpr (kIsComplex<S>) {
-      for (int i = 0; i < n * n; ++i) noise = max(part_size(m[i]), noise);
-      shrink = power_of_two<T>(noise).down;
-      noise = zero;
-    }
-    for (int i = 0; i < n * n; ++i) noise = max(size(m[i]), noise);
-    noise *= static_cast<T>(rule.noise_floor);
-  }
+  // Sizes of complex elements are taken in units in which squares are in range.
+  Vec<T> part{};
+  for (int i = 0; i < n * n; ++i) part = max(part_size(m[i]), part);
+  const Vec<T> shrink = power_of_two<T>(part).down, limit = longest_column<S>(n, m, shrink) * kappa;
   for (int i = 0; i < n; ++i) {
     const Vec<T> wi = values[i] * unit.down;
     for (int j = 0; j < i; ++j) {
@@ -857,10 +856,8 @@ SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, con
       if (rule.mode == kRaw) {
         weighed = numerator / gap;
       } else {
-        if (rule.mode == kAuto) {
-          const Vec<T> limit = (size(upper) + size(lower) + noise) * kappa;
-          numerator = select(less_equal(size(numerator), limit), Element<S>{}, numerator);
-        }
+        if (rule.mode == kAuto)
+          numerator = select(less_equal(modulus(numerator * shrink), limit), Element<S>{}, numerator);
         // `smallest` keeps 0/0 away: an implicit floor of its root, far below any gap that rounding leaves.
         Vec<T> inverse = gap / max(fma(gap, gap, rule.mode == kMask ? zero : floor_square), smallest);
         if (rule.mode == kMask) inverse = select(greater(abs(gap), floor), inverse, zero);
