@@ -37,12 +37,13 @@ noise-floor test is this package's.
 from __future__ import annotations
 
 import math
+from ctypes import c_double, c_int, c_longlong
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablekern import _check, _load, numerics
+from stablekern import _check, _load, _nvrtc, numerics
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 
@@ -143,6 +144,63 @@ def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mo
     result = _fake_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule)
     _load.native().eigh_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule, result)
     settle_failed(result, eigenvalues, *grads)
+    return result
+
+
+def cuda_macros(dtype: torch.dtype, n: int) -> dict[str, object]:
+    """How `csrc/cuda/eigh.cu` is compiled for (b, n, n) matrices: its macros."""
+    lanes = max(4, 1 << (n - 1).bit_length())
+    row = n * dtype.itemsize
+    # As many warps as share at most 40 KiB of shared memory in a block, and four at most.
+    warps = 4 if row <= 128 else 2 if row <= 256 else 1
+    real = "double" if dtype.to_real() == torch.float64 else "float"
+    return {"SK_REAL": real, "SK_COMPLEX": int(dtype.is_complex), "SK_N": n, "SK_LANES": lanes, "SK_WARPS": warps}
+
+
+def cuda_reason(matrices: Tensor) -> str | None:
+    """Why the CUDA kernels cannot take these (b, n, n) matrices, or None."""
+    return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
+
+
+def _launch(function: str, matrices: Tensor, arguments: list) -> None:
+    """Launch a kernel of `csrc/cuda/eigh.cu` for as many items as `matrices` (b, n, n) has."""
+    batch, n = matrices.shape[:2]
+    if matrices.numel() == 0:
+        return
+    macros = cuda_macros(matrices.dtype, n)
+    warps = macros["SK_WARPS"]
+    items = 32 // macros["SK_LANES"] * warps
+    _nvrtc.launch(
+        "eigh.cu", function, macros, device=matrices.device, blocks=-(-batch // items), threads=32 * warps,
+        arguments=arguments,
+    )  # fmt: skip
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As kernels read them: contiguous, and no conjugate or negative view."""
+    return [None if x is None else x.resolve_conj().resolve_neg().contiguous() for x in tensors]
+
+
+@launcher("eigh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: cuda_reason(A))
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake_fwd(A, upper)
+    _launch("eigh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), *outputs])
+    return outputs
+
+
+@launcher("eigvalsh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: cuda_reason(A))
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+    values, info = _fake_values(A, upper)
+    _launch("eigvalsh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), values, info])
+    return values, info
+
+
+@launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: cuda_reason(rows))
+def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
+    inputs = _dense(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows)
+    result = torch.empty_like(inputs[1])
+    numbers = [c_longlong(len(result)), c_int(mode), *(c_double(number) for number in rule)]
+    _launch("eigh_bwd", result, [*inputs, *numbers, result])
     return result
 
 
