@@ -139,7 +139,9 @@ def _context(device: int) -> Any:
     """The device's primary context, which torch works in."""
     driver = _driver()
     _done("cuInit", driver.cuInit(0))
-    return _done("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(_done("cuDeviceGet", driver.cuDeviceGet(device))))
+    return _done(
+        "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(_done("cuDeviceGet", driver.cuDeviceGet(device)))
+    )
 
 
 _loaded: dict[tuple[Any, ...], Any] = {}

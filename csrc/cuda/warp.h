@@ -74,9 +74,9 @@ template <class T>
 SK_DEVICE T square_of(Complex<T> x) {
   return fma(x.re, x.re, x.im * x.im);
 }
-SK_DEVICE float modulus(float x) { return fabsf(x); }
+SK_DEVICE float modulus(float x) { return fabs(x); }
 SK_DEVICE double modulus(double x) { return fabs(x); }
-SK_DEVICE float modulus(Complex<float> x) { return hypotf(x.re, x.im); }
+SK_DEVICE float modulus(Complex<float> x) { return hypot(x.re, x.im); }
 SK_DEVICE double modulus(Complex<double> x) { return hypot(x.re, x.im); }
 // Of the real and the imaginary part: within sqrt(2) of the modulus.
 template <class T>
@@ -169,7 +169,7 @@ SK_DEVICE bool is_finite(Complex<T> x) {
 // 1 / sqrt(x) to about an ulp: the instruction's two, improved by a step of Newton's iteration.
 SK_DEVICE float inverse_root(float x) {
   const float y = rsqrtf(x);
-  return fmaf(y * 0.5f, fmaf(-x * y, y, 1.0f), y);
+  return fma(y * 0.5f, fma(-x * y, y, 1.0f), y);
 }
 SK_DEVICE double inverse_root(double x) {
   const double y = rsqrt(x);

@@ -7,13 +7,10 @@
 #pragma once
 
 #include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
-
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <utility>
 
 #define __device__
 #define __global__
@@ -26,7 +23,7 @@ extern "C" __attribute__((visibility("hidden"))) char __start_emulated_shared[],
 namespace emulation {
 
 constexpr int kLanes = 32;
-constexpr std::size_t kStack = 1 << 16;
+constexpr size_t kStack = 1 << 16;
 
 struct Index {
   unsigned x;
@@ -56,8 +53,8 @@ static void (*body)(void*);
 static void* arguments;
 
 [[noreturn]] static void fail(const char* what, const char* detail) {
-  std::fprintf(stderr, "emulation: %s (%s)\n", what, detail);
-  std::abort();
+  fprintf(stderr, "emulation: %s (%s)\n", what, detail);
+  abort();
 }
 
 static void run_lane() {
@@ -108,25 +105,26 @@ static void run_warp(int order) {
 }
 
 template <class Kernel>
-void launch(long long blocks, int threads, int order, Kernel& kernel) {
+void launch(int order, long long blocks, int threads, Kernel& kernel) {
   body = [](void* k) { (*static_cast<Kernel*>(k))(); };
   arguments = &kernel;
   for (long long b = 0; b < blocks; ++b) {
     block.x = static_cast<unsigned>(b);
-    std::memset(__start_emulated_shared, 0xff, static_cast<std::size_t>(__stop_emulated_shared - __start_emulated_shared));
+    memset(__start_emulated_shared, 0xff, static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
     for (int warp = 0; warp < threads / kLanes; ++warp) {
       for (int i = 0; i < kLanes; ++i) lanes[i].thread.x = static_cast<unsigned>(warp * kLanes + i);
       run_warp(order);
     }
   }
+  arguments = nullptr;
 }
 
 template <class T>
 T exchange(const char* call, T value, int source, int width) {
   unsigned long long bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
+  memcpy(&bits, &value, sizeof(T));
   const int parity = meet(call, width, bits);
-  std::memcpy(&value, &lanes[source].meetings[parity].value, sizeof(T));
+  memcpy(&value, &lanes[source].meetings[parity].value, sizeof(T));
   return value;
 }
 
@@ -158,10 +156,29 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-// The device's approximation is allowed two ulp: here it has all of them, in the same direction.
-inline float rsqrtf(float x) { return (1.0f / std::sqrt(x)) * (1.0f + 0x1p-22f); }
-inline double rsqrt(double x) { return (1.0 / std::sqrt(x)) * (1.0 + 0x1p-51); }
-
-using std::copysign, std::fabs, std::fma, std::fmax, std::hypot, std::ilogb, std::scalbn, std::sqrt;
+// Declared here, not by <cmath>: that header takes longer to read than a kernel takes to compile.
+#define SK_MATH(name)                                         \
+  inline float name(float x) { return __builtin_##name##f(x); } \
+  inline double name(double x) { return __builtin_##name(x); }
+#define SK_MATH_2(name)                                                    \
+  inline float name(float x, float y) { return __builtin_##name##f(x, y); } \
+  inline double name(double x, double y) { return __builtin_##name(x, y); }
+namespace device {
+SK_MATH(fabs)
+SK_MATH(sqrt)
+SK_MATH_2(copysign)
+SK_MATH_2(fmax)
+SK_MATH_2(hypot)
+inline float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+inline double fma(double x, double y, double z) { return __builtin_fma(x, y, z); }
+inline float scalbn(float x, int n) { return __builtin_scalbnf(x, n); }
+inline double scalbn(double x, int n) { return __builtin_scalbn(x, n); }
+inline int ilogb(float x) { return __builtin_ilogbf(x); }
+inline int ilogb(double x) { return __builtin_ilogb(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+// The device's approximation is allowed two ulp: here it has all of them, in the same direction.
+inline float rsqrtf(float x) { return (1.0f / sqrt(x)) * (1.0f + 0x1p-22f); }
+inline double rsqrt(double x) { return (1.0 / sqrt(x)) * (1.0 + 0x1p-51); }
+inline double nan(const char*) { return __builtin_nan(""); }
+}  // namespace device
