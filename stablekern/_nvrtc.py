@@ -1,9 +1,9 @@
 """Compile and launch the CUDA C++ kernels of `csrc/cuda`: NVRTC and the driver, through cuda-bindings.
 
-torch's CUDA builds install cuda-bindings and carry NVRTC, so a GPU machine needs no toolkit and no compiler. A kernel is
-compiled for one GPU architecture and one set of macros when it is first wanted (about a second), and kept: the binary
-in the cache directory of `stablekern._build`, under a hash of sources, options, architecture and compiler; the loaded
-function per device and process. Compiling needs no GPU.
+torch's CUDA builds install cuda-bindings and carry NVRTC, so a GPU machine needs no toolkit and no compiler. A kernel
+is compiled for one GPU architecture and one set of macros when it is first wanted (about a second), and kept: the
+binary in the cache directory of `stablekern._build`, under a hash of sources, options, architecture and compiler; the
+loaded function per device and process. Compiling needs no GPU.
 
 Launches go to torch's current stream and synchronise nothing. A kernel that is already loaded can be captured into a
 CUDA graph; loading one cannot, so the first call, for each size and dtype, must be made before the capture.

@@ -1,17 +1,22 @@
 """The CUDA kernels of `eigh`. Without a GPU: emulated on the CPU against LAPACK and the torch launcher, compiled for
-every GPU generation with their registers recorded, and the loader as far as it needs no device. With one: the kernels."""
+every GPU generation with their registers recorded, and the loader with a stand-in for the driver. With one: as is."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
+import json
 import sys
+import types
 
-import emulate_cuda
 import pytest
 import test_eigh
 import torch
 from torch import Tensor
 
+import compile_cuda
+import emulate_cuda
 import stablekern
 from specs.eigh import repeated, separated
 from stablekern import _load, _nvrtc, _registry, numerics
@@ -293,6 +298,32 @@ def test_binaries_are_kept(nvrtc, monkeypatch, tmp_path):
         _nvrtc.compiled("eigh.cu", "eigh_bwd", spine.cuda_macros(torch.float32, 3), "sm_80")
 
 
+def test_the_record_of_resources_is_complete_and_without_spills():
+    """Made by `python tests/compile_cuda.py`, anew whenever the kernels change. A spilled register is on the stack."""
+    head, *rows = map(json.loads, compile_cuda.RECORD.read_text().splitlines())
+    assert head["sources"] == compile_cuda.sources(), "run tests/compile_cuda.py"
+    cases = {(r["kernel"], r["dtype"], r["n"], r["target"]) for r in rows}
+    names = [str(dtype).removeprefix("torch.") for dtype in compile_cuda.DTYPES]
+    assert cases == set(itertools.product(compile_cuda.KERNELS, names, compile_cuda.SIZES, compile_cuda.TARGETS))
+    for row in rows:
+        assert row["stack"] == row["local"] == 0 and 0 < row["reg"] <= 255, row
+        assert 0 < row["shared"] <= 48 * 1024, row
+        # Enough warps to take turns: at n = 19 in float, an eighth of what a multiprocessor can hold or more.
+        if (row["dtype"], row["n"]) == ("float32", 19):
+            assert row["reg"] <= 64, row
+
+
+@pytest.mark.parametrize("target", compile_cuda.TARGETS)
+def test_compiles_without_spills(nvrtc, target):
+    """At the workload's size: what the record says, if this is the compiler that made it."""
+    pytest.importorskip("triton", reason="its cuobjdump reads the binary")
+    head, *rows = map(json.loads, compile_cuda.RECORD.read_text().splitlines())
+    for kernel in compile_cuda.KERNELS:
+        found = compile_cuda.row(kernel, torch.float32, 19, target)
+        assert found["stack"] == found["local"] == 0 and found["reg"] <= 64
+        assert found in rows or head["nvrtc"] != nvrtc
+
+
 def test_ptx_for_later_generations(nvrtc, monkeypatch, tmp_path):
     monkeypatch.setenv("STABLEKERN_CACHE_DIR", str(tmp_path))
     text = _nvrtc.compiled("eigh.cu", "eigvalsh_fwd", spine.cuda_macros(torch.float32, 2), "compute_90")
@@ -312,3 +343,208 @@ def test_without_cuda_bindings(monkeypatch):
     assert "cuda-bindings is not installed" in _nvrtc.version()[1]
     with pytest.raises(BuildError, match="cuda-bindings is not installed"):
         _nvrtc.target((9, 0))
+
+
+# ---- launches, with a stand-in for the driver ------------------------------------------------------------------------
+
+
+class Driver(types.SimpleNamespace):
+    """Answers as cuda-bindings does, and remembers what it was asked."""
+
+    def __init__(self, failing: str = ""):
+        self.calls, self.failing = [], failing
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            return (719,) if name == self.failing else (0, f"<{name}>")
+
+        return call
+
+    def named(self, name: str) -> list[tuple]:
+        return [arguments for called, *arguments in self.calls if called == name]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    found = Driver()
+    monkeypatch.setattr(_nvrtc, "_driver", lambda: found)
+    monkeypatch.setattr(_nvrtc, "_context", lambda device: f"<context {device}>")
+    monkeypatch.setattr(_nvrtc, "_loaded", {})
+    monkeypatch.setattr(_nvrtc, "target", lambda capability: "sm_{}{}".format(*capability))
+    monkeypatch.setattr(_nvrtc, "compiled", lambda *key: repr(key).encode())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
+    return found
+
+
+def run(device: str = "cuda:1", n: int = 3) -> None:
+    arguments = [torch.ones(2), None, ctypes.c_longlong(2**40), ctypes.c_int(1), ctypes.c_double(0.5)]
+    where = torch.device(device)
+    _nvrtc.launch("eigh.cu", "eigh_fwd", {"SK_N": n}, device=where, blocks=9, threads=64, arguments=arguments)
+
+
+def test_launch(driver):
+    """On torch's stream, in the device's context, with the parameters of the kernel; loaded once per device."""
+    run()
+    (launched,) = driver.named("cuLaunchKernel")
+    kernel, *shape, shared, stream, (values, kinds), extra = launched
+    assert kernel == "<cuModuleGetFunction>" and shape == [9, 1, 1, 64, 1, 1] and (shared, stream, extra) == (0, 77, 0)
+    assert kinds == (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_double)
+    assert values[0] > 0 and values[1:] == (0, 2**40, 1, 0.5)
+    assert driver.named("cuCtxPushCurrent") == [["<context 1>"]] and len(driver.named("cuCtxPopCurrent")) == 1
+    assert driver.named("cuModuleLoadData") == [[repr(("eigh.cu", "eigh_fwd", {"SK_N": 3}, "sm_89")).encode()]]
+    run()
+    assert len(driver.named("cuModuleLoadData")) == 1 and len(driver.named("cuLaunchKernel")) == 2
+    run("cuda:0")
+    run(n=4)
+    assert len(driver.named("cuModuleLoadData")) == 3
+
+
+def test_a_failed_launch_says_so_and_leaves_the_context(driver):
+    driver.failing = "cuLaunchKernel"
+    with pytest.raises(RuntimeError, match="stablekern.cuda: the launch of eigh_fwd failed: got 719"):
+        run()
+    assert len(driver.named("cuCtxPopCurrent")) == len(driver.named("cuCtxPushCurrent")) == 1
+
+
+def test_capture_needs_a_loaded_kernel(driver, monkeypatch):
+    run()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    run()
+    with pytest.raises(RuntimeError, match="`eigh_fwd` must run once, at this size and dtype, before it is captured"):
+        run(n=4)
+    assert len(driver.named("cuModuleLoadData")) == 1
+
+
+# ---- above n = 32: cuSOLVER, checked ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 32, 144, 600, 30_000])
+def test_parts_that_cusolver_can_take(n):
+    """int32 sizes, of the matrices and of a workspace of several times as much; 32 thousand items are too many."""
+    size = spine.solver_part(n)
+    assert 1 <= size < 32_000 and (size == 1 or 4 * size * n * n < 2**31)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [2, 33])
+def test_right_results_pass_the_check(n, dtype, upper):
+    """Degenerate, graded and extreme matrices too, with whatever stands in the triangle that is not read."""
+    A = torch.cat([test_eigh.hard_matrices(n, torch.float64).to(dtype), hermitian(20, n, n, dtype=dtype)])
+    A = torch.cat([A, A[-3:] * 2.0**110, A[-3:] * 2.0**-120])
+    one = (A.triu() if upper else A.tril()) + 7 * torch.rand(n, n).to(dtype).tril(-1 if upper else -n)
+    w, V = torch.linalg.eigh(one, UPLO="U" if upper else "L")
+    assert not spine.wrong_results(one, upper, w, V).any()
+    assert not spine.wrong_results(one, upper, w, None).any()
+
+
+def corruptions(w: Tensor, V: Tensor):
+    """What a broken solver may return for item 3."""
+    swapped = V.clone()
+    swapped[3] = V[4]
+    skewed = V.clone()
+    skewed[3, :, 0] += 1e-2 * V[3, :, 1]
+    exchanged = V.clone()
+    exchanged[3] = V[3].flip(-1)
+    lost = V.clone()
+    lost[3, 5] = 0
+    shifted = w.clone()
+    shifted[3, 2] += 1e-2 * w[3].abs().max()
+    nan = V.clone()
+    nan[3, 0, 0] = torch.nan
+    return [(w, swapped), (w, skewed), (w, exchanged), (w, lost), (shifted, V), (w, nan), (w * 0, V)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wrong_results_are_marked_and_no_other(monkeypatch, dtype):
+    """Never silently wrong: `info` bit 2 and NaN for that item; bit 1 goes before."""
+    A = hermitian(8, 40, 40, dtype=dtype)
+    A[6, 0, 0] = torch.nan
+    monkeypatch.setattr(spine, "solver_part", lambda n: 3)
+    launcher = _registry._launchers["eigh_fwd"]["cuda"]["torch"].function
+    values_launcher = _registry._launchers["eigvalsh_fwd"]["cuda"]["torch"].function
+    solve = torch.linalg.eigh
+    clean = launcher(A, False)
+    assert clean[2].tolist() == [0, 0, 0, 0, 0, 0, 2, 0]
+    w, V = solve(torch.where(torch.isfinite(A), A, 0), UPLO="L")
+    for values, vectors in corruptions(w, V):
+        calls = []
+
+        def broken(part, UPLO, values=values, vectors=vectors, calls=calls):
+            calls.append(len(part))
+            first = sum(calls[:-1])
+            return values[first : first + len(part)], vectors[first : first + len(part)]
+
+        monkeypatch.setattr(torch.linalg, "eigh", broken)
+        found = launcher(A, False)
+        assert calls == [3, 3, 2]
+        bad = [3] if values is w else [i for i in range(8) if i != 6] if not values.any() else [3]
+        assert found[2].tolist() == [2 if i == 6 else 4 if i in bad else 0 for i in range(8)]
+        for i in range(8):
+            broke = i in bad or i == 6
+            assert found[0][i].isnan().all() == broke and found[1][i].abs().isnan().all() == broke
+            if not broke:
+                torch.testing.assert_close(found[1][i], clean[1][i], rtol=0, atol=1e4 * torch.finfo(dtype).eps)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda part, UPLO: solve(part, UPLO=UPLO)[0] * 1.01)
+    values, info = values_launcher(A, False)
+    assert info.tolist() == [4, 4, 4, 4, 4, 4, 2, 4] and values.isnan().all()
+
+
+def test_no_items_above_the_kernels_size():
+    for name in ("eigh_fwd", "eigvalsh_fwd"):
+        found = _registry._launchers[name]["cuda"]["torch"].function(torch.zeros(0, 40, 40), False)
+        assert found[0].shape == (0, 40) and found[-1].shape == (0,)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(
+    ("n", "dtype"), [*((n, torch.float32) for n in (1, 4, 8, 16, 32)), *((n, d) for n in (3, 19) for d in DTYPES)]
+)
+def test_kernels_on_the_device(n, dtype):
+    """The device gives what its emulation gives, to rounding: residual, orthogonality, and the torch launcher's
+    gradient."""
+    A = hard_matrices(n, dtype).cuda()
+    with stablekern.use_backend("cuda"):
+        w, V, info = spine.eigh_ex(A)
+        w_only = spine.eigvalsh(A)
+        number, floor = spine.gap_rule("eigh", "auto", None, dtype)
+        grads = torch.randn_like(w), torch.randn_like(V)
+        rows = V.mT.contiguous()
+        found = spine.backward_of(w, rows, *grads, number, floor)
+    with stablekern.use_backend("torch"):
+        expected = spine.backward_of(w, rows, *grads, number, floor)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    eps, B, W = torch.finfo(dtype).eps, A.to(wide), V.to(wide)
+    norm = torch.linalg.matrix_norm(B, 2)
+    assert not info.any() and (w.diff(dim=-1) >= 0).all()
+    assert (torch.linalg.matrix_norm(B @ W - W * w[:, None, :], 2) <= 5 * n * eps * norm).all()
+    assert (torch.linalg.matrix_norm(W.mH @ W - torch.eye(n, device="cuda", dtype=wide), 2) <= 5 * n * eps).all()
+    assert ((w_only - w).double().abs().amax(-1) <= 10 * n * eps * norm).all()
+    # Where eigenvalues are repeated the gradient of a random loss is noise over a gap floor: only finite.
+    assert torch.isfinite(torch.view_as_real(found) if dtype.is_complex else found).all()
+    apart = w.diff(dim=-1).amin(-1) > 1e-3 * norm if n > 1 else torch.ones(len(A), dtype=torch.bool, device="cuda")
+    scale = expected[apart].abs().amax((-2, -1), keepdim=True)
+    assert ((found - expected)[apart].abs() <= 4 * 3 * n * n * eps * scale.clamp_min(1) * 1e3).all()
+
+
+@pytest.mark.gpu
+@gpu
+def test_same_bits_twice_in_a_graph_and_without():
+    A = hermitian(5000, 19, 19, dtype=torch.float32).cuda()
+    with stablekern.use_backend("cuda"):
+        first = spine.forward_of(A)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            second = spine.forward_of(A)
+        graph.replay()
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

@@ -532,29 +532,29 @@ SK_DEVICE void backward(const Real* values, const Element* vectors, const Real* 
 
 }  // namespace stablekern
 
+// One block per multiprocessor is asked for, so that no register is spilled for the sake of more.
+#define SK_KERNEL __global__ void __launch_bounds__(32 * stablekern::kWarps, 1)
+
 extern "C" {
 
 #ifdef SK_EIGH_FWD
-__global__ void __launch_bounds__(32 * stablekern::kWarps)
-    eigh_fwd(const stablekern::Element* matrices, long long batch, int upper, stablekern::Real* values,
-             stablekern::Element* vectors, int* info) {
+SK_KERNEL eigh_fwd(const stablekern::Element* matrices, long long batch, int upper, stablekern::Real* values,
+                   stablekern::Element* vectors, int* info) {
   stablekern::solve<true>(matrices, batch, upper != 0, values, vectors, info);
 }
 #endif
 
 #ifdef SK_EIGVALSH_FWD
-__global__ void __launch_bounds__(32 * stablekern::kWarps)
-    eigvalsh_fwd(const stablekern::Element* matrices, long long batch, int upper, stablekern::Real* values,
-                 int* info) {
+SK_KERNEL eigvalsh_fwd(const stablekern::Element* matrices, long long batch, int upper, stablekern::Real* values,
+                       int* info) {
   stablekern::solve<false>(matrices, batch, upper != 0, values, nullptr, info);
 }
 #endif
 
 #ifdef SK_EIGH_BWD
-__global__ void __launch_bounds__(32 * stablekern::kWarps)
-    eigh_bwd(const stablekern::Real* values, const stablekern::Element* vectors, const stablekern::Real* grad_values,
-             const stablekern::Element* grad_vectors, long long batch, int mode, double gap_floor, double noise_kappa,
-             double noise_floor, stablekern::Element* result) {
+SK_KERNEL eigh_bwd(const stablekern::Real* values, const stablekern::Element* vectors,
+                   const stablekern::Real* grad_values, const stablekern::Element* grad_vectors, long long batch,
+                   int mode, double gap_floor, double noise_kappa, double noise_floor, stablekern::Element* result) {
   using stablekern::Real;
   const stablekern::GapRule rule{mode, static_cast<Real>(gap_floor),
                                  static_cast<Real>(noise_kappa) * stablekern::Limits<Real>::epsilon,
