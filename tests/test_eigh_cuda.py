@@ -28,7 +28,7 @@ COMPLEX = (torch.complex64, torch.complex128)
 DTYPES = REAL + COMPLEX
 OPS = ("eigh_fwd", "eigvalsh_fwd", "eigh_bwd")
 # Sizes at which the lanes per matrix, the padding or the warps per block change, and the size of the 10-20 system.
-SIZES = (1, 2, 3, 4, 5, 8, 9, 16, 17, 19, 31, 32)
+SIZES = (1, 2, 4, 5, 8, 9, 16, 17, 19, 32)
 
 
 def hermitian(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -62,26 +62,29 @@ def emulated(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "dtype"), [(n, dtype) for dtype in DTYPES for n in (range(1, 33) if dtype == torch.float32 else SIZES)]
+    ("n", "dtype"),
+    [(n, dtype) for dtype in DTYPES for n in (range(1, 33) if dtype == torch.float32 else SIZES)],
+    ids=str,
 )
 def test_residual_and_orthogonality(emulated, n, dtype):
-    """||A V - V diag(w)|| <= 5 n eps ||A|| and ||V^H V - I|| <= 5 n eps, ascending, for either triangle."""
+    """||A V - V diag(w)|| <= 5 n eps ||A|| and ||V^H V - I|| <= 5 n eps, ascending; from one triangle, for odd n the
+    lower one."""
     A = hard_matrices(n, dtype)
     eps = torch.finfo(dtype).eps
     wide = torch.complex128 if dtype.is_complex else torch.float64
     exact = torch.linalg.eigvalsh(A.to(wide))
     norm = torch.linalg.matrix_norm(A.to(wide), 2)
-    for UPLO, one in (("L", A.tril()), ("U", A.triu())):
-        w, V, info = spine.eigh_ex(one, UPLO)
-        assert w.dtype == dtype.to_real() and V.dtype == dtype and not info.any()
-        assert (w.diff(dim=-1) >= 0).all()
-        w, V = w.double(), V.to(wide)
-        residual = torch.linalg.matrix_norm(A.to(wide) @ V - V * w[:, None, :], 2)
-        assert (residual <= 5 * n * eps * norm).all(), residual / norm / (n * eps)
-        spread = torch.linalg.matrix_norm(V.mH @ V - torch.eye(n, dtype=wide), 2)
-        assert (spread <= 5 * n * eps).all(), spread / (n * eps)
-        for found in (w, spine.eigvalsh(one, UPLO).double()):
-            assert ((found - exact).abs().amax(-1) <= 5 * n * eps * norm).all()
+    UPLO, one = ("L", A.tril()) if n % 2 else ("U", A.triu())
+    w, V, info = spine.eigh_ex(one, UPLO)
+    assert w.dtype == dtype.to_real() and V.dtype == dtype and not info.any()
+    assert (w.diff(dim=-1) >= 0).all()
+    w, V = w.double(), V.to(wide)
+    residual = torch.linalg.matrix_norm(A.to(wide) @ V - V * w[:, None, :], 2)
+    assert (residual <= 5 * n * eps * norm).all(), residual / norm / (n * eps)
+    spread = torch.linalg.matrix_norm(V.mH @ V - torch.eye(n, dtype=wide), 2)
+    assert (spread <= 5 * n * eps).all(), spread / (n * eps)
+    for found in (w, spine.eigvalsh(one, UPLO).double()):
+        assert ((found - exact).abs().amax(-1) <= 5 * n * eps * norm).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,11 +177,11 @@ def both_backwards(A: Tensor, mode: str, grads, gap_floor=None) -> tuple[Tensor,
 
 @pytest.mark.parametrize("mode", ["auto", "lorentz", "mask", "raw"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 2, 5, 8, 16, 19, 32])
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 19, 32])
 def test_backward_is_that_of_the_torch_launcher(emulated, n, dtype, mode):
-    A = separated(torch.Generator().manual_seed(n), (5,), n, dtype=torch.complex128 if dtype.is_complex else REAL[1])
+    A = separated(torch.Generator().manual_seed(n), (3,), n, dtype=torch.complex128 if dtype.is_complex else REAL[1])
     A = A.to(dtype)
-    grad_values, grad_vectors = torch.randn(5, n, dtype=dtype.to_real()), torch.randn(5, n, n, dtype=dtype)
+    grad_values, grad_vectors = torch.randn(3, n, dtype=dtype.to_real()), torch.randn(3, n, n, dtype=dtype)
     # Three dot products of n terms each, and gaps of about 1/n whose rounding is divided by them.
     bound = 4 * 3 * n * n * torch.finfo(dtype).eps
     for grads in ((grad_values, grad_vectors), (None, grad_vectors), (grad_values, None)):
@@ -206,10 +209,10 @@ def test_backward_at_repeated_eigenvalues(emulated, dtype, mode):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_floor_rule(emulated, dtype):
-    """On either side of kappa eps (|M_ij| + |M_ji| + floor max|M|): by hand, from identity eigenvectors, where the
-    gradient of the vectors is M itself."""
+    """On either side of kappa eps (|M_ij| + |M_ji| + floor max|M|), for M given by hand: the eigenvectors are those of
+    a diagonal matrix."""
     eps = torch.finfo(dtype).eps
-    w = torch.tensor([[0.0, 1.0, 1.0, 3.0]], dtype=dtype.to_real())
+    w = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=dtype.to_real())
     rows = torch.eye(4, dtype=dtype)[None]
     kappa, floor = numerics.EIGH_NOISE_KAPPA.of(), numerics.EIGH_NOISE_FLOOR.of()
     limit = kappa * eps * (1 + 1 + floor * 4)
@@ -218,13 +221,12 @@ def test_noise_floor_rule(emulated, dtype):
         M[1, 2] = M[2, 1] = 1
         M[1, 2] += share * limit
         M[0, 3] = 4
-        number, gap = spine.gap_rule("eigh", "lorentz", 0.5, dtype)
-        grad = spine.backward_of(w, rows, None, M.mT[None].contiguous(), spine._MODES.index("auto"), gap)
-        # Between equal eigenvalues the Lorentzian is 0 all the same: look at a pair with a gap.
-        w2 = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=dtype.to_real())
-        grad = spine.backward_of(w2, rows, None, M.mT[None].contiguous(), spine._MODES.index("auto"), gap)
+        grad = spine.backward_of(w, rows, None, M.mT[None].contiguous(), spine._MODES.index("auto"), 0.5)
         assert (grad[0, 1, 2].abs() > 0).item() is kept
-        assert number == spine._MODES.index("lorentz") and grad[0, 0, 3].abs() > 0
+        assert grad[0, 0, 3].abs() > 0
+        with stablekern.use_backend("torch"):
+            expected = spine.backward_of(w, rows, None, M.mT[None].contiguous(), spine._MODES.index("auto"), 0.5)
+        torch.testing.assert_close(grad, expected, rtol=16 * eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

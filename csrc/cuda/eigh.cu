@@ -18,12 +18,13 @@
 //      its own component of two neighbouring vectors, so nothing is exchanged but d and e.
 //   5. Rank, fix signs or phases, scale back: eigenvectors leave as rows.
 //
-// Why not Jacobi, which is what batched solvers of this size usually take: a parallel two-sided sweep costs about 220
-// instructions of a warp per round of n/2 rotations, of which n - 1 make a sweep and 6 to 8 sweeps converge: 29 000 at
-// n = 19. Here 2 takes about 1 500, 3 takes 800, and 4 takes 30 for each of 1.7 n^2 / 2 rotations, 9 000 (17 000 at
-// n = 32, against 100 000). The recurrence of 4 is a chain of some 100 cycles per rotation, hidden by other warps: at
-// n = 19 in float a matrix needs 1.6 KB of shared memory, so registers alone limit how many warps take turns.
-// Shared memory is read and written once per rotation and lane, without bank conflicts (odd row strides).
+// Why not Jacobi, which batched solvers of this size usually take: of a parallel two-sided one, the multiplications and
+// shuffles alone are about 220 instructions of a warp per round of n / 2 rotations; a sweep has n - 1 rounds, and 6 to
+// 8 sweeps converge: 29 000 at n = 19. Here 2 takes 206 instructions per column, 3 takes 70, and 4 takes 37 for each of
+// 1.7 n^2 / 2 rotations (counted in the binary for sm_90, float, n = 19): 17 000 in all. The recurrence of 4 is a chain
+// of some 100 cycles per rotation, hidden by other warps: at n = 19 in float a matrix needs 1.6 KB of shared memory and
+// 64 registers per thread, so that 32 warps take turns on a multiprocessor. Its vectors are read and written once per
+// rotation, without bank conflicts (odd row strides).
 //
 // Every result is a function of its own matrix alone, whichever lanes and block computed it: the sums are in a fixed
 // order, there are no atomics, and where groups of one warp part ways the others are masked.
@@ -115,8 +116,8 @@ SK_DEVICE Real load_matrix(const Element* matrix, bool upper, int lane, ForwardS
   return finite ? scalbn(Real(1), exponent) : Real(0);
 }
 
-// T's diagonal d and couplings e (of i with i + 1), in lane i each; what H_i = I - inverse_h u u^H is made of, inverse_h
-// in lane i, u in row i of the tile; and the phase of column i of Q that makes T real.
+// T's diagonal d and couplings e (of i with i + 1), in lane i each; what H_i = I - inverse_h u u^H is made of,
+// inverse_h in lane i, u in row i of the tile; and the phase of column i of Q that makes T real.
 struct Tridiagonal {
   Real d, e, inverse_h;
   Element phase;
@@ -267,12 +268,13 @@ SK_DEVICE bool implicit_ql(int lane, Real& d, Real& e, ForwardShared& s) {
     Real base = from_lane<kLanes>(d, last);
     Real d_i = from_lane<kLanes>(d, last - 1), e_i = from_lane<kLanes>(e, last - 1);
     Element carry = holds ? component[last * stride] : Element{};
-    bool started = false;
-#pragma unroll 1
+    // The row in which this lane's d is computed, and its e: couplings inside the block change, not the one below it.
+    const bool inside = l <= lane && lane < m;
+    const int d_row = lane - 1, e_row = inside ? lane - 1 : -1;
+#pragma unroll 2
     for (int i = last - 1; i >= first; --i) {
       // On their way while the recurrence is computed.
-      const int below = max(i - 1, 0);
-      const Real d_below = from_lane<kLanes>(d, below), e_below = from_lane<kLanes>(e, below);
+      const Real d_below = from_lane<kLanes>(d, i - 1), e_below = from_lane<kLanes>(e, i - 1);  // i = 0: unused
       const Element vector = holds ? component[i * stride] : Element{};
 
       const bool on = kGroups == 1 || (l <= i && i < m);
@@ -280,16 +282,15 @@ SK_DEVICE bool implicit_ql(int lane, Real& d, Real& e, ForwardShared& s) {
       const bool trivial = square < floor;
       const Real inverse = inverse_root(trivial ? floor : square);
       const Real coupling = on ? square * inverse : g;  // g where the group's sweep ended one row above
-      if (lane == i + 1 && started) e = coupling;
+      if (i == e_row) e = coupling;
       if (on) {
         sine = trivial ? Real(0) : f * inverse;
         cosine = trivial ? Real(1) : g * inverse;
       }
       const Real r = fma(d_i - base, sine, (cosine + cosine) * h);
-      if (lane == i + 1) d = on ? fma(sine, r, base) : base;
+      if (i == d_row) d = on ? fma(sine, r, base) : base;
       base = on ? fma(-sine, r, d_i) : d_i;
       g = on ? fma(cosine, r, -h) : g;
-      started = on;
       if (holds) {
         const Real turn = on ? sine : Real(0), keep = on ? cosine : Real(1);
         component[(i + 1) * stride] = scaled_add(vector, turn, scaled(carry, keep));
@@ -300,7 +301,7 @@ SK_DEVICE bool implicit_ql(int lane, Real& d, Real& e, ForwardShared& s) {
     }
     if (lane == first) {
       d = base;
-      if (started) e = g;
+      if (inside) e = g;
     }
     if (holds) component[first * stride] = carry;
   }

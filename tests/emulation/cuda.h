@@ -178,7 +178,7 @@ inline int ilogb(double x) { return __builtin_ilogb(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 // The device's approximation is allowed two ulp: here it has all of them, in the same direction.
-inline float rsqrtf(float x) { return (1.0f / sqrt(x)) * (1.0f + 0x1p-22f); }
+inline float rsqrt_estimate(float x) { return (1.0f / sqrt(x)) * (1.0f + 0x1p-22f); }
 inline double rsqrt(double x) { return (1.0 / sqrt(x)) * (1.0 + 0x1p-51); }
 inline double nan(const char*) { return __builtin_nan(""); }
 }  // namespace device
