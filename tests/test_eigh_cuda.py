@@ -209,23 +209,21 @@ def test_backward_at_repeated_eigenvalues(emulated, dtype, mode):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_floor_rule(emulated, dtype):
-    """On either side of kappa eps (|M_ij| + |M_ji| + floor max|M|), for M given by hand: the eigenvectors are those of
-    a diagonal matrix."""
+    """On either side of kappa eps times the longest column of M, for M given by hand: the eigenvectors are those of a
+    diagonal matrix. Also where the squares of its entries leave the range."""
     eps = torch.finfo(dtype).eps
     w = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=dtype.to_real())
     rows = torch.eye(4, dtype=dtype)[None]
-    kappa, floor = numerics.EIGH_NOISE_KAPPA.of(), numerics.EIGH_NOISE_FLOOR.of()
-    limit = kappa * eps * (1 + 1 + floor * 4)
-    for share, kept in ((0.9, False), (1.1, True)):
+    for size, share in itertools.product((1.0, 2.0**80, 2.0**-80), (0.9, 1.1)):
         M = torch.zeros(4, 4, dtype=dtype)
-        M[1, 2] = M[2, 1] = 1
-        M[1, 2] += share * limit
-        M[0, 3] = 4
-        grad = spine.backward_of(w, rows, None, M.mT[None].contiguous(), spine._MODES.index("auto"), 0.5)
-        assert (grad[0, 1, 2].abs() > 0).item() is kept
+        M[0, 3], M[1, 3] = 4, 3
+        M[1, 2] = share * numerics.EIGH_NOISE_KAPPA.of() * eps * 5
+        M = (M * size).mT[None].contiguous()
+        grad = spine.backward_of(w, rows, None, M, spine._MODES.index("auto"), 0.5)
+        assert (grad[0, 1, 2].abs() > 0).item() is (share > 1)
         assert grad[0, 0, 3].abs() > 0
         with stablekern.use_backend("torch"):
-            expected = spine.backward_of(w, rows, None, M.mT[None].contiguous(), spine._MODES.index("auto"), 0.5)
+            expected = spine.backward_of(w, rows, None, M, spine._MODES.index("auto"), 0.5)
         torch.testing.assert_close(grad, expected, rtol=16 * eps, atol=0)
 
 

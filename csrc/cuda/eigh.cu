@@ -75,6 +75,15 @@ SK_DEVICE Place place_of(long long batch) {
   return place;
 }
 
+// A power of two near `size` and its inverse, both normal numbers.
+struct Scale {
+  Real down, up;
+};
+SK_DEVICE Scale scale_of(Real size) {
+  const int exponent = max(-Limits<Real>::exponent, min(Limits<Real>::exponent, ilogb(size)));
+  return {scalbn(Real(1), -exponent), scalbn(Real(1), exponent)};
+}
+
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 struct alignas(16) ForwardShared {
@@ -98,13 +107,11 @@ SK_DEVICE Real load_matrix(const Element* matrix, bool upper, int lane, ForwardS
   }
   finite = group_ballot<kLanes>(!finite) == 0;
   largest = group_max<kLanes>(largest);
-  int exponent = finite ? ilogb(largest) : 0;
-  exponent = max(-Limits<Real>::exponent, min(Limits<Real>::exponent, exponent));
-  const Real down = scalbn(Real(1), -exponent);
+  const Scale scale = scale_of(finite ? largest : Real(1));
 #pragma unroll
   for (int r = 0; r < kN; ++r) {
     if (lane < kN && (upper ? r <= lane : r >= lane)) {
-      const Element x = finite ? scaled(a[r], down) : Element{};
+      const Element x = finite ? scaled(a[r], scale.down) : Element{};
       s.tile[r * stride + lane] = x;
       s.tile[lane * stride + r] = conjugate(x);
     }
@@ -113,7 +120,7 @@ SK_DEVICE Real load_matrix(const Element* matrix, bool upper, int lane, ForwardS
 #pragma unroll
   for (int r = 0; r < kN; ++r) a[r] = lane < kN ? s.tile[r * stride + lane] : Element{};
   __syncwarp();
-  return finite ? scalbn(Real(1), exponent) : Real(0);
+  return finite ? scale.up : Real(0);
 }
 
 // T's diagonal d and couplings e (of i with i + 1), in lane i each; what H_i = I - inverse_h u u^H is made of,
@@ -421,37 +428,44 @@ SK_DEVICE void fix_phase(const Element* row, Element* gradient) {
 struct GapRule {
   int mode;
   Real gap_floor;  // relative to max|w|
-  Real noise;      // of the rule that calls a numerator roundoff: relative to the entries,
-  Real baseline;   // and to the largest of them all
+  Real noise;      // of the rule that calls a numerator roundoff: relative to the longest column of M
 };
 
-// (M_ij - conj(M_ji)) F(w_j - w_i), `gap` and the floor in units of max|w|.
-SK_DEVICE Element weighed(Element upper, Element lower, Real gap, Real largest, const GapRule& rule) {
+// (M_ij - conj(M_ji)) F(w_j - w_i); `limit` is what counts as roundoff; `gap` and `floor` are in the same unit.
+SK_DEVICE Element weighed(Element upper, Element lower, Real gap, int mode, Real floor, Real limit) {
   const Element numerator = difference(upper, conjugate(lower));
-  if (rule.mode == kRaw) return scaled(numerator, 1 / gap);
-  if (rule.mode == kMask) return fabs(gap) > rule.gap_floor ? scaled(numerator, 1 / gap) : Element{};
-  if (rule.mode == kAuto) {
-    const Real limit = rule.noise * (modulus(upper) + modulus(lower) + rule.baseline * largest);
-    if (modulus(numerator) <= limit) return Element{};
-  }
+  if (mode == kRaw) return scaled(numerator, 1 / gap);
+  if (mode == kMask) return fabs(gap) > floor ? scaled(numerator, 1 / gap) : Element{};
+  if (mode == kAuto && modulus(numerator) <= limit) return Element{};
   // The smallest number keeps 0/0 away: a floor of its root, far below any gap that rounding leaves.
-  return scaled(numerator, gap / fmax(fma(gap, gap, rule.gap_floor * rule.gap_floor), Limits<Real>::smallest));
+  return scaled(numerator, gap / fmax(fma(gap, gap, floor * floor), Limits<Real>::smallest));
 }
 
-// M in `work`, with the largest modulus of its entries, becomes S; `slope` is its diagonal. Each pair belongs to one
-// lane, which writes both of its entries.
-SK_DEVICE void weigh_pairs(int lane, Real value, Real slope, Real largest, const GapRule& rule, Element* work) {
+// The length of the longest column of M in `work`, whose entries have the modulus `largest` at most.
+SK_DEVICE Real longest_column(int lane, Real largest, const Element* work) {
   constexpr int stride = BackwardShared::kStride;
+  const Scale scale = scale_of(largest);
+  Real square = 0;
+#pragma unroll 4
+  for (int i = 0; i < kN; ++i) square += square_of(scaled(work[i * stride + (lane < kN ? lane : 0)], scale.down));
+  return group_max<kLanes>(sqrt(square)) * scale.up;
+}
+
+// M in `work` becomes S; `slope` is its diagonal. Each pair belongs to one lane, which writes both of its entries.
+SK_DEVICE void weigh_pairs(int lane, Real value, Real slope, Real limit, const GapRule& rule, Element* work) {
+  constexpr int stride = BackwardShared::kStride;
+  // Gaps are measured in units of a power of two near max|w|: no square of theirs over- or underflows harmfully.
   const Real size = group_max<kLanes>(lane < kN ? fabs(value) : Real(0));
-  const Real unit = size < Limits<Real>::smallest ? Real(1) : size;  // a matrix of subnormals counts as 0
-  const Real relative = value / unit, scale = Real(0.5) / unit;
+  const Real usable = size >= Limits<Real>::smallest && is_finite(size) ? size : Real(1);
+  const Scale unit = scale_of(usable);
+  const Real relative = value * unit.down, floor = rule.gap_floor * (usable * unit.down);
 #pragma unroll 1
   for (int step = 1; 2 * step <= kN; ++step) {
     const int other = lane + step < kN ? lane + step : lane + step - kN;  // lanes past the matrix: any, and unused
     const Real there = from_lane<kLanes>(relative, other & (kLanes - 1));
     if (lane < kN && (2 * step < kN || lane < other)) {
       Element &here = work[lane * stride + other], &back = work[other * stride + lane];
-      here = scaled(weighed(here, back, there - relative, largest, rule), scale);
+      here = scaled(weighed(here, back, there - relative, rule.mode, floor, limit), Real(0.5) * unit.down);
       back = conjugate(here);
     }
   }
@@ -485,8 +499,9 @@ SK_DEVICE void backward(const Real* values, const Element* vectors, const Real* 
   __syncwarp();
 
   Element mine[kPadded];
-  Real largest = 0;
+  Real limit = 0;
   if (grad_vectors) {  // M = V^H g
+    Real largest = 0;
     const int row = (holds ? lane : 0) * stride;
 #pragma unroll
     for (int c = 0; c < kPadded; ++c) mine[c] = s.work[row + c];
@@ -498,10 +513,14 @@ SK_DEVICE void backward(const Real* values, const Element* vectors, const Real* 
       largest = fmax(largest, modulus(x));
       if (holds) s.work[i * stride + lane] = x;
     }
-    largest = group_max<kLanes>(holds ? largest : Real(0));
     __syncwarp();
+    if (rule.mode == kAuto) {
+      largest = group_max<kLanes>(holds ? largest : Real(0));
+      limit = rule.noise * longest_column(lane, largest, s.work);
+      __syncwarp();
+    }
   }
-  weigh_pairs(lane, value, slope, largest, rule, s.work);
+  weigh_pairs(lane, value, slope, limit, rule, s.work);
 #pragma unroll
   for (int c = 0; c < kPadded; ++c) mine[c] = holds && c < kN ? s.rows[c * stride + lane] : Element{};
   __syncwarp();
@@ -555,11 +574,10 @@ SK_KERNEL eigvalsh_fwd(const stablekern::Element* matrices, long long batch, int
 #ifdef SK_EIGH_BWD
 SK_KERNEL eigh_bwd(const stablekern::Real* values, const stablekern::Element* vectors,
                    const stablekern::Real* grad_values, const stablekern::Element* grad_vectors, long long batch,
-                   int mode, double gap_floor, double noise_kappa, double noise_floor, stablekern::Element* result) {
+                   int mode, double gap_floor, double noise_kappa, stablekern::Element* result) {
   using stablekern::Real;
   const stablekern::GapRule rule{mode, static_cast<Real>(gap_floor),
-                                 static_cast<Real>(noise_kappa) * stablekern::Limits<Real>::epsilon,
-                                 static_cast<Real>(noise_floor)};
+                                 static_cast<Real>(noise_kappa) * stablekern::Limits<Real>::epsilon};
   stablekern::backward(values, vectors, grad_values, grad_vectors, batch, rule, result);
 }
 #endif

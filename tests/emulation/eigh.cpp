@@ -29,9 +29,9 @@ void emulate_eigvalsh_fwd(int order, long long blocks, int threads, const Elemen
 
 void emulate_eigh_bwd(int order, long long blocks, int threads, const Real* values, const Element* vectors,
                       const Real* grad_values, const Element* grad_vectors, long long batch, int mode,
-                      double gap_floor, double noise_kappa, double noise_floor, Element* result) {
+                      double gap_floor, double noise_kappa, Element* result) {
   auto kernel = [=] {
-    eigh_bwd(values, vectors, grad_values, grad_vectors, batch, mode, gap_floor, noise_kappa, noise_floor, result);
+    eigh_bwd(values, vectors, grad_values, grad_vectors, batch, mode, gap_floor, noise_kappa, result);
   };
   emulation::launch(order, blocks, threads, kernel);
 }
