@@ -4,6 +4,7 @@
 // SIMD lane of its own, as "stablekern/eigh_lanes.h" tells.
 #include "stablekern/eigh_lanes.h"
 #include "stablekern/eigh_large.h"
+#include "stablekern/symmetric_lanes.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,34 +18,6 @@ namespace stablekern {
 namespace {
 
 using torch::stable::Tensor;
-
-// One triangle of up to kLanes matrices, scaled to size 1, to the lower triangle of z.
-template <class T, int N, int Blocks>
-void load_block(Workspace<T, N, Blocks>& w, int block, const T* matrices, int runtime_n, int count, bool upper) {
-  const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = Workspace<T, N, Blocks>::kStride;
-  Vec<T>* full = w.staging;
-  gather_items(matrices, n * n, n * n, count, full);
-  const Vec<T> zero{};
-  Vec<T> largest{}, probe{};  // probe: NaN once an entry is not finite
-  const int row = upper ? 1 : n, column = upper ? n : 1;
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < i; ++j) {
-      largest = max(abs(full[i * row + j * column]), largest);
-      probe = fma(full[i * n + j], zero, probe);
-      probe = fma(full[j * n + i], zero, probe);
-    }
-    largest = max(abs(full[i * n + i]), largest);
-    probe = fma(full[i * n + i], zero, probe);
-  }
-  const Mask<T> finite = equal(probe, zero);
-  const PowerOfTwo<T> power = power_of_two<T>(largest);
-  w.non_finite[block] = !finite;
-  w.up[block] = power.up;
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j <= i; ++j)
-      w.z[block][i * stride + j] = select(finite, full[i * row + j * column] * power.down, zero);
-}
 
 template <class T, int N, int Blocks, bool Vectors>
 void store_block(Workspace<T, N, Blocks>& w, int block, int n, int count, bool past_caches, T* eigenvalues,
@@ -66,7 +39,7 @@ void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, T* eige
   const int64_t size = static_cast<int64_t>(n) * n;
   const bool past_caches = batch * size * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto load_lanes = [&](auto& w, int block, int64_t item, int count) {
-    load_block(w, block, matrices + item * size, n, count, upper);
+    load_triangles(w, block, matrices + item * size, n, count, upper);
     // The next block comes from memory while this one is reduced.
     prefetch_items(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };

@@ -16,7 +16,7 @@ void fill_nan(S* data, int64_t length) {
   std::fill(data, data + length, S(std::numeric_limits<Real<S>>::quiet_NaN()));
 }
 
-// The conjugate of `from`, turned so that its component of largest modulus, the first of equal ones, is real and > 0.
+// The vector `from`, turned so that its component of largest modulus, the first of equal ones, is real and > 0.
 template <class S>
 void write_in_gauge(const S* from, int n, S* to) {
   using T = Real<S>;
@@ -31,7 +31,7 @@ void write_in_gauge(const S* from, int n, S* to) {
   if constexpr (kComplex<S>) {
     const T size = std::sqrt(largest), re = from[pivot].real() / size, im = from[pivot].imag() / size;
     for (int i = 0; i < n; ++i)
-      to[i] = {re * from[i].real() + im * from[i].imag(), im * from[i].real() - re * from[i].imag()};
+      to[i] = {re * from[i].real() + im * from[i].imag(), re * from[i].imag() - im * from[i].real()};
     to[pivot] = size;
   } else {
     const T sign = from[pivot] < 0 ? T(-1) : T(1);

@@ -3,7 +3,7 @@
 // The symbols are looked up when the kernels are loaded, not linked: a torch that exports none still loads them, and
 // `lapack_found` is what the launchers ask. LAPACK is given row-major matrices as they are. It reads columns, so it sees
 // the transpose of A, that is conj(A), with the triangles exchanged; the eigenvectors it writes, one after the other,
-// are the conjugates of A's.
+// are the conjugates of A's, and are conjugated again.
 //
 // Everything is computed in memory of the thread's own, aligned to cache lines: libraries choose their code by
 // alignment, and no result may depend on where in a batch a matrix lies.
@@ -154,7 +154,7 @@ constexpr int kBlock = 16;  // of blocked transposes: a few cache lines each way
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// c (m x n) = op(a) op(b), columns m, k... apart as given; 'N', 'T' or 'C' (conjugate transpose).
+// c (m x n) = op(a) op(b), columns lda, ldb, ldc apart; 'N', 'T' or 'C' (conjugate transpose).
 template <class S>
 void multiply(char transa, char transb, int m, int n, int k, const S* a, int lda, const S* b, int ldb, S* c, int ldc) {
   const S one(1), zero(0);
@@ -171,7 +171,7 @@ void multiply_hermitian(int n, int k, const S* a, int lda, const S* b, int ldb, 
   }
 }
 
-// The Hermitian matrix whose lower triangle, by columns, is given, to both triangles of `out`, by rows: `sign` times it.
+// The Hermitian matrix whose lower triangle, by columns, is given, to both triangles of `out`, by rows.
 template <class S>
 void write_hermitian(int n, const S* columns, S* out) {
   for (int jb = 0; jb < n; jb += kBlock) {
@@ -190,7 +190,7 @@ void write_hermitian(int n, const S* columns, S* out) {
   }
 }
 
-// (G + G^H) / 2 of a matrix given by rows; Hermitian, by columns. False if every entry of it is 0.
+// (G + G^H) / 2 of a matrix given by rows; by columns.
 template <class S>
 void read_hermitian_part(int n, const S* rows, S* columns) {
   const Real<S> half(0.5);
@@ -218,11 +218,6 @@ bool all_finite(const S* data, int64_t length) {
   return probe[0] == 0;
 }
 
-template <class S>
-bool any_nonzero(const S* data, int64_t length) {
-  return data && std::any_of(data, data + length, [](S x) { return !(x == S(0)); });
-}
-
 // ---- one eigenproblem ----------------------------------------------------------------------------------------------
 
 // Solves one (n, n) Hermitian problem after the other; what it allocates is kept from one to the next.
@@ -236,12 +231,12 @@ class HermitianSolver {
         real_work_(sizes_.real), integer_work_(sizes_.integer) {}
 
   // `info` of the matrix given by rows: the bits of `eigh_ex`. Where it is 0, `values` ascend and, if asked for, column
-  // j of `matrix` is the conjugate of eigenvector j.
+  // j of `matrix` is eigenvector j, of no particular sign or phase.
   int32_t solve(const S* rows, bool upper) {
     const int64_t length = static_cast<int64_t>(n_) * n_;
     if (!all_finite(rows, length)) return kNonFiniteMatrix;
     std::memcpy(matrix.get(), rows, static_cast<std::size_t>(length) * sizeof(S));
-    const char triangle = upper ? 'L' : 'U';
+    const char triangle = upper ? 'L' : 'U';  // of the transpose
     const int work = static_cast<int>(sizes_.work), real = static_cast<int>(sizes_.real);
     const int integer = static_cast<int>(sizes_.integer);
     int info = 0;
@@ -250,7 +245,20 @@ class HermitianSolver {
                             &integer, &info);
     else
       Lapack<S>::get().eigh(&job_, &triangle, &n_, matrix, &n_, values, work_, &work, integer_work_, &integer, &info);
-    return info == 0 ? 0 : kUnconverged;
+    if (info != 0) return kUnconverged;
+    if constexpr (kComplex<S>)
+      if (job_ == 'V')
+        for (int64_t i = 0; i < length; ++i) matrix[i] = std::conj(matrix[i]);
+    return 0;
+  }
+
+  // Memory of `length` for the caller, which the next `solve` leaves alone.
+  S* spare(int64_t length) {
+    if (spare_length_ < length) {
+      spare_ = Buffer<S>(static_cast<std::size_t>(length));
+      spare_length_ = length;
+    }
+    return spare_;
   }
 
  private:
@@ -292,6 +300,8 @@ class HermitianSolver {
   Buffer<S> work_;
   Buffer<T> real_work_;
   Buffer<int> integer_work_;
+  Buffer<S> spare_{0};
+  int64_t spare_length_ = 0;
 };
 
 // `item(solver, i)` for each item of a batch, in parallel, one thread each.
