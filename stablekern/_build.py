@@ -39,6 +39,7 @@ SOURCES = (
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
     "cpu/laplacian_pe.cpp",
+    "cpu/normalized_laplacian.cpp",
     "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
 )

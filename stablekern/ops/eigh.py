@@ -374,8 +374,8 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Real matrices up to n = 32 run in kernels of the package's own on a CPU, all others in
-    LAPACK, one matrix per thread; on a GPU in cuSOLVER, which synchronises with the host.
+    returned is a finite stand-in. On a CPU real matrices up to n = 32 run in kernels of the package's own, all others
+    in LAPACK, one matrix per thread; on a GPU all in cuSOLVER, which synchronises with the host.
     **Sources:** see the module's text.
     """
     return Eigh(*eigh_ex(A, UPLO, grad=grad, gap_floor=gap_floor)[:2])
