@@ -24,10 +24,12 @@ from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 from stablekern.ops.finite_stats import finite_stats
 from stablekern.ops.focal_loss import focal_loss
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
+from stablekern.ops.linear_scan import linear_scan
 from stablekern.ops.mvdr_denominator import mvdr_denominator
 from stablekern.ops.normalized_laplacian import normalized_laplacian
 from stablekern.ops.ridge_lstsq import ridge_lstsq
 from stablekern.ops.sample_covariance import sample_covariance
+from stablekern.ops.selective_scan import selective_scan
 from stablekern.ops.spectral_function import spectral_function
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.subspace_residual import subspace_residual
@@ -52,10 +54,12 @@ __all__ = [
     "focal_loss",
     "laplacian_pe",
     "laplacian_pe_ex",
+    "linear_scan",
     "mvdr_denominator",
     "normalized_laplacian",
     "ridge_lstsq",
     "sample_covariance",
+    "selective_scan",
     "spectral_function",
     "ssd_scan",
     "subspace_residual",

@@ -40,7 +40,7 @@ def run_backward(native):
         w: Tensor, rows: Tensor, grad_w: Tensor | None, grad_rows: Tensor | None, mode: int, floor: float
     ) -> Tensor:
         result = torch.full_like(rows, float("nan"))
-        native.eigh_bwd(w, rows, grad_w, grad_rows, mode, floor, 16.0, 0.1, result)
+        native.eigh_bwd(w, rows, grad_w, grad_rows, mode, floor, 16.0, result)
         return result
 
     return call

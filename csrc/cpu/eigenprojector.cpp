@@ -46,8 +46,9 @@ template <class T>
 T gap_of(const Cut& cut, const T* values, int32_t* info) {
   if (cut.below == 0 || cut.below == cut.n) return std::numeric_limits<T>::infinity();
   const T largest = std::max(std::abs(values[0]), std::abs(values[cut.n - 1]));
-  const T unit = largest < std::numeric_limits<T>::min() ? T(1) : largest;
-  if (values[cut.below] / unit - values[cut.below - 1] / unit <= static_cast<T>(cut.gap_floor)) *info |= kCutClosed;
+  const T down = power_of_two<T>(splat(largest)).down[0];
+  const T floor = largest * down * static_cast<T>(cut.gap_floor);
+  if (values[cut.below] * down - values[cut.below - 1] * down <= floor) *info |= kCutClosed;
   return values[cut.below] - values[cut.below - 1];
 }
 

@@ -91,8 +91,12 @@ void weigh_columns(int n, const GapRule& rule, const Real<S>* w, const Real<S>* 
   const PowerOfTwo<T> unit = power_of_two<T>(splat(largest_value)), scale = power_of_two<T>(splat(largest_part));
   const T down = unit.down[0], half = T(0.5) * down, up = scale.up[0];
   for (int64_t i = 0; i < size * parts; ++i) flat[i] *= scale.down[0];
-  T largest = 0;
-  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, squared(m[i]));
+  T longest = 0;  // column of M, squared
+  for (int j = 0; j < n; ++j) {
+    T sum = 0;
+    for (int64_t i = j * int64_t{n}; i < (j + 1) * int64_t{n}; ++i) sum += squared(m[i]);
+    longest = std::max(longest, sum);
+  }
   for (int jb = 0; jb < n; jb += kBlock)
     for (int ib = 0; ib < n; ib += kBlock)
       for (int j = jb; j < std::min(jb + kBlock, n); ++j)
@@ -100,9 +104,9 @@ void weigh_columns(int n, const GapRule& rule, const Real<S>* w, const Real<S>* 
           adjoint[static_cast<int64_t>(j) * n + i] = conjugate(m[static_cast<int64_t>(i) * n + j]);
 
   const T floor = largest_value * down * static_cast<T>(rule.gap_floor), floor_square = floor * floor;
-  const T kappa = static_cast<T>(rule.noise_kappa) * std::numeric_limits<T>::epsilon();
-  const T noise = static_cast<T>(rule.noise_floor) * std::sqrt(largest);
   const int64_t mode = rule.mode;
+  const T kappa = static_cast<T>(rule.noise_kappa) * std::numeric_limits<T>::epsilon();
+  const T limit = mode == kAuto ? kappa * kappa * longest : T(-1);
   for (int j = 0; j < n; ++j) {
     S *column = m + static_cast<int64_t>(j) * n, *other = adjoint + static_cast<int64_t>(j) * n;
     const T wj = w[j] * down;
@@ -113,10 +117,7 @@ void weigh_columns(int n, const GapRule& rule, const Real<S>* w, const Real<S>* 
       if (mode == kMask) factor = std::abs(gap) > floor ? factor : T(0);
       if (mode == kRaw) factor = 1 / gap;
       const S numerator = column[i] - other[i];
-      if (mode == kAuto) {
-        const T limit = kappa * (std::sqrt(squared(column[i])) + std::sqrt(squared(other[i])) + noise);
-        factor = squared(numerator) <= limit * limit ? T(0) : factor;
-      }
+      if (squared(numerator) <= limit) factor = 0;
       other[i] = numerator * (factor * half) * up;
     }
     other[j] = diagonal ? S(diagonal[j]) : S(0);
