@@ -1,7 +1,8 @@
 // Batched eigendecomposition of Hermitian matrices, and its backward.
 //
-// Real ones up to n = 32 are solved here, all others by LAPACK ("stablekern/eigh_large.h"). Each small matrix is scaled by a power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a
-// SIMD lane of its own, as "stablekern/eigh_lanes.h" tells.
+// Real ones up to n = 32 are solved here, all others by LAPACK ("stablekern/eigh_large.h"). Each small matrix is scaled
+// by a power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a SIMD lane of its own,
+// as "stablekern/eigh_lanes.h" tells.
 #include "stablekern/eigh_lanes.h"
 #include "stablekern/eigh_large.h"
 #include "stablekern/symmetric_lanes.h"
