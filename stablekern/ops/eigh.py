@@ -116,9 +116,16 @@ _bwd = define(
 )
 
 
-def native_reason(matrices: Tensor) -> str | None:
-    """Why the native kernels cannot take these (b, n, n) matrices, or None."""
+def lanes_reason(matrices: Tensor) -> str | None:
+    """Why the native kernels cannot take these (b, n, n) matrices into SIMD lanes, or None."""
     return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
+
+
+def native_reason(matrices: Tensor) -> str | None:
+    """Why no native kernel can decompose these (b, n, n) matrices, or None."""
+    if (reason := lanes_reason(matrices)) is None or _load.native_reason() is not None:
+        return None  # whether the library is there at all is the registry's question
+    return None if _load.native_module().lapack else f"{reason}, and this torch exports no LAPACK"
 
 
 @launcher("eigh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
@@ -128,7 +135,8 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
+# Larger ones are torch's: without vectors there is little left to gain over its loop through LAPACK.
+@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: lanes_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
     outputs = _fake_values(A, upper)
     _load.native().eigvalsh_fwd(A.contiguous(), upper, *outputs)
@@ -507,8 +515,10 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Matrices up to n = 32 run in native kernels on a CPU and in CUDA kernels on a GPU (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later
-    ones can), all others in LAPACK or cuSOLVER. The latter synchronises with the host; its results are checked.
+    returned is a finite stand-in. Up to n = 32 matrices run in kernels of the package's own: natively on a CPU, in
+    CUDA on a GPU (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later ones
+    can). Larger ones run in LAPACK, one matrix per thread, or cuSOLVER, which synchronises with the host; its results
+    are checked.
     **Sources:** see the module's text.
     """
     return Eigh(*eigh_ex(A, UPLO, grad=grad, gap_floor=gap_floor)[:2])
