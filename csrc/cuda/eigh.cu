@@ -406,22 +406,22 @@ SK_DEVICE Element dot(const Element* row, const Element* mine) {
 // What fixing the phase of the pivot of row `lane` of the eigenvectors does to its gradient.
 SK_DEVICE void fix_phase(const Element* row, Element* gradient) {
   if constexpr (kComplex) {
-    Real turn = 0, largest = 0, pivot = 1;
+    Real turn = 0, largest = 0;
     int at = 0;
 #pragma unroll
     for (int c = 0; c < kN; ++c) {
       const Element x = row[c];
       turn += imaginary_part(conj_multiply_add(x, gradient[c], Element{}));
-      const Real size = modulus(x);
+      // The largest component that is real: by the moduli alone rounding could take another one for the pivot.
+      const Real size = imaginary_part(x) == 0 ? real_part(x) : Real(0);
       if (size > largest) {
         largest = size;
-        pivot = real_part(x);
         at = c;
       }
     }
 #pragma unroll
     for (int c = 0; c < kN; ++c)
-      if (c == at) gradient[c] = add_imaginary(gradient[c], -turn / pivot);
+      if (c == at) gradient[c] = add_imaginary(gradient[c], -turn / largest);
   }
 }
 

@@ -50,7 +50,7 @@ from stablekern.errors import message
 __all__ = ["eigh", "eigh_ex", "eigvalsh"]
 
 _NOT_CONVERGED, _NON_FINITE, _WRONG = 1, 2, 4  # bits of `info`
-_NATIVE_SIZE = 32  # the native kernels keep whole matrices in SIMD lanes
+_NATIVE_SIZE = 32  # the kernels keep whole matrices in SIMD lanes, or a column of one in each lane of a warp
 _MODES = ("auto", "lorentz", "mask", "raw")  # their places are the codes of the op's `mode`
 _GAP_FLOORS = {
     "auto": numerics.EIGH_AUTO_GAP_ULPS,
@@ -117,9 +117,7 @@ _bwd = define(
 
 
 def native_reason(matrices: Tensor) -> str | None:
-    """Why the native kernels cannot take these (b, n, n) matrices, or None."""
-    if matrices.is_complex():
-        return "real matrices only"
+    """Why the native and the CUDA kernels cannot take these (b, n, n) matrices, or None."""
     return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
 
 
@@ -156,11 +154,6 @@ def cuda_macros(dtype: torch.dtype, n: int) -> dict[str, object]:
     return {"SK_REAL": real, "SK_COMPLEX": int(dtype.is_complex), "SK_N": n, "SK_LANES": lanes, "SK_WARPS": warps}
 
 
-def cuda_reason(matrices: Tensor) -> str | None:
-    """Why the CUDA kernels cannot take these (b, n, n) matrices, or None."""
-    return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
-
-
 def _launch(function: str, matrices: Tensor, arguments: list) -> None:
     """Launch a kernel of `csrc/cuda/eigh.cu` for as many items as `matrices` (b, n, n) has."""
     batch, n = matrices.shape[:2]
@@ -180,21 +173,21 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.resolve_conj().resolve_neg().contiguous() for x in tensors]
 
 
-@launcher("eigh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: cuda_reason(A))
+@launcher("eigh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: native_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _fake_fwd(A, upper)
     _launch("eigh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), *outputs])
     return outputs
 
 
-@launcher("eigvalsh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: cuda_reason(A))
+@launcher("eigvalsh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: native_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
     values, info = _fake_values(A, upper)
     _launch("eigvalsh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), values, info])
     return values, info
 
 
-@launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: cuda_reason(rows))
+@launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: native_reason(rows))
 def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
     inputs = _dense(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows)
     result = torch.empty_like(inputs[1])
@@ -345,7 +338,8 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _phase_fixed(rows: Tensor, grad_rows: Tensor) -> Tensor:
     """The gradient of the eigenvectors with the effect of the gauge: see the module's text."""
     turn = (rows.conj() * grad_rows).sum(-1, keepdim=True).imag
-    at = rows.abs().argmax(-1, keepdim=True)
+    # The largest component that is real: by the moduli alone rounding could take another one for the pivot.
+    at = torch.where(rows.imag == 0, rows.real, 0.0).argmax(-1, keepdim=True)
     return grad_rows.scatter_add(-1, at, torch.complex(torch.zeros_like(turn), -turn / rows.gather(-1, at).real))
 
 
@@ -508,9 +502,9 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Real matrices up to n = 32 run in native kernels on a CPU, all up to n = 32 in CUDA
-    kernels on a GPU (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later
-    ones can), all others in LAPACK or cuSOLVER. The latter synchronises with the host; its results are checked.
+    returned is a finite stand-in. Matrices up to n = 32 run in native kernels on a CPU and in CUDA kernels on a GPU
+    (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later ones can), all
+    others in LAPACK or cuSOLVER. The latter synchronises with the host; its results are checked.
     **Sources:** see the module's text.
     """
     return Eigh(*eigh_ex(A, UPLO, grad=grad, gap_floor=gap_floor)[:2])
