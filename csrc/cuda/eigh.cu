@@ -23,8 +23,8 @@
 // 8 sweeps converge: 29 000 at n = 19. Here 2 takes 206 instructions per column, 3 takes 70, and 4 takes 37 for each of
 // 1.7 n^2 / 2 rotations (counted in the binary for sm_90, float, n = 19): 17 000 in all. The recurrence of 4 is a chain
 // of some 100 cycles per rotation, hidden by other warps: at n = 19 in float a matrix needs 1.6 KB of shared memory and
-// 64 to 66 registers per thread, so that 28 or 32 warps take turns on a multiprocessor. Its vectors are read and written
-// once per rotation, without bank conflicts (odd row strides).
+// 64 to 66 registers per thread, so that 28 or 32 warps take turns on a multiprocessor. Its vectors are read and
+// written once per rotation, without bank conflicts (odd row strides).
 //
 // Every result is a function of its own matrix alone, whichever lanes and block computed it: the sums are in a fixed
 // order, there are no atomics, and where groups of one warp part ways the others are masked.
