@@ -256,7 +256,7 @@ def test_views_and_sizes(emulated):
     wide = torch.stack([A, A], -1)[..., 0]
     torch.testing.assert_close(spine.eigh(wide).eigenvectors, spine.eigh(A).eigenvectors, rtol=0, atol=0)
     assert spine.eigh(torch.zeros(0, 5, 5)).eigenvectors.shape == (0, 5, 5)
-    assert spine.native_reason(torch.zeros(1, 33, 33)) == "n > 32" and spine.native_reason(A) is None
+    assert spine.lanes_reason(torch.zeros(1, 33, 33)) == "n > 32" and spine.lanes_reason(A) is None
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------
