@@ -57,9 +57,14 @@ def _forced_fallback() -> bool:
     return True
 
 
-def _causal_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Each channel of x (b, l, c) convolved along time with its own filter (c, 1, k), seeing no later step."""
-    padded = nn.functional.pad(x, (0, 0, weight.shape[-1] - 1, 0))
+def _causal_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """Each channel of x (b, l, c) convolved along time with its own filter (c, 1, k), seeing no later step.
+
+    `reverse`: seeing no earlier one, as if time were flipped before and after.
+    """
+    past = weight.shape[-1] - 1
+    padded = nn.functional.pad(x, (0, 0, 0, past) if reverse else (0, 0, past, 0))
+    weight = weight.flip(-1) if reverse else weight
     # (b, l, c) is a channels-last image of height 1. As such it needs no transposed copy, and takes half the time of a
     # conv1d over (b, c, l) on a CPU.
     image = padded.transpose(1, 2).unsqueeze(2)
@@ -135,11 +140,12 @@ class Mamba2(nn.Module):
         self.norm = RMSNormGated(self.d_inner, groups=ngroups)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
+        """`reverse` runs the block backwards in time: the same as flipping its input and output."""
         _check.shapes("nn.Mamba2", x=(x, f"b l {self.d_model}"))
         fallback = _forced_fallback()
         z, channels, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * self._states, self.nheads), dim=-1)
-        channels = nn.functional.silu(_causal_depthwise_conv(channels, self.conv1d.weight, self.conv1d.bias))
+        channels = nn.functional.silu(_causal_depthwise_conv(channels, self.conv1d.weight, self.conv1d.bias, reverse))
         inner, B, C = channels.split((self.d_inner, self._states, self._states), dim=-1)
         inner = inner.unflatten(-1, (self.nheads, self.headdim))
         if fallback:
@@ -156,6 +162,7 @@ class Mamba2(nn.Module):
                 dt_softplus=True,
                 dt_limit=self.dt_limit,
                 state_clamp=self.state_clamp,
+                reverse=reverse,
             )
         return self.out_proj(self.norm(y.flatten(-2), z))
 
@@ -180,7 +187,7 @@ def drop_fallback_entries(module: nn.Module, state_dict: dict[str, Any], *_: Any
 
 
 class _BiMamba2Layer(nn.Module):
-    """(b, l, d) -> (b, l, d): norm(x + dropout(layerscale(W [f(x); flip(g(flip(x)))] + b)))."""
+    """(b, l, d) -> (b, l, d): norm(x + dropout(layerscale(W [f(x); g(x)] + b))), g backwards in time."""
 
     def __init__(self, d_model: int, dropout: float, layerscale: float | None, **mamba: Any) -> None:
         super().__init__()
@@ -193,7 +200,7 @@ class _BiMamba2Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ahead = self.forward_mamba_real(x)
-        back = self.backward_mamba_real(x.flip(1)).flip(1)
+        back = self.backward_mamba_real(x, reverse=True)
         mixed = self.output_proj(torch.cat((ahead, back), dim=-1))
         return self.layer_norm(x + self.dropout(self.layerscale(mixed)))
 
