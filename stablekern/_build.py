@@ -39,6 +39,7 @@ SOURCES = (
     "cpu/focal_loss.cpp",
     "cpu/laplacian_pe.cpp",
     "cpu/selective_scan.cpp",
+    "cpu/selective_state_update.cpp",
     "cpu/ssd_scan.cpp",
 )
 
