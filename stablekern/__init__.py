@@ -24,6 +24,7 @@ from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 from stablekern.ops.finite_stats import finite_stats
 from stablekern.ops.focal_loss import focal_loss
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
+from stablekern.ops.linear_scan import linear_scan
 from stablekern.ops.mvdr_denominator import mvdr_denominator
 from stablekern.ops.normalized_laplacian import normalized_laplacian
 from stablekern.ops.ridge_lstsq import ridge_lstsq
@@ -54,6 +55,7 @@ __all__ = [
     "focal_loss",
     "laplacian_pe",
     "laplacian_pe_ex",
+    "linear_scan",
     "mvdr_denominator",
     "normalized_laplacian",
     "ridge_lstsq",
