@@ -1,4 +1,4 @@
-"""Long randomised runs against float64: `python tests/soak.py [eigh|selective_scan|ssd_scan] [--cases 10000]`, or `make soak`.
+"""Long randomised runs against float64: `python tests/soak.py [eigh|selective_scan|ssd_scan] [--cases 10000]`.
 
 Case number i of a soak is a pure function of (name, i), so a run can stop anywhere and go on: what is done stands in
 bench/results/soak/<name>.json. `tests/test_soak.py` runs the first one per cent.
