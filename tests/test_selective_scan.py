@@ -144,6 +144,24 @@ def test_a_saturated_step_forgets_its_past(backend):
     torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_saturation_is_the_share_of_states_that_the_clamp_changed(is_complex):
+    args, optional = case(2, 3, 12, 1, 4, is_complex=is_complex)
+    optional["return_last_state"] = False
+    y, share = selective_scan(*args, **optional, state_clamp=0.5, return_saturation=True)
+    torch.testing.assert_close(y, selective_scan(*args, **optional, state_clamp=0.5), rtol=0, atol=0)
+    u, delta, A, B, _ = args
+    step, state, changed = delta + optional["delta_bias"][:, None], optional["initial_state"], 0
+    for t in range(12):
+        free = torch.exp(step[..., t, None] * A) * state + (step * u)[..., t, None] * B[:, :, :, t]
+        over = free.abs() > 0.5
+        state, changed = torch.where(over, 0.5 * torch.sgn(free), free), changed + over.sum(-1)
+    assert 0 < share.min() < share.max() < 1
+    torch.testing.assert_close(share, changed / 48)
+    with pytest.raises(ValueError, match=r"stablekern.selective_scan: `return_saturation` needs a `state_clamp`"):
+        selective_scan(*args, return_saturation=True)
+
+
 def test_a_saturated_complex_step_keeps_what_is_tangent():
     """(r / |v|) (I - n n^T): a state 2 i with the bound 1 passes half of a real gradient, nothing of an imaginary."""
     zero, rate = torch.zeros(1, 1, 1), -torch.ones(1, 1, dtype=torch.complex64)
