@@ -45,6 +45,7 @@ SOURCES = (
     "cpu/linear_scan.cpp",
     "cpu/normalized_laplacian.cpp",
     "cpu/selective_scan.cpp",
+    "cpu/selective_state_update.cpp",
     "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
 )
