@@ -35,6 +35,7 @@ except ImportError:  # loaded by path from setup.py
 SOURCES = (
     "bindings.cpp",
     "cpu/cosine_edges.cpp",
+    "cpu/covariance_blend.cpp",
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
     "cpu/laplacian_pe.cpp",
