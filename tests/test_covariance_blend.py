@@ -280,3 +280,37 @@ def test_masked_zero_and_parallel_columns_have_finite_gradients():
 def test_they_are_public():
     names = {"covariance_blend_ex", "eigengap_hinge", "subspace_residual", "mvdr_denominator", "chol_solve_safe"}
     assert names < set(stablekern.__all__)
+
+
+def test_second_derivatives_of_the_solutions():
+    R, A = covariances(1, 3).requires_grad_(), torch.randn(1, 3, 2, dtype=COMPLEX).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda R, A: chol_solve_safe(R, A).solution, (R, A))
+    assert torch.autograd.gradgradcheck(mvdr_denominator, (R, A))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_backends_agree_on_failed_items_and_their_gradients(backend):
+    n = 34
+    R, S = covariances(6, n), covariances(6, n)
+    R[1] = 0
+    R[2] = -R[2]
+    R[3, 33, 2] = complex(0, torch.inf)
+    S[4, 5, 5] = torch.nan
+    S[5] = torch.diag(torch.tensor([1.0, -1.0] * (n // 2)))
+    weights = [torch.rand(6, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    R.requires_grad_()
+    with stablekern.use_backend(backend):
+        blend, info = covariance_blend_ex(R, S, beta=weights[0], shrink=weights[1], loading=weights[2])
+        grads = torch.autograd.grad(blend.abs().sum(), [R, *weights])
+    assert info.tolist() == [0, 1, 1, 2, 2, 1]
+    assert blend[1:].isnan().all() and torch.isfinite(blend[0]).all()
+    assert all(torch.isfinite(grad).all() and grad[0].any() and not grad[1:].any() for grad in grads)
+
+
+def test_subnormal_and_huge_traces_scale_without_overflow():
+    R = covariances(2, 17).to(torch.complex64)
+    exact = covariance_blend(R)
+    for scale in (2.0**-140, 2.0**120):
+        scaled = covariance_blend((R.to(COMPLEX) * scale).to(torch.complex64))
+        tolerance = 2.0**-7 if scale < 1 else 1e-6  # a subnormal entry near 2^-140 has 9 bits
+        assert (scaled - exact).abs().max() <= tolerance * exact.abs().max()

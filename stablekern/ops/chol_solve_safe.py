@@ -5,9 +5,10 @@ is, else the first of $4 \epsilon\,\mathrm{tr} H \cdot 10^m$, $m = 0, 1, \ldots$
 eigenvalue, with which it does. So a covariance that has lost its definiteness to rounding is solved with a shift of
 that size, a good one beside it is not touched, and a matrix that is not a covariance at all is NaN, not an exception.
 
-The shift is a constant in the backward. The derivative is that of the Cholesky factor and its two triangular solves;
-a matrix that cannot be factored stands as the identity there, since the factor that LAPACK leaves behind has zeros and
-worse on its diagonal and would give NaN for an incoming 0.
+The shift and the factor are constants in the backward, which is a solve with the same factor: for a cotangent $G$ of
+$X$, $\bar A = H^{-1} G$ and $\bar H = -\bar A X^H$, where the derivative of a Cholesky factorisation would cost several
+products of its size. A matrix that cannot be factored stands as the identity there, since the factor that LAPACK leaves
+behind has zeros and worse on its diagonal and would give NaN for an incoming 0.
 
 Sources: Higham, Accuracy and Stability of Numerical Algorithms, secs. 10.1 and 10.3.
 """
@@ -45,7 +46,7 @@ def reference(R: Tensor, A: Tensor, jitter: Tensor | float = 0.0) -> Tensor:
 
 def hermitised(R: Tensor) -> Tensor:
     """(R + R^H) / 2 without overflow."""
-    return R / 2 + R.mH / 2
+    return torch.add(R / 2, R.mH, alpha=0.5)
 
 
 def trace_of(H: Tensor) -> Tensor:
@@ -55,32 +56,64 @@ def trace_of(H: Tensor) -> Tensor:
 
 def squared_modulus(M: Tensor) -> Tensor:
     """|M|^2 per entry, differentiable at 0."""
-    return M.real.square() + M.imag.square() if M.is_complex() else M.square()
+    return components(M).square().sum(-1) if M.is_complex() else M.square()
 
 
-def _unfactored(H: Tensor) -> Tensor:
-    """Which of the matrices have no Cholesky factor."""
+def components(M: Tensor) -> Tensor:
+    """Real and imaginary parts in a last dimension, for complex `M`; real `M` itself."""
+    return torch.view_as_real(M.resolve_conj()) if M.is_complex() else M
+
+
+class _Solve(torch.autograd.Function):
+    """H^-1 A of the same batch dimensions, L the Cholesky factor of H; differentiable any number of times."""
+
+    @staticmethod
+    def forward(H: Tensor, A: Tensor, L: Tensor) -> Tensor:
+        return torch.cholesky_solve(A, L)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0], inputs[2], output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        H, L, X = ctx.saved_tensors
+        grad_A = _Solve.apply(H, grad, L)
+        return -grad_A @ X.mH if ctx.needs_input_grad[0] else None, grad_A, None
+
+
+def solve(H: Tensor, A: Tensor, L: Tensor) -> Tensor:
+    """H^-1 A by the factor of `factor`; batch dimensions broadcast."""
+    batch = torch.broadcast_shapes(H.shape[:-2], A.shape[:-2])
+    return _Solve.apply(*(M.expand(*batch, *M.shape[-2:]) for M in (H, A, L)))
+
+
+def _cholesky(H: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors, and which of the matrices have none: whatever is not finite in a row ends on the diagonal."""
     L, code = torch.linalg.cholesky_ex(H)
-    return (code != 0) | ~torch.isfinite(L).flatten(-2).all(-1)
+    return L, (code != 0) | ~torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all(-1)
 
 
-def factor(H: Tensor, shifts: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """The Cholesky factor of H + j I, which items have none, and j (...): 0, or the first of `shifts` that does.
+def factor(H: Tensor, shifts: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H + j I, its Cholesky factor, which items have none, and j (...): 0, or the first of `shifts` that does.
 
-    Items without a factor get the identity, and the gradient 0.
+    The factor is a constant: derivatives are taken through `solve`. Items without one are the identity, gradient 0.
     """
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    # On a GPU, or in a traced graph, looking would stop the host: there all shifts are tried.
+    looks = H.device.type == "cpu" and not torch.compiler.is_compiling()
     with torch.no_grad():
-        failed = _unfactored(H)
+        L, failed = _cholesky(H)
         jitter = torch.zeros_like(trace_of(H))
+        if looks and not failed.any():
+            return H, L, failed, jitter
+        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
         for shift in shifts:
-            # On a GPU, or in a traced graph, looking would stop the host: there all shifts are tried.
-            if H.device.type == "cpu" and not torch.compiler.is_compiling() and not failed.any():
-                break
             jitter = torch.where(failed, shift, jitter)
-            failed = failed & _unfactored(H + jitter[..., None, None] * eye)
+            failed = failed & _cholesky(H + jitter[..., None, None] * eye)[1]
+            if looks and not failed.any():
+                break
     safe = torch.where(failed[..., None, None], eye, H + jitter[..., None, None] * eye)
-    return torch.linalg.cholesky_ex(safe).L, failed, jitter
+    return safe, torch.linalg.cholesky_ex(safe.detach()).L, failed, jitter
 
 
 def chol_solve_safe(
@@ -108,16 +141,16 @@ def chol_solve_safe(
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     n = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n q"))["n"]
     H = hermitised(R)
-    finite = torch.isfinite(H).flatten(-2).all(-1)
-    H = torch.where(finite[..., None, None], H, 0.0)
     trace = trace_of(H.detach())
     size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n, numerics.CHOLESKY_JITTER_LIMIT.of()
     sizes = []
     while size < limit:
         sizes.append(size)
         size *= 10
-    L, failed, jitter = factor(H, [size / max(n, 1) * trace for size in (*sizes, limit)])
-    solution = torch.cholesky_solve(A, L)
+    H, L, failed, jitter = factor(H, [size / max(n, 1) * trace for size in (*sizes, limit)])
+    solution = solve(H, A, L)
+    # What factored is finite.
+    finite = ~failed if _check.readable(R) and not failed.any() else torch.isfinite(R).flatten(R.dim() - 2).all(-1)
     info = _SHIFTED * (~failed & (jitter > 0)) + _NON_FINITE * ~finite + _INDEFINITE * (failed & finite)
     return CholSolveSafe(
         solution.masked_fill(failed[..., None, None], torch.nan), info.to(torch.int32), jitter.masked_fill(failed, 0.0)

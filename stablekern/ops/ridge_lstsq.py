@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stablekern import _check
 from stablekern.errors import message
-from stablekern.ops.chol_solve_safe import factor, hermitised
+from stablekern.ops.chol_solve_safe import factor, hermitised, solve
 
 __all__ = ["ridge_lstsq"]
 
@@ -74,9 +74,9 @@ def ridge_lstsq(
     ridge = alpha * torch.eye(min(m, n), dtype=Phi.dtype, device=Phi.device)
     column = y[..., None]
     if m <= n:
-        L, failed, _ = factor(hermitised(Phi @ Phi.mH) + ridge)
-        x = Phi.mH @ torch.cholesky_solve(column, L)
+        H, L, failed, _ = factor(hermitised(Phi @ Phi.mH) + ridge)
+        x = Phi.mH @ solve(H, column, L)
     else:
-        L, failed, _ = factor(hermitised(Phi.mH @ Phi) + ridge)
-        x = torch.cholesky_solve(Phi.mH @ column, L)
+        H, L, failed, _ = factor(hermitised(Phi.mH @ Phi) + ridge)
+        x = solve(H, Phi.mH @ column, L)
     return x[..., 0].masked_fill(failed[..., None], torch.nan)

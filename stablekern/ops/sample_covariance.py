@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stablekern import _check
 from stablekern.errors import message
-from stablekern.ops.chol_solve_safe import hermitised, trace_of
+from stablekern.ops.chol_solve_safe import components, hermitised
+from stablekern.ops.covariance_blend import covariance_blend
 
 __all__ = ["sample_covariance"]
 
@@ -47,9 +48,10 @@ def sample_covariance(
     - `target_trace`: > 0: scale each matrix to this trace; None: in the units of `X` squared. Keyword only.
 
     **Returns:** Hermitian matrices, real for real `X`. With `target_trace`, an item of zeros has no such scaling and is
-    NaN by itself, with a gradient of 0. Differentiable, any order.
+    NaN by itself, with a gradient of 0. Differentiable, any order without `target_trace`.
 
-    **Raises:** `ValueError` for shapes or numbers out of range, `TypeError` for other dtypes.
+    **Raises:** `ValueError` for shapes or numbers out of range, `TypeError` for other dtypes, `RuntimeError` when
+    second derivatives with `target_trace` are asked for.
 
     **Accuracy:** a sum of L terms: at most $L \epsilon$ relative to the diagonal.
     """
@@ -64,11 +66,9 @@ def sample_covariance(
     if target_trace is None:
         return hermitised(X.mT @ X.conj()) / (L - ddof)
     target_trace = _check.number(_OP, "target_trace", target_trace, low=0.0, strict=True)
-    if X.numel() == 0:
-        return X.mT @ X.conj()
     # Held constant: the result does not depend on it.
-    largest = X.detach().abs().amax((-2, -1), keepdim=True)
-    lost = ~(largest > 0) | ~torch.isfinite(largest)
-    X = torch.where(lost, 1.0, X) / torch.where(lost, 1.0, largest)
-    R = hermitised(X.mT @ X.conj())
-    return (target_trace * (R / trace_of(R)[..., None, None])).masked_fill(lost, torch.nan)
+    if X.numel():
+        largest = components(X.detach()).abs().flatten(X.dim() - 2).amax(-1)[..., None, None]
+        lost = ~(largest > 0) | ~torch.isfinite(largest)
+        X = torch.where(lost, 0.0, X) / torch.where(lost, 1.0, largest)
+    return covariance_blend(X.mT @ X.conj(), target_trace=target_trace)
