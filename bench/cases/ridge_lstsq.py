@@ -23,6 +23,6 @@ CASES = (
         lambda device: (normal(device, _SYSTEMS, _MEASUREMENTS, ELEMENTS), normal(device, _SYSTEMS, _MEASUREMENTS)),
         lambda Phi, y: stablekern.ridge_lstsq(Phi, y, _RIDGE), "normal equations, torch.linalg.solve", _composite,
         4.0 * _SYSTEMS * _MEASUREMENTS**2 * ELEMENTS, 8.0 * _SYSTEMS * _MEASUREMENTS * ELEMENTS, 3.0,
-        {"fwd": 20.0, "fwd+bwd": 20.0},
+        {"fwd": 10.0, "fwd+bwd": 7.0},
     ),
 )  # fmt: skip
