@@ -36,9 +36,11 @@ SOURCES = (
     "bindings.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/covariance_blend.cpp",
+    "cpu/eigenprojector.cpp",
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
     "cpu/laplacian_pe.cpp",
+    "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
 )
 

@@ -42,4 +42,31 @@ def _eigh_case(label: str, top_k: int | None) -> Case:
     )  # fmt: skip
 
 
-CASES = (_eigh_case("dense Laplacians", None), _eigh_case("top-3 Laplacians", 3))
+def covariances(count: int, n: int) -> Callable[[str], tuple[Tensor, ...]]:
+    """Sample covariances of n channels from 2 n complex snapshots."""
+
+    def make(device: str) -> tuple[Tensor, ...]:
+        x = torch.randn(count, 2 * n, n, dtype=torch.complex64, generator=torch.Generator().manual_seed(144))
+        return ((x.mT @ x.conj() / (2 * n)).to(device),)
+
+    return make
+
+
+def complex_flops(count: int, n: int) -> float:
+    # Tridiagonalise 16/3 n^3; the real eigenvectors of T 3 n^3; complex reflectors on them 4 n^3.
+    return count * (16 / 3 + 3 + 4) * n**3
+
+
+def _complex_case(count: int, n: int, gates: dict[str, float]) -> Case:
+    return Case(
+        "eigh", f"{count}x{n}x{n} complex64", covariances(count, n), stablekern.eigh, "torch.linalg.eigh",
+        torch.linalg.eigh, complex_flops(count, n), 8.0 * count * 2 * n * n, 2.5, gates,
+    )  # fmt: skip
+
+
+CASES = (
+    _eigh_case("dense Laplacians", None),
+    _eigh_case("top-3 Laplacians", 3),
+    _complex_case(64, 144, {"fwd": 1.2}),
+    _complex_case(8, 256, {"fwd": 1.2}),
+)

@@ -1,8 +1,10 @@
-// Batched eigendecomposition of small symmetric matrices (n <= 32), and its backward.
+// Batched eigendecomposition of Hermitian matrices, and its backward.
 //
-// Each matrix is scaled by a power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a
+// Real ones up to n = 32 are solved here, all others by LAPACK ("stablekern/eigh_large.h"). Each small matrix is scaled by a power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a
 // SIMD lane of its own, as "stablekern/eigh_lanes.h" tells.
 #include "stablekern/eigh_lanes.h"
+#include "stablekern/eigh_large.h"
+#include "stablekern/symmetric_lanes.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,34 +18,6 @@ namespace stablekern {
 namespace {
 
 using torch::stable::Tensor;
-
-// One triangle of up to kLanes matrices, scaled to size 1, to the lower triangle of z.
-template <class T, int N, int Blocks>
-void load_block(Workspace<T, N, Blocks>& w, int block, const T* matrices, int runtime_n, int count, bool upper) {
-  const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = Workspace<T, N, Blocks>::kStride;
-  Vec<T>* full = w.staging;
-  gather_items(matrices, n * n, n * n, count, full);
-  const Vec<T> zero{};
-  Vec<T> largest{}, probe{};  // probe: NaN once an entry is not finite
-  const int row = upper ? 1 : n, column = upper ? n : 1;
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < i; ++j) {
-      largest = max(abs(full[i * row + j * column]), largest);
-      probe = fma(full[i * n + j], zero, probe);
-      probe = fma(full[j * n + i], zero, probe);
-    }
-    largest = max(abs(full[i * n + i]), largest);
-    probe = fma(full[i * n + i], zero, probe);
-  }
-  const Mask<T> finite = equal(probe, zero);
-  const PowerOfTwo<T> power = power_of_two<T>(largest);
-  w.non_finite[block] = !finite;
-  w.up[block] = power.up;
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j <= i; ++j)
-      w.z[block][i * stride + j] = select(finite, full[i * row + j * column] * power.down, zero);
-}
 
 template <class T, int N, int Blocks, bool Vectors>
 void store_block(Workspace<T, N, Blocks>& w, int block, int n, int count, bool past_caches, T* eigenvalues,
@@ -65,7 +39,7 @@ void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, T* eige
   const int64_t size = static_cast<int64_t>(n) * n;
   const bool past_caches = batch * size * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto load_lanes = [&](auto& w, int block, int64_t item, int count) {
-    load_block(w, block, matrices + item * size, n, count, upper);
+    load_triangles(w, block, matrices + item * size, n, count, upper);
     // The next block comes from memory while this one is reduced.
     prefetch_items(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };
@@ -122,18 +96,19 @@ void solve_tensor(const Tensor& A, bool upper, const Tensor& eigenvalues, const 
   const int64_t batch = A.size(0);
   const int n = static_cast<int>(A.size(1));
   if (batch == 0 || n == 0) return;
-  STD_TORCH_CHECK(n <= kMaxN, "eigh: n must be at most ", kMaxN);
-  const auto run = [&]<class T>(T) {
-    T* vectors = eigenvectors ? static_cast<T*>(eigenvectors->mutable_data_ptr()) : nullptr;
-    const auto* from = static_cast<const T*>(A.const_data_ptr());
+  dispatch(A, [&]<class S>(S) {
+    using T = Real<S>;
+    S* vectors = eigenvectors ? static_cast<S*>(eigenvectors->mutable_data_ptr()) : nullptr;
+    const auto* from = static_cast<const S*>(A.const_data_ptr());
     auto* values = static_cast<T*>(eigenvalues.mutable_data_ptr());
     auto* flags = static_cast<int32_t*>(info.mutable_data_ptr());
-    if (n == kElectrodes)
-      solve_matrices<T, kElectrodes, Vectors>(from, batch, n, upper, values, vectors, flags);
-    else
-      solve_matrices<T, 0, Vectors>(from, batch, n, upper, values, vectors, flags);
-  };
-  A.scalar_type() == torch::headeronly::ScalarType::Double ? run(double{}) : run(float{});
+    if constexpr (!kComplex<S>) {
+      if (n == kElectrodes)
+        return solve_matrices<T, kElectrodes, Vectors>(from, batch, n, upper, values, vectors, flags);
+      if (n <= kMaxN) return solve_matrices<T, 0, Vectors>(from, batch, n, upper, values, vectors, flags);
+    }
+    solve_large(from, batch, n, upper, values, vectors, flags);
+  });
 }
 
 void eigh_fwd(const Tensor A, bool upper, Tensor eigenvalues, Tensor eigenvectors, Tensor info) {
@@ -150,24 +125,27 @@ void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional
   const int64_t batch = eigenvalues.size(0);
   const int n = static_cast<int>(eigenvalues.size(1));
   if (batch == 0 || n == 0) return;
-  STD_TORCH_CHECK(n <= kMaxN, "eigh_bwd: n must be at most ", kMaxN);
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "eigh_bwd: unknown mode ", mode);
   const GapRule rule{mode, gap_floor, noise_kappa, noise_floor};
-  const auto run = [&]<class T>(T) {
-    const auto data = [](const std::optional<Tensor>& t) {
-      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+  dispatch(eigenvectors, [&]<class S>(S) {
+    using T = Real<S>;
+    const auto data = []<class U>(const std::optional<Tensor>& t, U) {
+      return t ? static_cast<const U*>(t->const_data_ptr()) : nullptr;
     };
-    auto* out = static_cast<T*>(grad_A.mutable_data_ptr());
-    const T *values = data(eigenvalues), *vectors = data(eigenvectors);
-    const T *grad_values = data(grad_eigenvalues), *grad_vectors = data(grad_eigenvectors);
-    if (!grad_values && !grad_vectors)
-      std::memset(out, 0, static_cast<std::size_t>(batch * n * n) * sizeof(T));
-    else if (n == kElectrodes)
-      backward<T, kElectrodes>(values, vectors, grad_values, grad_vectors, batch, n, rule, out);
-    else
-      backward<T, 0>(values, vectors, grad_values, grad_vectors, batch, n, rule, out);
-  };
-  eigenvalues.scalar_type() == torch::headeronly::ScalarType::Double ? run(double{}) : run(float{});
+    auto* out = static_cast<S*>(grad_A.mutable_data_ptr());
+    const T *values = data(eigenvalues, T{}), *grad_values = data(grad_eigenvalues, T{});
+    const S *vectors = data(eigenvectors, S{}), *grad_vectors = data(grad_eigenvectors, S{});
+    if (!grad_values && !grad_vectors) {
+      std::fill(out, out + batch * n * n, S(0));
+      return;
+    }
+    if constexpr (!kComplex<S>) {
+      if (n == kElectrodes)
+        return backward<T, kElectrodes>(values, vectors, grad_values, grad_vectors, batch, n, rule, out);
+      if (n <= kMaxN) return backward<T, 0>(values, vectors, grad_values, grad_vectors, batch, n, rule, out);
+    }
+    backward_large(values, vectors, grad_values, grad_vectors, batch, n, rule, out);
+  });
 }
 
 }  // namespace

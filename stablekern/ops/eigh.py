@@ -116,11 +116,18 @@ _bwd = define(
 )
 
 
-def native_reason(matrices: Tensor) -> str | None:
-    """Why the native kernels cannot take these (b, n, n) matrices, or None."""
+def lanes_reason(matrices: Tensor) -> str | None:
+    """Why the native kernels cannot take these (b, n, n) matrices into SIMD lanes, or None."""
     if matrices.is_complex():
         return "real matrices only"
     return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
+
+
+def native_reason(matrices: Tensor) -> str | None:
+    """Why no native kernel can decompose these (b, n, n) matrices, or None."""
+    if (reason := lanes_reason(matrices)) is None or _load.native_reason() is not None:
+        return None  # whether the library is there at all is the registry's question
+    return None if _load.native_module().lapack else f"{reason}, and this torch exports no LAPACK"
 
 
 @launcher("eigh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
@@ -367,8 +374,8 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Real matrices up to n = 32 run in native kernels on a CPU, all others in LAPACK or
-    cuSOLVER; the latter synchronises with the host.
+    returned is a finite stand-in. Real matrices up to n = 32 run in kernels of the package's own on a CPU, all others in
+    LAPACK, one matrix per thread; on a GPU in cuSOLVER, which synchronises with the host.
     **Sources:** see the module's text.
     """
     return Eigh(*eigh_ex(A, UPLO, grad=grad, gap_floor=gap_floor)[:2])
