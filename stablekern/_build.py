@@ -34,12 +34,14 @@ except ImportError:  # loaded by path from setup.py
 
 SOURCES = (
     "bindings.cpp",
+    "cpu/chol_solve_safe.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/covariance_blend.cpp",
     "cpu/eigenprojector.cpp",
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
     "cpu/laplacian_pe.cpp",
+    "cpu/sample_covariance.cpp",
     "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
 )

@@ -17,6 +17,7 @@ from stablekern import (
     sample_covariance,
     subspace_residual,
 )
+from stablekern.ops.chol_solve_safe import reference as chol_solve_safe_reference
 
 COMPLEX = torch.complex128
 
@@ -196,6 +197,30 @@ def test_gradient_of_a_shifted_solution():
     torch.testing.assert_close(grad_A, y)
     torch.testing.assert_close(grad_R, -(y @ X.detach().mT + X.detach() @ y.mT) / 2)
     assert int(info) == 1
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_both_backends_factor_and_report_alike(backend, dtype):
+    """A good matrix, one that needs a shift, one that nothing makes definite, and one that is not finite."""
+    n = 40
+    a = torch.randn(n, 2, dtype=dtype)
+    R = torch.randn(4, n, n, dtype=dtype)
+    R = R @ R.mH / n + torch.eye(n, dtype=dtype)
+    R[1] = a @ a.mH - 4 * torch.finfo(dtype).eps * torch.eye(n)
+    R[2] = -R[2]
+    R[3, 39, 2] = torch.nan
+    R, A = R.requires_grad_(), torch.randn(4, n, 3, dtype=dtype).requires_grad_()
+    with stablekern.use_backend(backend):
+        X, info, jitter = chol_solve_safe(R, A)
+        denominator = mvdr_denominator(R, A, 0.1)
+        grads = torch.autograd.grad(X[:3:2].abs().sum() + denominator[[0, 2]].sum(), (R, A))
+    assert info.tolist() == [0, 1, 4, 2] and (jitter > 0).tolist() == [False, True, False, False]
+    assert X[2:].isnan().all() and denominator[2:].isnan().all()
+    assert all(torch.isfinite(g[:3]).all() and g[0].any() and not g[2].any() for g in grads)
+    tolerance = 100 * torch.finfo(dtype).eps
+    exact = chol_solve_safe_reference(R.detach()[0].to(COMPLEX), A.detach()[0].to(COMPLEX))
+    assert (X[0].to(COMPLEX) - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 # ridge_lstsq

@@ -21,6 +21,7 @@ CASES = (
         "sample_covariance", LABEL, lambda device: (normal(device, BATCH, _SNAPSHOTS, ELEMENTS),),
         lambda X: stablekern.sample_covariance(X, target_trace=float(ELEMENTS)), "matmul, trace, scale", _composite,
         # Half of a Hermitian product's entries, 8 flops a term.
-        4.0 * BATCH * _SNAPSHOTS * ELEMENTS**2, MATRICES * (1 + _SNAPSHOTS / ELEMENTS), 3.0, {},
+        4.0 * BATCH * _SNAPSHOTS * ELEMENTS**2, MATRICES * (1 + _SNAPSHOTS / ELEMENTS), 3.0,
+        {"fwd": 1.0, "fwd+bwd": 1.5},
     ),
 )  # fmt: skip

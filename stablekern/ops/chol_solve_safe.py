@@ -15,13 +15,15 @@ Sources: Higham, Accuracy and Stability of Numerical Algorithms, secs. 10.1 and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablekern import _check, numerics
+from stablekern import _check, _load, numerics
+from stablekern._registry import define, launcher
 
 __all__ = ["CholSolveSafe", "chol_solve_safe"]
 
@@ -64,56 +66,146 @@ def components(M: Tensor) -> Tensor:
     return torch.view_as_real(M.resolve_conj()) if M.is_complex() else M
 
 
-class _Solve(torch.autograd.Function):
-    """H^-1 A of the same batch dimensions, L the Cholesky factor of H; differentiable any number of times."""
-
-    @staticmethod
-    def forward(H: Tensor, A: Tensor, L: Tensor) -> Tensor:
-        return torch.cholesky_solve(A, L)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0], inputs[2], output)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        H, L, X = ctx.saved_tensors
-        grad_A = _Solve.apply(H, grad, L)
-        return -grad_A @ X.mH if ctx.needs_input_grad[0] else None, grad_A, None
+def lapack_reason() -> str | None:
+    """Why the native kernels cannot call LAPACK, or None."""
+    if _load.native_reason() is not None:
+        return None  # whether the library is there at all is the registry's question
+    return None if _load.native_module().lapack else "this torch exports no LAPACK"
 
 
-def solve(H: Tensor, A: Tensor, L: Tensor) -> Tensor:
-    """H^-1 A by the factor of `factor`; batch dimensions broadcast."""
-    batch = torch.broadcast_shapes(H.shape[:-2], A.shape[:-2])
-    return _Solve.apply(*(M.expand(*batch, *M.shape[-2:]) for M in (H, A, L)))
+def _fake_factor(R: Tensor, shifts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    batch, real = R.shape[0], R.dtype.to_real()
+    info = torch.empty(batch, dtype=torch.int32, device=R.device)
+    return torch.empty(R.shape, dtype=R.dtype, device=R.device), info, torch.empty(batch, dtype=real, device=R.device)
+
+
+def _fake_solve(U: Tensor, A: Tensor, half: bool) -> Tensor:
+    return torch.empty(A.shape, dtype=A.dtype, device=A.device)
+
+
+# Matrices (b, n, n): U with U^H U the Hermitian part and a multiple, 0 or the first of `shifts` that serves, of its
+# trace on the diagonal; the identity where none does. `info`, and the shift itself.
+_factor = define(
+    "chol_solve_safe_factor(Tensor R, float[] shifts) -> (Tensor U, Tensor info, Tensor jitter)", fake=_fake_factor
+)
+# U^-1 U^-H A, or U^-H A for `half`, with A (b, n, q).
+_solve = define("chol_solve_safe_solve(Tensor U, Tensor A, bool half) -> Tensor", fake=_fake_solve)
+
+
+@launcher("chol_solve_safe_factor", device="cpu", backend="native", supports=lambda *_: lapack_reason())
+def _(R: Tensor, shifts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake_factor(R, shifts)
+    sizes = torch.tensor(shifts, dtype=R.dtype.to_real())
+    _load.native().cholesky_fwd(R.resolve_conj().contiguous(), sizes, *outputs)
+    return outputs
+
+
+@launcher("chol_solve_safe_solve", device="cpu", backend="native", supports=lambda *_: lapack_reason())
+def _(U: Tensor, A: Tensor, half: bool) -> Tensor:
+    X = _fake_solve(U, A, half)
+    _load.native().cholesky_solve(U.contiguous(), A.resolve_conj().contiguous(), half, X)
+    return X
 
 
 def _cholesky(H: Tensor) -> tuple[Tensor, Tensor]:
     """The factors, and which of the matrices have none: whatever is not finite in a row ends on the diagonal."""
-    L, code = torch.linalg.cholesky_ex(H)
-    return L, (code != 0) | ~torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all(-1)
+    U, code = torch.linalg.cholesky_ex(H, upper=True)
+    return U, (code != 0) | ~torch.isfinite(U.diagonal(dim1=-2, dim2=-1)).all(-1)
 
 
-def factor(H: Tensor, shifts: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """H + j I, its Cholesky factor, which items have none, and j (...): 0, or the first of `shifts` that does.
-
-    The factor is a constant: derivatives are taken through `solve`. Items without one are the identity, gradient 0.
-    """
-    # On a GPU, or in a traced graph, looking would stop the host: there all shifts are tried.
-    looks = H.device.type == "cpu" and not torch.compiler.is_compiling()
-    with torch.no_grad():
-        L, failed = _cholesky(H)
-        jitter = torch.zeros_like(trace_of(H))
+@launcher("chol_solve_safe_factor", device="cuda", backend="torch")
+@launcher("chol_solve_safe_factor", device="cpu", backend="torch")
+def _(R: Tensor, shifts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    H = hermitised(R)
+    trace = trace_of(H)
+    U, failed = _cholesky(H)
+    jitter = torch.zeros_like(trace)
+    looks = R.device.type == "cpu"  # on a GPU looking would stop the host: there all shifts are tried
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    for shift in shifts:
         if looks and not failed.any():
-            return H, L, failed, jitter
-        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-        for shift in shifts:
-            jitter = torch.where(failed, shift, jitter)
-            failed = failed & _cholesky(H + jitter[..., None, None] * eye)[1]
-            if looks and not failed.any():
-                break
-    safe = torch.where(failed[..., None, None], eye, H + jitter[..., None, None] * eye)
-    return safe, torch.linalg.cholesky_ex(safe.detach()).L, failed, jitter
+            break
+        jitter = torch.where(failed, shift * trace, jitter)
+        U, failed = _cholesky(H + jitter[:, None, None] * eye)
+    finite = torch.isfinite(R).flatten(1).all(-1)
+    info = _SHIFTED * (~failed & (jitter > 0)) + _NON_FINITE * ~finite + _INDEFINITE * (failed & finite)
+    U = torch.where(failed[:, None, None], eye, U).contiguous()
+    return U, info.to(torch.int32), jitter.masked_fill(failed, 0.0)
+
+
+@launcher("chol_solve_safe_solve", device="cuda", backend="torch")
+@launcher("chol_solve_safe_solve", device="cpu", backend="torch")
+def _(U: Tensor, A: Tensor, half: bool) -> Tensor:
+    if half:
+        return torch.linalg.solve_triangular(U.mH, A, upper=False).contiguous()
+    return torch.cholesky_solve(A, U, upper=True).contiguous()
+
+
+class _Solve(torch.autograd.Function):
+    """The Hermitian part of R, shifted, divided out of A: (b, n, n), (b, n, q), the factor, and which items have none;
+    differentiable any number of times."""
+
+    @staticmethod
+    def forward(R: Tensor, A: Tensor, U: Tensor, failed: Tensor) -> Tensor:
+        return _solve(U, A, False)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        R, _, U, failed = inputs
+        ctx.save_for_backward(R, U, failed, output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        R, U, failed, X = ctx.saved_tensors
+        grad_A = _Solve.apply(R, grad, U, failed)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_A, None, None
+        return -hermitised(grad_A @ X.mH).masked_fill(failed[:, None, None], 0.0), grad_A, None, None
+
+
+def solve(R: Tensor, A: Tensor, U: Tensor, failed: Tensor) -> Tensor:
+    """What `Factor.solve` is made of, for one batch dimension."""
+    return _Solve.apply(R, A, U, failed)
+
+
+def divided_by_root(U: Tensor, A: Tensor) -> Tensor:
+    """U^-H A for one batch dimension; no gradient."""
+    return _solve(U, A, True)
+
+
+class Factor(NamedTuple):
+    """What `factor` found for matrices (..., n, n): their factors, `info` and shifts, (...)."""
+
+    R: Tensor
+    U: Tensor
+    info: Tensor
+    jitter: Tensor
+
+    @property
+    def failed(self) -> Tensor:
+        return self.info > _SHIFTED
+
+    def beside(self, A: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """R, A, U and `failed` with one batch dimension, and the shape of what they had."""
+        batch = torch.broadcast_shapes(self.info.shape, A.shape[:-2])
+        matrices = (self.R, A, self.U)
+        flat = [M.expand(*batch, *M.shape[-2:]).reshape(math.prod(batch), *M.shape[-2:]) for M in matrices]
+        return (*flat, self.failed.expand(batch).reshape(-1)), batch
+
+    def solve(self, A: Tensor) -> Tensor:
+        """The solutions; batch dimensions broadcast. A failed item is solved as the identity, with gradient 0."""
+        flat, batch = self.beside(A)
+        return solve(*flat).reshape(*batch, *A.shape[-2:])
+
+
+def factor(R: Tensor, shifts: Sequence[float] = ()) -> Factor:
+    """The Cholesky factors of the Hermitian parts, each plus 0 or the first multiple of its trace that serves.
+
+    The factor is a constant: derivatives are taken where it is used.
+    """
+    batch, n = R.shape[:-2], R.shape[-1]
+    U, info, jitter = _factor(R.detach().reshape(math.prod(batch), n, n), shifts)
+    return Factor(R, U.reshape(R.shape), info.reshape(batch), jitter.reshape(batch))
 
 
 def chol_solve_safe(
@@ -140,18 +232,11 @@ def chol_solve_safe(
     """
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     n = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n q"))["n"]
-    H = hermitised(R)
-    trace = trace_of(H.detach())
     size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n, numerics.CHOLESKY_JITTER_LIMIT.of()
     sizes = []
     while size < limit:
         sizes.append(size)
         size *= 10
-    H, L, failed, jitter = factor(H, [size / max(n, 1) * trace for size in (*sizes, limit)])
-    solution = solve(H, A, L)
-    # What factored is finite.
-    finite = ~failed if _check.readable(R) and not failed.any() else torch.isfinite(R).flatten(R.dim() - 2).all(-1)
-    info = _SHIFTED * (~failed & (jitter > 0)) + _NON_FINITE * ~finite + _INDEFINITE * (failed & finite)
-    return CholSolveSafe(
-        solution.masked_fill(failed[..., None, None], torch.nan), info.to(torch.int32), jitter.masked_fill(failed, 0.0)
-    )
+    found = factor(R, [size / max(n, 1) for size in (*sizes, limit)])
+    solution = found.solve(A).masked_fill(found.failed[..., None, None], torch.nan)
+    return CholSolveSafe(solution, found.info, found.jitter)

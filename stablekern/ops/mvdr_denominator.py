@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check
-from stablekern.ops.chol_solve_safe import factor, hermitised, solve, squared_modulus, trace_of
+from stablekern.ops.chol_solve_safe import divided_by_root, factor, hermitised, solve, squared_modulus, trace_of
 
 __all__ = ["mvdr_denominator"]
 
@@ -33,11 +33,11 @@ def reference(R: Tensor, A: Tensor, loading: float = 0.0) -> Tensor:
 
 
 class _Denominator(torch.autograd.Function):
-    """|L^-1 a|^2 per column of A, H = L L^H, of the same batch dimensions; differentiable any number of times."""
+    """|U^-H a|^2 per column of A (b, n, p), R = U^H U (b, n, n); differentiable any number of times."""
 
     @staticmethod
-    def forward(H: Tensor, A: Tensor, L: Tensor) -> Tensor:
-        return squared_modulus(torch.linalg.solve_triangular(L, A, upper=False)).sum(-2)
+    def forward(R: Tensor, A: Tensor, U: Tensor, failed: Tensor) -> Tensor:
+        return squared_modulus(divided_by_root(U, A)).sum(-2)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -45,10 +45,13 @@ class _Denominator(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        H, A, L = ctx.saved_tensors
-        W = solve(H, A, L)
+        R, A, U, failed = ctx.saved_tensors
+        W = solve(R, A, U, failed)
         scaled = grad[..., None, :] * W
-        return -scaled @ W.mH if ctx.needs_input_grad[0] else None, 2 * scaled, None
+        grad_R = None
+        if ctx.needs_input_grad[0]:
+            grad_R = (-scaled @ W.mH).masked_fill(failed[:, None, None], 0.0)
+        return grad_R, 2 * scaled, None, None
 
 
 def mvdr_denominator(
@@ -82,7 +85,7 @@ def mvdr_denominator(
     mean = trace_of(H) / max(n, 1)
     if loading:
         H = H + loading * mean[..., None, None] * torch.eye(n, dtype=R.dtype, device=R.device)
-    H, L, failed, _ = factor(H)
-    batch = torch.broadcast_shapes(H.shape[:-2], A.shape[:-2])
-    denominator = _Denominator.apply(*(M.expand(*batch, *M.shape[-2:]) for M in (H, A, L)))
-    return denominator.masked_fill(failed[..., None], torch.nan)
+    found = factor(H)
+    flat, batch = found.beside(A)
+    denominator = _Denominator.apply(*flat).reshape(*batch, A.shape[-1])
+    return denominator.masked_fill(found.failed[..., None], torch.nan)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stablekern import _check, numerics
 from stablekern.errors import message
-from stablekern.ops.chol_solve_safe import components, factor, solve, squared_modulus
+from stablekern.ops.chol_solve_safe import components, factor, squared_modulus
 
 __all__ = ["subspace_residual"]
 
@@ -81,8 +81,8 @@ def subspace_residual(
     U = torch.where(kept, A, 1.0) / torch.where(kept, longest, 1.0)
     U = torch.where(kept, U / squared_modulus(U).sum(-2, keepdim=True).sqrt(), 0.0)
     eye = torch.eye(sizes["k"], dtype=A.dtype, device=A.device)
-    gram, L, unusable, _ = factor(U.mH @ U + ridge * eye)
-    V = solve(gram, U.mH, L)
+    found = factor(U.mH @ U + ridge * eye)
+    V, unusable = found.solve(U.mH), found.failed
     # Held constant: the result does not depend on it.
     largest = components(R.detach()).abs().flatten(R.dim() - 2).amax(-1)[..., None, None]
     lost = ~(largest > 0) | ~torch.isfinite(largest)

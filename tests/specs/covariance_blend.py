@@ -178,7 +178,6 @@ SPECS = (
         reference=sample_covariance.reference,
         samples=snapshot_samples,
         floor_ulps=_FLOOR_ULPS,
-        dispatched=False,
         errors=(
             (_call(_COVARIANCE, torch.zeros(3)), ValueError, r"`X` must have the shape \(..., l, n\): got \(3,\)"),
             (_call(_COVARIANCE, torch.zeros(0, 3)), ValueError, r"`X` must hold at least one .*: got \(0, 3\)"),
