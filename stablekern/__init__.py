@@ -15,6 +15,7 @@ from types import ModuleType
 from stablekern import errors
 from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
+from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.chol_solve_safe import chol_solve_safe
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.covariance_blend import covariance_blend, covariance_blend_ex
@@ -24,10 +25,12 @@ from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 from stablekern.ops.finite_stats import finite_stats
 from stablekern.ops.focal_loss import focal_loss
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
+from stablekern.ops.linear_scan import linear_scan
 from stablekern.ops.mvdr_denominator import mvdr_denominator
 from stablekern.ops.normalized_laplacian import normalized_laplacian
 from stablekern.ops.ridge_lstsq import ridge_lstsq
 from stablekern.ops.sample_covariance import sample_covariance
+from stablekern.ops.selective_scan import selective_scan
 from stablekern.ops.spectral_function import spectral_function
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.subspace_residual import subspace_residual
@@ -37,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "assemble_adjacency",
     "available_backends",
+    "causal_conv1d",
     "chol_solve_safe",
     "cosine_edges",
     "covariance_blend",
@@ -52,10 +56,12 @@ __all__ = [
     "focal_loss",
     "laplacian_pe",
     "laplacian_pe_ex",
+    "linear_scan",
     "mvdr_denominator",
     "normalized_laplacian",
     "ridge_lstsq",
     "sample_covariance",
+    "selective_scan",
     "spectral_function",
     "ssd_scan",
     "subspace_residual",

@@ -16,7 +16,7 @@ from stablekern import _registry, numerics
 ROOT = Path(__file__).resolve().parent.parent
 SPINES = sorted(p for p in (ROOT / "stablekern" / "ops").glob("*.py") if p.stem != "__init__")
 TRITON = sorted(p for p in (ROOT / "triton_kernels").glob("*.py") if p.stem != "__init__")
-NATIVE = sorted((ROOT / "csrc").glob("cpu/*.cpp"))
+NATIVE = sorted([*(ROOT / "csrc").glob("cpu/*.cpp"), *(ROOT / "csrc").glob("cuda/*.cu")])
 PACKAGE = sorted((ROOT / "stablekern").rglob("*.py"))
 
 
@@ -45,14 +45,14 @@ def test_every_dispatcher_op_has_a_torch_launcher_on_both_devices():
 
 
 def test_every_kernel_file_belongs_to_an_op():
-    spines = {path.stem for path in SPINES}
+    spines = {path.stem for path in [*SPINES, *(ROOT / "stablekern" / "optim").glob("*.py")]}
     assert {path.stem for path in TRITON} - {"numerics"} <= spines
     assert {path.stem for path in NATIVE} <= spines
 
 
 def test_every_bench_op_is_public():
     cases = pytest.importorskip("bench.cases", reason="the benches live in the checkout").all_cases()
-    assert {case.op for case in cases} <= set(stablekern.__all__)
+    assert {case.op for case in cases} <= {*stablekern.__all__, *stablekern.optim.__all__}
 
 
 @pytest.mark.parametrize("path", [*TRITON, *NATIVE], ids=named)

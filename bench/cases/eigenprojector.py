@@ -21,7 +21,7 @@ def _laplacians(device: str) -> tuple[Tensor, ...]:
     return (stablekern.normalized_laplacian(random_graphs(15_360, 19, 3, device)),)
 
 
-# The least to spend: tridiagonalise, 16/3 n^3 complex; k vectors of T, their way back and their product are n^2 k terms.
+# The least to spend: tridiagonalise, 16/3 n^3 complex; k vectors of T, their way back and product n^2 k.
 _COMPLEX = 64 * (16 / 3 * 144**3 + 3 * 8 * _RANK * 144**2)
 
 CASES = (

@@ -46,8 +46,9 @@ template <class T>
 T gap_of(const Cut& cut, const T* values, int32_t* info) {
   if (cut.below == 0 || cut.below == cut.n) return std::numeric_limits<T>::infinity();
   const T largest = std::max(std::abs(values[0]), std::abs(values[cut.n - 1]));
-  const T unit = largest < std::numeric_limits<T>::min() ? T(1) : largest;
-  if (values[cut.below] / unit - values[cut.below - 1] / unit <= static_cast<T>(cut.gap_floor)) *info |= kCutClosed;
+  const T down = power_of_two<T>(splat(largest)).down[0];
+  const T floor = largest * down * static_cast<T>(cut.gap_floor);
+  if (values[cut.below] * down - values[cut.below - 1] * down <= floor) *info |= kCutClosed;
   return values[cut.below] - values[cut.below - 1];
 }
 
@@ -162,7 +163,7 @@ template <class S>
 void project_large(const S* matrices, int64_t batch, const Cut& cut, const Projectors<S>& out) {
   const int n = cut.n;
   const int64_t size = static_cast<int64_t>(n) * n;
-  for_each_matrix<S>(batch, n, true, [&](HermitianSolver<S>& solver, int64_t item) {
+  for_each_matrix<S>(batch, n, [&](HermitianSolver<S>& solver, int64_t item) {
     S *projector = out.projector + item * size, *rows = out.rows + item * size;
     Real<S>* values = out.values + item * n;
     out.info[item] = solver.solve(matrices + item * size, false);

@@ -178,7 +178,7 @@ bool images_of(Function function, const T* w, int n, T* out) {
 template <class S>
 void apply_large(const S* matrices, int64_t batch, int n, Function function, const Results<S>& out) {
   const int64_t size = static_cast<int64_t>(n) * n;
-  for_each_matrix<S>(batch, n, true, [&](HermitianSolver<S>& solver, int64_t item) {
+  for_each_matrix<S>(batch, n, [&](HermitianSolver<S>& solver, int64_t item) {
     S *result = out.result + item * size, *rows = out.rows + item * size;
     Real<S>* values = out.values + item * n;
     const bool solved = solver.solve(matrices + item * size, false) == 0;

@@ -10,10 +10,10 @@ At $w_i = w_j$ the eigenvectors of the pair are defined up to a rotation. A loss
 $M_{ij} = \overline{M_{ji}}$: the entry is 0/0 and its right value is 0. In floating point the numerator is rounding
 and the gap is 0 or rounding too, so the plain formula gives NaN, infinity or noise. What stands in for it is `grad`:
 
-- `"auto"`: the numerator is 0 if $|M_{ij} - \overline{M_{ji}}| \le \kappa\,\epsilon\,(|M_{ij}| + |M_{ji}| + \nu
-  \max|M|)$, that is, if it is the rounding of a loss that treats the pair as one subspace, however large or small the
-  gap; then the Lorentzian $F(g) = g / (g^2 + \delta^2)$ with a width of a few ulp. Exact for functions of
-  eigenprojectors whose cut lies in a gap, and unbiased for separated eigenvalues.
+- `"auto"`: the numerator is 0 if $|M_{ij} - \overline{M_{ji}}| \le \kappa\,\epsilon \max_m \|M e_m\|$, that is, if it
+  is the rounding of a loss that treats the pair as one subspace, however large or small the gap; then the Lorentzian
+  $F(g) = g / (g^2 + \delta^2)$ with a width of a few ulp. Exact for functions of eigenprojectors whose cut lies in a
+  gap, and unbiased for separated eigenvalues.
 - `"lorentz"`: the Lorentzian alone, by default a thousandth wide: $|F| \le 1/(2\delta)$. A bounded surrogate for
   heads that see raw eigenvectors, which have no derivative at a repeated eigenvalue; biased by $(\delta/g)^2$
   elsewhere.
@@ -37,19 +37,20 @@ noise-floor test is this package's.
 from __future__ import annotations
 
 import math
+from ctypes import c_double, c_int, c_longlong
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablekern import _check, _load, numerics
+from stablekern import _check, _load, _nvrtc, numerics
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 
 __all__ = ["eigh", "eigh_ex", "eigvalsh"]
 
-_NOT_CONVERGED, _NON_FINITE = 1, 2  # bits of `info`
-_NATIVE_SIZE = 32  # the native kernels keep whole matrices in SIMD lanes
+_NOT_CONVERGED, _NON_FINITE, _WRONG = 1, 2, 4  # bits of `info`
+_NATIVE_SIZE = 32  # the kernels keep whole matrices in SIMD lanes, or a column of one in each lane of a warp
 _MODES = ("auto", "lorentz", "mask", "raw")  # their places are the codes of the op's `mode`
 _GAP_FLOORS = {
     "auto": numerics.EIGH_AUTO_GAP_ULPS,
@@ -66,7 +67,7 @@ class Eigh(NamedTuple):
 
 
 class EighEx(NamedTuple):
-    """`Eigh` with a status per matrix: bit 0 not converged, bit 1 a non-finite entry."""
+    """`Eigh` with a status per matrix: bit 0 not converged, bit 1 a non-finite entry, bit 2 a wrong result."""
 
     eigenvalues: Tensor
     eigenvectors: Tensor
@@ -100,7 +101,6 @@ def _fake_bwd(
     mode: int,
     gap_floor: float,
     noise_kappa: float,
-    noise_floor: float,
 ) -> Tensor:
     return torch.empty(eigenvector_rows.shape, dtype=eigenvector_rows.dtype, device=eigenvector_rows.device)
 
@@ -111,15 +111,13 @@ _fwd = define(
 _values_fwd = define("eigvalsh_fwd(Tensor A, bool upper) -> (Tensor eigenvalues, Tensor info)", fake=_fake_values)
 _bwd = define(
     "eigh_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor? grad_eigenvalues, Tensor? grad_eigenvector_rows,"
-    " int mode, float gap_floor, float noise_kappa, float noise_floor) -> Tensor grad_A",
+    " int mode, float gap_floor, float noise_kappa) -> Tensor grad_A",
     fake=_fake_bwd,
 )
 
 
 def lanes_reason(matrices: Tensor) -> str | None:
-    """Why the native kernels cannot take these (b, n, n) matrices into SIMD lanes, or None."""
-    if matrices.is_complex():
-        return "real matrices only"
+    """Why the kernels of small matrices, native and CUDA, cannot take these (b, n, n), or None."""
     return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
 
 
@@ -137,7 +135,8 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
+# Larger ones are torch's: without vectors there is little left to gain over its loop through LAPACK.
+@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: lanes_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
     outputs = _fake_values(A, upper)
     _load.native().eigvalsh_fwd(A.contiguous(), upper, *outputs)
@@ -150,6 +149,58 @@ def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mo
     result = _fake_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule)
     _load.native().eigh_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule, result)
     settle_failed(result, eigenvalues, *grads)
+    return result
+
+
+def cuda_macros(dtype: torch.dtype, n: int) -> dict[str, object]:
+    """How `csrc/cuda/eigh.cu` is compiled for (b, n, n) matrices: its macros."""
+    lanes = max(4, 1 << (n - 1).bit_length())
+    row = n * dtype.itemsize
+    # As many warps as share at most 40 KiB of shared memory in a block, and four at most.
+    warps = 4 if row <= 128 else 2 if row <= 256 else 1
+    real = "double" if dtype.to_real() == torch.float64 else "float"
+    return {"SK_REAL": real, "SK_COMPLEX": int(dtype.is_complex), "SK_N": n, "SK_LANES": lanes, "SK_WARPS": warps}
+
+
+def _launch(function: str, matrices: Tensor, arguments: list) -> None:
+    """Launch a kernel of `csrc/cuda/eigh.cu` for as many items as `matrices` (b, n, n) has."""
+    batch, n = matrices.shape[:2]
+    if matrices.numel() == 0:
+        return
+    macros = cuda_macros(matrices.dtype, n)
+    warps = macros["SK_WARPS"]
+    items = 32 // macros["SK_LANES"] * warps
+    _nvrtc.launch(
+        "eigh.cu", function, macros, device=matrices.device, blocks=-(-batch // items), threads=32 * warps,
+        arguments=arguments,
+    )  # fmt: skip
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As kernels read them: contiguous, and no conjugate or negative view."""
+    return [None if x is None else x.resolve_conj().resolve_neg().contiguous() for x in tensors]
+
+
+@launcher("eigh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: lanes_reason(A))
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake_fwd(A, upper)
+    _launch("eigh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), *outputs])
+    return outputs
+
+
+@launcher("eigvalsh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: lanes_reason(A))
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+    values, info = _fake_values(A, upper)
+    _launch("eigvalsh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), values, info])
+    return values, info
+
+
+@launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: lanes_reason(rows))
+def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
+    inputs = _dense(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows)
+    result = torch.empty_like(inputs[1])
+    numbers = [c_longlong(len(result)), c_int(mode), *(c_double(number) for number in rule)]
+    _launch("eigh_bwd", result, [*inputs, *numbers, result])
     return result
 
 
@@ -201,44 +252,113 @@ def _lapack(function, A: Tensor, upper: bool) -> tuple[tuple[Tensor, ...], Tenso
     return results, bad | lost, info
 
 
-@launcher("eigvalsh_fwd", device="cuda", backend="torch")
-@launcher("eigvalsh_fwd", device="cpu", backend="torch")
-def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
-    (values,), failed, info = _lapack(torch.linalg.eigvalsh, A, upper)
-    return values.masked_fill(failed[:, None], torch.nan), info
+def solver_part(n: int) -> int:
+    """How many (n, n) matrices cuSOLVER is given at once.
+
+    Its batched solvers count entries, and those of a workspace of several times the matrices, in 32 bits, and refuse
+    some 32 thousand matrices or more.
+    """
+    return max(1, min(1 << 14, (1 << 28) // (n * n)))
 
 
-@launcher("eigh_fwd", device="cuda", backend="torch")
-@launcher("eigh_fwd", device="cpu", backend="torch")
-def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (values, vectors), failed, info = _lapack(torch.linalg.eigh, A, upper)
+def _probe(n: int, like: Tensor) -> Tensor:
+    """A vector (n) with components between 1/2 and 3/2 in no order: no structured error is orthogonal to it."""
+    golden = (math.sqrt(5) - 1) / 2
+    return (torch.arange(1, n + 1, dtype=torch.float64, device=like.device) * golden).frac().add(0.5).to(like.dtype)
+
+
+def wrong_results(A: Tensor, upper: bool, values: Tensor, vectors: Tensor | None) -> Tensor:
+    r"""Which items (b) are no decomposition of `A` (b, n, n): true where rounding does not explain a deviation.
+
+    With a fixed vector $x$: $V V^H x = x$ and $A V x = V \Lambda x$; without vectors, $\sum w = \mathrm{tr} A$ and
+    $\sum w^2 = \|A\|_F^2$. That costs a few passes over the matrices instead of two products, and stays in the full
+    precision of the dtype, which products of matrices need not do on a GPU (TF32).
+    """
+    n = A.shape[-1]
+    largest = values.abs().amax(-1, keepdim=True)
+    unit = torch.where(largest < torch.finfo(values.dtype).tiny, 1.0, largest)[..., None]
+    triangle = (A.triu() if upper else A.tril()) / unit
+    strict = triangle.triu(1) if upper else triangle.tril(-1)
+    H, w = triangle + strict.mH, values / unit[..., 0]
+    bound = numerics.EIGH_CHECK_ULPS.of(values.dtype) * n
+    if vectors is None:
+        trace = H.diagonal(dim1=-2, dim2=-1).real.sum(-1) - w.sum(-1)
+        square = H.abs().square().sum((-2, -1)) - w.square().sum(-1)
+        return ~((trace.abs() <= bound * n) & (square.abs() <= bound * n))
+    x = _probe(n, values)
+    times = lambda matrices, columns: (matrices * columns[:, None, :]).sum(-1)  # noqa: E731
+    back = times(vectors, times(vectors.mH, x.expand_as(values))) - x
+    residual = times(H, times(vectors, x.expand_as(values))) - times(vectors, w * x)
+    limit = bound * x.norm()
+    return ~((back.abs().amax(-1) <= limit) & (residual.abs().amax(-1) <= limit))
+
+
+def _checked(function, A: Tensor, upper: bool) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """`_lapack` for a GPU: in parts, each item checked. Some cuSOLVER releases return wrong vectors and say nothing."""
+    found = []
+    for part in A.split(solver_part(A.shape[-1])):
+        results, failed, info = _lapack(function, part, upper)
+        wrong = ~failed & wrong_results(part, upper, results[0], results[1] if len(results) > 1 else None)
+        found.append((*results, failed | wrong, info + wrong.to(torch.int32) * _WRONG))
+    *results, failed, info = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return tuple(results), failed, info
+
+
+def _poisoned_values(results: tuple[Tensor, ...], failed: Tensor, info: Tensor) -> tuple[Tensor, Tensor]:
+    return results[0].masked_fill(failed[:, None], torch.nan), info
+
+
+def _gauged(results: tuple[Tensor, ...], failed: Tensor, info: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvectors as rows in the gauge of the op, and NaN for failed items."""
+    values, vectors = results
     rows = vectors.mT.contiguous()
     at = rows.abs().argmax(-1, keepdim=True)
     pivot = rows.gather(-1, at)
-    if A.is_complex():
+    if rows.is_complex():
         size = pivot.abs()
-        rows = (rows * (pivot.conj() / size)).scatter_(-1, at, size.to(A.dtype))
+        rows = (rows * (pivot.conj() / size)).scatter_(-1, at, size.to(rows.dtype))
     else:
         rows = torch.where(pivot < 0, -rows, rows)
     nan = torch.nan
     return values.masked_fill(failed[:, None], nan), rows.masked_fill(failed[:, None, None], nan), info
 
 
+@launcher("eigvalsh_fwd", device="cpu", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+    return _poisoned_values(*_lapack(torch.linalg.eigvalsh, A, upper))
+
+
+@launcher("eigvalsh_fwd", device="cuda", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+    return _poisoned_values(*_checked(torch.linalg.eigvalsh, A, upper))
+
+
+@launcher("eigh_fwd", device="cpu", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _gauged(*_lapack(torch.linalg.eigh, A, upper))
+
+
+@launcher("eigh_fwd", device="cuda", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _gauged(*_checked(torch.linalg.eigh, A, upper))
+
+
 def _phase_fixed(rows: Tensor, grad_rows: Tensor) -> Tensor:
     """The gradient of the eigenvectors with the effect of the gauge: see the module's text."""
     turn = (rows.conj() * grad_rows).sum(-1, keepdim=True).imag
-    at = rows.abs().argmax(-1, keepdim=True)
+    # The largest component that is real: by the moduli alone rounding could take another one for the pivot.
+    at = torch.where(rows.imag == 0, rows.real, 0.0).argmax(-1, keepdim=True)
     return grad_rows.scatter_add(-1, at, torch.complex(torch.zeros_like(turn), -turn / rows.gather(-1, at).real))
 
 
 @launcher("eigh_bwd", device="cuda", backend="torch")
 @launcher("eigh_bwd", device="cpu", backend="torch")
-def _(w, rows, grad_w, grad_rows, mode, gap_floor, noise_kappa, noise_floor) -> Tensor:
+def _(w, rows, grad_w, grad_rows, mode, gap_floor, noise_kappa) -> Tensor:
     if grad_rows is None:
         grad = (rows * grad_w[..., None]).mT @ rows.conj()
     else:
         M = rows.conj() @ (_phase_fixed(rows, grad_rows) if rows.is_complex() else grad_rows).mT
-        S = _weighed(w, M, _MODES[mode], gap_floor, noise_kappa * torch.finfo(w.dtype).eps, noise_floor)
+        S = _weighed(w, M, _MODES[mode], gap_floor, noise_kappa * torch.finfo(w.dtype).eps)
         S.diagonal(dim1=-2, dim2=-1).copy_(torch.zeros_like(w) if grad_w is None else grad_w)
         grad = rows.mT @ S @ rows.conj()
     grad = (grad / 2 + grad.mH / 2).contiguous()
@@ -246,24 +366,41 @@ def _(w, rows, grad_w, grad_rows, mode, gap_floor, noise_kappa, noise_floor) -> 
     return grad
 
 
-def _weighed(w: Tensor, M: Tensor, mode: str, gap_floor: float, noise: float, noise_floor: float) -> Tensor:
+def gap_unit(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A power of two near max|w| (b, 1), and max|w| over it: in such units no square of a gap over- or underflows.
+
+    Dividing by max|w| itself would round: by an ulp of max|w|, which close eigenvalues have nothing to spare for. A
+    matrix of subnormals counts as 0.
+    """
+    largest = values.abs().amax(-1, keepdim=True)
+    usable = torch.where(torch.isfinite(largest) & (largest >= torch.finfo(values.dtype).tiny), largest, 1.0)
+    ratio = 2 * torch.frexp(usable).mantissa  # in [1, 2)
+    return usable / ratio, ratio
+
+
+def _weighed(w: Tensor, M: Tensor, mode: str, gap_floor: float, noise: float) -> Tensor:
     """S off the diagonal."""
-    # Gaps in units of max|w|, so that no square over- or underflows; a matrix of subnormals counts as 0.
-    largest = w.abs().amax(-1, keepdim=True)
-    unit = torch.where(largest < torch.finfo(w.dtype).tiny, 1.0, largest)
+    unit, largest = gap_unit(w)
     gap = (w / unit)[:, None, :] - (w / unit)[:, :, None]
+    gap_floor = gap_floor * largest[..., None]
     numerator = M - M.mH
     if mode == "auto":
-        size = M.abs()
-        limit = noise * (size + size.mT + noise_floor * size.amax((-2, -1), keepdim=True))
-        numerator = torch.where(numerator.abs() <= limit, 0.0, numerator)
+        numerator = torch.where(numerator.abs() <= noise * _longest_column(M), 0.0, numerator)
     if mode in ("auto", "lorentz"):
-        weighed = numerator * (gap / (gap.square() + gap_floor**2))
+        weighed = numerator * (gap / (gap.square() + gap_floor.square()))
     elif mode == "mask":
         weighed = torch.where(gap.abs() <= gap_floor, 0.0, numerator / gap)
     else:
         weighed = numerator / gap
     return weighed / (2 * unit[..., None])
+
+
+def _longest_column(M: Tensor) -> Tensor:
+    """max_j of the length of column j, (b, 1, 1); the squares are of numbers scaled to a largest one of 1."""
+    size = M.abs()
+    largest = size.amax((-2, -1), keepdim=True)
+    scaled = size / torch.where(largest == 0, 1.0, largest)
+    return largest * scaled.square().sum(-2, keepdim=True).amax(-1, keepdim=True).sqrt()
 
 
 class _Eigh(torch.autograd.Function):
@@ -295,9 +432,8 @@ def forward_of(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def backward_of(
     values: Tensor, rows: Tensor, grad_values: Tensor | None, grad_rows: Tensor | None, mode: int, gap_floor: float
 ) -> Tensor:
-    """The op `eigh_bwd` with the package's noise constants."""
-    noise = numerics.EIGH_NOISE_KAPPA.of(), numerics.EIGH_NOISE_FLOOR.of()
-    return _bwd(values, rows, grad_values, grad_rows, mode, gap_floor, *noise)
+    """The op `eigh_bwd` with the package's noise constant."""
+    return _bwd(values, rows, grad_values, grad_rows, mode, gap_floor, numerics.EIGH_NOISE_KAPPA.of())
 
 
 def gap_rule(op: str, grad: str, gap_floor: float | None, dtype: torch.dtype) -> tuple[int, float]:
@@ -329,8 +465,8 @@ def eigh_ex(
     """`eigh` with a status: `(eigenvalues, eigenvectors, info)`.
 
     `info` (int32, one per matrix) is 0 for success; bit 0: no convergence, bit 1: an entry of the matrix, in either
-    triangle, is not finite. The results of a matrix whose `info` is not 0 are NaN; no other item is touched. All else
-    is as in `eigh`.
+    triangle, is not finite, bit 2: cuSOLVER returned something else than a decomposition of the matrix. The results of
+    a matrix whose `info` is not 0 are NaN; no other item is touched. All else is as in `eigh`.
     """
     flat, upper = _ready("eigh", A, UPLO)
     mode, floor = gap_rule("eigh", grad, gap_floor, flat.dtype)
@@ -374,8 +510,10 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Real matrices up to n = 32 run in kernels of the package's own on a CPU, all others in
-    LAPACK, one matrix per thread; on a GPU in cuSOLVER, which synchronises with the host.
+    returned is a finite stand-in. Up to n = 32 matrices run in kernels of the package's own: natively on a CPU, in
+    CUDA on a GPU (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later
+    ones can). Larger ones run in LAPACK, one matrix per thread, or cuSOLVER, which synchronises with the host; its
+    results are checked.
     **Sources:** see the module's text.
     """
     return Eigh(*eigh_ex(A, UPLO, grad=grad, gap_floor=gap_floor)[:2])

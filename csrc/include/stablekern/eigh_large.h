@@ -39,21 +39,19 @@ void write_in_gauge(const S* from, int n, S* to) {
   }
 }
 
-// `rows` null: the eigenvalues alone.
 template <class S>
 void solve_large(const S* matrices, int64_t batch, int n, bool upper, Real<S>* values, S* rows, int32_t* info) {
   const int64_t size = static_cast<int64_t>(n) * n;
-  for_each_matrix<S>(batch, n, rows != nullptr, [&](HermitianSolver<S>& solver, int64_t item) {
+  for_each_matrix<S>(batch, n, [&](HermitianSolver<S>& solver, int64_t item) {
     Real<S>* w = values + item * n;
-    S* to = rows ? rows + item * size : nullptr;
+    S* to = rows + item * size;
     info[item] = solver.solve(matrices + item * size, upper);
     if (info[item] != 0) {
       fill_nan(w, n);
-      if (to) fill_nan(to, size);
+      fill_nan(to, size);
       return;
     }
     std::copy_n(solver.values.get(), n, w);
-    if (!to) return;
     for (int j = 0; j < n; ++j) write_in_gauge(solver.matrix + static_cast<int64_t>(j) * n, n, to + j * int64_t{n});
   });
 }
@@ -91,8 +89,12 @@ void weigh_columns(int n, const GapRule& rule, const Real<S>* w, const Real<S>* 
   const PowerOfTwo<T> unit = power_of_two<T>(splat(largest_value)), scale = power_of_two<T>(splat(largest_part));
   const T down = unit.down[0], half = T(0.5) * down, up = scale.up[0];
   for (int64_t i = 0; i < size * parts; ++i) flat[i] *= scale.down[0];
-  T largest = 0;
-  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, squared(m[i]));
+  T longest = 0;  // column of M, squared
+  for (int j = 0; j < n; ++j) {
+    T sum = 0;
+    for (int64_t i = j * int64_t{n}; i < (j + 1) * int64_t{n}; ++i) sum += squared(m[i]);
+    longest = std::max(longest, sum);
+  }
   for (int jb = 0; jb < n; jb += kBlock)
     for (int ib = 0; ib < n; ib += kBlock)
       for (int j = jb; j < std::min(jb + kBlock, n); ++j)
@@ -100,9 +102,9 @@ void weigh_columns(int n, const GapRule& rule, const Real<S>* w, const Real<S>* 
           adjoint[static_cast<int64_t>(j) * n + i] = conjugate(m[static_cast<int64_t>(i) * n + j]);
 
   const T floor = largest_value * down * static_cast<T>(rule.gap_floor), floor_square = floor * floor;
-  const T kappa = static_cast<T>(rule.noise_kappa) * std::numeric_limits<T>::epsilon();
-  const T noise = static_cast<T>(rule.noise_floor) * std::sqrt(largest);
   const int64_t mode = rule.mode;
+  const T kappa = static_cast<T>(rule.noise_kappa) * std::numeric_limits<T>::epsilon();
+  const T limit = mode == kAuto ? kappa * kappa * longest : T(-1);
   for (int j = 0; j < n; ++j) {
     S *column = m + static_cast<int64_t>(j) * n, *other = adjoint + static_cast<int64_t>(j) * n;
     const T wj = w[j] * down;
@@ -113,10 +115,7 @@ void weigh_columns(int n, const GapRule& rule, const Real<S>* w, const Real<S>* 
       if (mode == kMask) factor = std::abs(gap) > floor ? factor : T(0);
       if (mode == kRaw) factor = 1 / gap;
       const S numerator = column[i] - other[i];
-      if (mode == kAuto) {
-        const T limit = kappa * (std::sqrt(squared(column[i])) + std::sqrt(squared(other[i])) + noise);
-        factor = squared(numerator) <= limit * limit ? T(0) : factor;
-      }
+      if (squared(numerator) <= limit) factor = 0;
       other[i] = numerator * (factor * half) * up;
     }
     other[j] = diagonal ? S(diagonal[j]) : S(0);

@@ -29,15 +29,15 @@
 namespace stablekern {
 
 template <class S>
-struct RealOf {
+struct RealPart {
   using type = S;
 };
 template <class T>
-struct RealOf<std::complex<T>> {
+struct RealPart<std::complex<T>> {
   using type = T;
 };
 template <class S>
-using Real = typename RealOf<S>::type;
+using Real = typename RealPart<S>::type;
 template <class S>
 constexpr bool kComplex = !std::is_same_v<S, Real<S>>;
 
@@ -239,12 +239,14 @@ class HermitianSolver {
  public:
   using T = Real<S>;
 
-  HermitianSolver(int n, bool vectors)
-      : n_(n), job_(vectors ? 'V' : 'N'), sizes_(query()), matrix(size(n) * n), values(n), work_(sizes_.work),
+  static constexpr char kVectors = 'V';
+
+  explicit HermitianSolver(int n)
+      : n_(n), sizes_(query()), matrix(size(n) * n), values(n), work_(sizes_.work),
         real_work_(sizes_.real), integer_work_(sizes_.integer) {}
 
-  // `info` of the matrix given by rows: the bits of `eigh_ex`. Where it is 0, `values` ascend and, if asked for, column
-  // j of `matrix` is eigenvector j, of no particular sign or phase.
+  // `info` of the matrix given by rows: the bits of `eigh_ex`. Where it is 0, `values` ascend and column j of
+  // `matrix` is eigenvector j, of no particular sign or phase.
   int32_t solve(const S* rows, bool upper) {
     const int64_t length = static_cast<int64_t>(n_) * n_;
     if (!all_finite(rows, length)) return kNonFiniteMatrix;
@@ -254,14 +256,13 @@ class HermitianSolver {
     const int integer = static_cast<int>(sizes_.integer);
     int info = 0;
     if constexpr (kComplex<S>)
-      Lapack<S>::get().eigh(&job_, &triangle, &n_, matrix, &n_, values, work_, &work, real_work_, &real, integer_work_,
+      Lapack<S>::get().eigh(&kVectors, &triangle, &n_, matrix, &n_, values, work_, &work, real_work_, &real, integer_work_,
                             &integer, &info);
     else
-      Lapack<S>::get().eigh(&job_, &triangle, &n_, matrix, &n_, values, work_, &work, integer_work_, &integer, &info);
+      Lapack<S>::get().eigh(&kVectors, &triangle, &n_, matrix, &n_, values, work_, &work, integer_work_, &integer, &info);
     if (info != 0) return kUnconverged;
     if constexpr (kComplex<S>)
-      if (job_ == 'V')
-        for (int64_t i = 0; i < length; ++i) matrix[i] = std::conj(matrix[i]);
+      for (int64_t i = 0; i < length; ++i) matrix[i] = std::conj(matrix[i]);
     return 0;
   }
 
@@ -289,10 +290,10 @@ class HermitianSolver {
     T real{}, values{};
     int integer = 0, info = 0;
     if constexpr (kComplex<S>)
-      Lapack<S>::get().eigh(&job_, &triangle, &n_, &none, &n_, &values, &work, &ask, &real, &ask, &integer, &ask,
+      Lapack<S>::get().eigh(&kVectors, &triangle, &n_, &none, &n_, &values, &work, &ask, &real, &ask, &integer, &ask,
                             &info);
     else
-      Lapack<S>::get().eigh(&job_, &triangle, &n_, &none, &n_, &values, &work, &ask, &integer, &ask, &info);
+      Lapack<S>::get().eigh(&kVectors, &triangle, &n_, &none, &n_, &values, &work, &ask, &integer, &ask, &info);
     // Sizes come as floating point numbers, which may have been rounded down: never below what is documented.
     const std::size_t n = size(n_);
     const std::size_t least = kComplex<S> ? 2 * n + n * n : 1 + 6 * n + 2 * n * n;
@@ -302,7 +303,6 @@ class HermitianSolver {
   }
 
   int n_;
-  char job_;
   Sizes sizes_;
 
  public:
@@ -319,10 +319,10 @@ class HermitianSolver {
 
 // `item(solver, i)` for each item of a batch, in parallel, one thread each.
 template <class S, class Item>
-void for_each_matrix(int64_t batch, int n, bool vectors, const Item& item) {
+void for_each_matrix(int64_t batch, int n, const Item& item) {
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     const OneThread alone;
-    HermitianSolver<S> solver(n, vectors);
+    HermitianSolver<S> solver(n);
     for (int64_t i = begin; i < end; ++i) item(solver, i);
   });
 }

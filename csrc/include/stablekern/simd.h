@@ -20,6 +20,7 @@
 #endif
 
 #define SK_INLINE inline __attribute__((always_inline))
+#define SK_NOINLINE __attribute__((noinline))  // of templates: one copy, and registers of its own
 
 namespace stablekern {
 
@@ -288,8 +289,30 @@ SK_INLINE V fma(V a, V b, V c) {
 // -(a * b) + c
 template <class V>
 SK_INLINE V fnma(V a, V b, V c) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else
+    return (V)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else
+    return (V)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
   return fma(-a, b, c);
+#endif
 }
+#if defined(SK_AVX512)
+// p * 2^n for integral n of any size, rounded once.
+template <class T>
+SK_INLINE Vec<T> scale(Vec<T> p, Vec<T> n) {
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
+  else
+    return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+}
+#endif
 template <class V>
 SK_INLINE V sqrt(V a) {
 #if defined(SK_AVX512)
@@ -306,6 +329,22 @@ SK_INLINE V sqrt(V a) {
   V r;
   for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) r[i] = __builtin_sqrt(a[i]);
   return r;
+#endif
+}
+// 1 / a for normal a whose reciprocal is normal, to about one ulp.
+template <class V>
+SK_INLINE V reciprocal(V a) {
+#if defined(SK_AVX512)
+  constexpr int kSteps = sizeof(a[0]) == 4 ? 1 : 2;
+  V estimate;
+  if constexpr (sizeof(a[0]) == 4)
+    estimate = (V)_mm512_rcp14_ps((__m512)a);
+  else
+    estimate = (V)_mm512_rcp14_pd((__m512d)a);
+  for (int step = 0; step < kSteps; ++step) estimate = fma(estimate, fma(-a, estimate, V{} + 1.0f), estimate);
+  return estimate;
+#else
+  return 1 / a;
 #endif
 }
 // 1 / sqrt(a) for normal a > 0, to about one ulp: a 14-bit estimate and Newton's steps where the machine has one.
@@ -494,6 +533,52 @@ SK_INLINE Vec<T> permute(Vec<T> v, IVec<T> index) {
   return r;
 }
 
+// Even and odd elements of two consecutive vectors, and back: planes of interleaved complex numbers.
+template <class T>
+SK_INLINE void deinterleave(Vec<T> first, Vec<T> second, Vec<T>& even, Vec<T>& odd) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = (Vec<T>)_mm512_permutex2var_ps((__m512)first, at, (__m512)second);
+    odd = (Vec<T>)_mm512_permutex2var_ps((__m512)first, _mm512_or_si512(at, _mm512_set1_epi32(1)), (__m512)second);
+  } else {
+    const __m512i at = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    even = (Vec<T>)_mm512_permutex2var_pd((__m512d)first, at, (__m512d)second);
+    odd = (Vec<T>)_mm512_permutex2var_pd((__m512d)first, _mm512_or_si512(at, _mm512_set1_epi64(1)), (__m512d)second);
+  }
+#else
+  constexpr int half = kLanes<T> / 2;
+  for (int i = 0; i < half; ++i) {
+    even[i] = first[2 * i];
+    odd[i] = first[2 * i + 1];
+    even[half + i] = second[2 * i];
+    odd[half + i] = second[2 * i + 1];
+  }
+#endif
+}
+template <class T>
+SK_INLINE void interleave(Vec<T> even, Vec<T> odd, Vec<T>& first, Vec<T>& second) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    first = (Vec<T>)_mm512_permutex2var_ps((__m512)even, at, (__m512)odd);
+    second = (Vec<T>)_mm512_permutex2var_ps((__m512)even, _mm512_add_epi32(at, _mm512_set1_epi32(8)), (__m512)odd);
+  } else {
+    const __m512i at = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    first = (Vec<T>)_mm512_permutex2var_pd((__m512d)even, at, (__m512d)odd);
+    second = (Vec<T>)_mm512_permutex2var_pd((__m512d)even, _mm512_add_epi64(at, _mm512_set1_epi64(4)), (__m512d)odd);
+  }
+#else
+  constexpr int half = kLanes<T> / 2;
+  for (int i = 0; i < half; ++i) {
+    first[2 * i] = even[i];
+    first[2 * i + 1] = odd[i];
+    second[2 * i] = even[half + i];
+    second[2 * i + 1] = odd[half + i];
+  }
+#endif
+}
+
 // Lane i of the result is the sum over the lanes of r[i], i < kLanes: three instructions a sum instead of eight.
 template <class T>
 SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r) {
@@ -526,6 +611,92 @@ SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r) {
   for (int i = 0; i < kLanes<T>; ++i) sums[i] = horizontal_sum(r[i]);
   return sums;
 #endif
+}
+
+// ---- pairs of lanes, complex numbers ------------------------------------------------------------------------------
+
+// Lanes 2 i and 2 i + 1 exchanged; both lane 2 i; both lane 2 i + 1.
+template <class T>
+SK_INLINE Vec<T> swap_pairs(Vec<T> v) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_permute_ps((__m512)v, 0xb1);
+  else
+    return (Vec<T>)_mm512_permute_pd((__m512d)v, 0x55);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_permute_ps((__m256)v, 0xb1);
+  else
+    return (Vec<T>)_mm256_permute_pd((__m256d)v, 0x5);
+#else
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[i ^ 1];
+  return r;
+#endif
+}
+template <class T>
+SK_INLINE Vec<T> first_of_pairs(Vec<T> v) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_moveldup_ps((__m512)v);
+  else
+    return (Vec<T>)_mm512_movedup_pd((__m512d)v);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_moveldup_ps((__m256)v);
+  else
+    return (Vec<T>)_mm256_movedup_pd((__m256d)v);
+#else
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[i & ~1];
+  return r;
+#endif
+}
+template <class T>
+SK_INLINE Vec<T> second_of_pairs(Vec<T> v) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_movehdup_ps((__m512)v);
+  else
+    return (Vec<T>)_mm512_permute_pd((__m512d)v, 0xff);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_movehdup_ps((__m256)v);
+  else
+    return (Vec<T>)_mm256_permute_pd((__m256d)v, 0xf);
+#else
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[i | 1];
+  return r;
+#endif
+}
+// `transpose` with pairs for elements, kLanes / 2 of them a side.
+template <class T>
+SK_INLINE void transpose_pairs(Vec<T>* r) {
+  if constexpr (sizeof(T) == 4) {
+    Vec<double> t[kLanes<double>];
+    for (int i = 0; i < kLanes<double>; ++i) t[i] = (Vec<double>)r[i];
+    transpose<double>(t);
+    for (int i = 0; i < kLanes<double>; ++i) r[i] = (Vec<T>)t[i];
+  } else {
+#if defined(SK_AVX512)
+    auto* x = reinterpret_cast<__m512d*>(r);
+    __m512d t[4];
+    for (int i = 0; i < 2; ++i) {
+      t[2 * i] = _mm512_shuffle_f64x2(x[2 * i], x[2 * i + 1], 0x44);
+      t[2 * i + 1] = _mm512_shuffle_f64x2(x[2 * i], x[2 * i + 1], 0xee);
+    }
+    for (int i = 0; i < 2; ++i) {
+      x[2 * i] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
+      x[2 * i + 1] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+    }
+#elif defined(SK_AVX2)
+    auto* x = reinterpret_cast<__m256d*>(r);
+    const __m256d low = _mm256_permute2f128_pd(x[0], x[1], 0x20);
+    x[1] = _mm256_permute2f128_pd(x[0], x[1], 0x31);
+    x[0] = low;
+#endif  // elsewhere a vector holds one pair
+  }
 }
 
 }  // namespace stablekern
