@@ -38,7 +38,26 @@ class Launch:
 
 
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
+REALS = ("fp32", "fp64")
+TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
+TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
 LAUNCHES = {
+    "covariance_blend_fwd_kernel": tuple(
+        Launch(
+            {**TILES, "PARTS": parts, "HAS_SAMP": full, "HAS_WEIGHTS": full, "WIDTH": 256},
+            {**TILE_TYPES, "table_ptr": "*i32"},
+            REALS,
+        )
+        for parts, full in ((2, True), (1, False))
+    ),
+    "covariance_blend_status_kernel": (Launch(TILES, {**TILE_TYPES, "table_ptr": "*i32"}, REALS),),
+    "covariance_blend_bwd_kernel": tuple(
+        Launch({**TILES, "PARTS": parts, "BY_PRED": True, "HAS_SAMP": full, "HAS_WEIGHTS": full}, TILE_TYPES, REALS)
+        for parts, full in ((2, True), (1, False))
+    ),
+    "covariance_blend_diagonal_kernel": (
+        Launch({**TILES, "BY_PRED": True, "BY_WEIGHTS": True, "HAS_WEIGHTS": True}, TILE_TYPES, REALS),
+    ),
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
         Launch({"BY_LOGITS": False, "BY_TARGETS": False, "HAS_GAMMA": False, **ELEMENTWISE}, {"n": "i32"}),
