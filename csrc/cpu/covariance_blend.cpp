@@ -18,6 +18,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "stablekern/complex_simd.h"
 #include "stablekern/simd.h"
 
 namespace stablekern {
@@ -31,17 +32,8 @@ constexpr int64_t kStreamBytes = 2 * 1024 * 1024;  // a result larger than a cor
 constexpr int32_t kNoTrace = 1, kNonFinite = 2;
 
 template <class E>
-struct RealOf {
-  using type = E;
-};
-template <class T>
-struct RealOf<std::complex<T>> {
-  using type = T;
-};
-
-template <class E>
 struct Square {
-  using T = typename RealOf<E>::type;
+  using T = RealOf<E>;
   static constexpr int kParts = sizeof(E) / sizeof(T);
   static constexpr int kSide = std::max<int>(1, kVectorBytes / static_cast<int>(sizeof(E)));
 
@@ -129,7 +121,7 @@ struct Coefficients {
 
 template <class E>
 struct Problem {
-  using T = typename RealOf<E>::type;
+  using T = RealOf<E>;
   int64_t batch, n;
   const T* pred;
   const T* samp;     // null: none
@@ -153,7 +145,7 @@ struct Problem {
 
 template <class E>
 Problem<E> describe(const Tensor& pred, const Tensor& samp, const Tensor& weights, Coefficients constants) {
-  using T = typename RealOf<E>::type;
+  using T = RealOf<E>;
   const auto given = [](const Tensor& t) { return t.numel() ? static_cast<const T*>(t.const_data_ptr()) : nullptr; };
   return {pred.size(0), pred.size(1), static_cast<const T*>(pred.const_data_ptr()), given(samp), given(weights),
           constants};
@@ -163,8 +155,8 @@ Problem<E> describe(const Tensor& pred, const Tensor& samp, const Tensor& weight
 
 // The trace of a matrix and what is wrong with it. Diagonal entries of both signs can leave a positive rounding error.
 template <class E>
-double trace_of(const Problem<E>& p, const typename RealOf<E>::type* matrix, int32_t& info) {
-  using T = typename RealOf<E>::type;
+double trace_of(const Problem<E>& p, const RealOf<E>* matrix, int32_t& info) {
+  using T = RealOf<E>;
   double trace = 0, size = 0;
   for (int64_t i = 0; i < p.n; ++i) {
     const double entry = matrix[i * (p.n + 1) * p.parts];
@@ -179,8 +171,8 @@ double trace_of(const Problem<E>& p, const typename RealOf<E>::type* matrix, int
 }
 
 template <class E>
-void forward(const Problem<E>& p, typename RealOf<E>::type* out, double* traces, int32_t* info) {
-  using T = typename RealOf<E>::type;
+void forward(const Problem<E>& p, RealOf<E>* out, double* traces, int32_t* info) {
+  using T = RealOf<E>;
   using S = Square<E>;
   constexpr int side = S::kSide;
   const bool streaming = p.streams(out);
@@ -236,19 +228,19 @@ void forward(const Problem<E>& p, typename RealOf<E>::type* out, double* traces,
 
 // <g, X> over a tile, X read where the tile lies.
 template <class E>
-SK_INLINE Vec<typename RealOf<E>::type> product(const typename Square<E>::Tile& g,
-                                                const typename RealOf<E>::type* matrix, int64_t n, int rows,
-                                                int columns, Vec<typename RealOf<E>::type> up,
-                                                Vec<typename RealOf<E>::type> sum) {
+SK_INLINE Vec<RealOf<E>> product(const typename Square<E>::Tile& g,
+                                                const RealOf<E>* matrix, int64_t n, int rows,
+                                                int columns, Vec<RealOf<E>> up,
+                                                Vec<RealOf<E>> sum) {
   const typename Square<E>::Tile x = Square<E>::load_tile(matrix, n, rows, columns);
   for (int r = 0; r < Square<E>::kSide; ++r) sum = fma(g.row[r], x.row[r] * up, sum);
   return sum;
 }
 
 template <class E>
-void backward(const Problem<E>& p, const typename RealOf<E>::type* grad, const double* traces, const int32_t* info,
-              typename RealOf<E>::type* grad_pred, typename RealOf<E>::type* grad_weights) {
-  using T = typename RealOf<E>::type;
+void backward(const Problem<E>& p, const RealOf<E>* grad, const double* traces, const int32_t* info,
+              RealOf<E>* grad_pred, RealOf<E>* grad_weights) {
+  using T = RealOf<E>;
   using S = Square<E>;
   constexpr int side = S::kSide;
   const bool streaming = p.streams(grad_pred);
@@ -331,7 +323,7 @@ void covariance_blend_fwd(Tensor pred, Tensor samp, Tensor weights, double by_pr
                           Tensor out, Tensor traces, Tensor info) {
   for_type(pred, [&]<class E>(E) {
     forward(describe<E>(pred, samp, weights, {by_pred, by_samp, by_eye}),
-            static_cast<typename RealOf<E>::type*>(out.mutable_data_ptr()),
+            static_cast<RealOf<E>*>(out.mutable_data_ptr()),
             static_cast<double*>(traces.mutable_data_ptr()), static_cast<int32_t*>(info.mutable_data_ptr()));
   });
 }
@@ -339,7 +331,7 @@ void covariance_blend_fwd(Tensor pred, Tensor samp, Tensor weights, double by_pr
 void covariance_blend_bwd(Tensor grad, Tensor pred, Tensor samp, Tensor weights, double by_pred, Tensor traces,
                           Tensor info, Tensor grad_pred, Tensor grad_weights) {
   for_type(pred, [&]<class E>(E) {
-    using T = typename RealOf<E>::type;
+    using T = RealOf<E>;
     const auto wanted = [](Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
     backward(describe<E>(pred, samp, weights, {by_pred, 0, 0}), static_cast<const T*>(grad.const_data_ptr()),
              static_cast<const double*>(traces.const_data_ptr()), static_cast<const int32_t*>(info.const_data_ptr()),

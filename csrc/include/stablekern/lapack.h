@@ -24,22 +24,15 @@
 #include <new>
 #include <type_traits>
 
+#include "stablekern/complex_simd.h"
 #include "stablekern/simd.h"
 
 namespace stablekern {
 
 template <class S>
-struct RealPart {
-  using type = S;
-};
-template <class T>
-struct RealPart<std::complex<T>> {
-  using type = T;
-};
+using Real = RealOf<S>;
 template <class S>
-using Real = typename RealPart<S>::type;
-template <class S>
-constexpr bool kComplex = !std::is_same_v<S, Real<S>>;
+constexpr bool kComplex = kIsComplex<S>;
 
 template <class S>
 SK_INLINE S conjugate(S z) {
