@@ -166,6 +166,26 @@ def _(*arguments):
     return outputs
 
 
+@launcher("ssd_scan_fwd", device="cuda", backend="triton")
+@launcher("ssd_scan_fwd", device="cpu", backend="triton")
+def _(*arguments):
+    from stablekern.triton_kernels.ssd_scan import ssd_scan_fwd
+
+    outputs = _fake_fwd(*arguments)
+    ssd_scan_fwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
+
+
+@launcher("ssd_scan_bwd", device="cuda", backend="triton")
+@launcher("ssd_scan_bwd", device="cpu", backend="triton")
+def _(*arguments):
+    from stablekern.triton_kernels.ssd_scan import ssd_scan_bwd
+
+    outputs = _fake_bwd(*arguments)
+    ssd_scan_bwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
+
+
 def _per_head(M: Tensor, heads: int) -> Tensor:
     """(b, l, g, n) to (b, l, h, 1, n)."""
     groups = M.shape[2]
