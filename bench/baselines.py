@@ -43,3 +43,18 @@ def ssd_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         state = state * decay[:, :, None, None] + entering
         outputs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t, 0]))
     return torch.stack(outputs, 1)
+
+
+def selective_scan_pscan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """What mambapy runs between its projections, on the time-major views that its block makes."""
+    from mambapy.mamba import MambaBlock
+
+    return MambaBlock.selective_scan(None, u.mT, delta.mT, A, B.mT, C.mT, D).mT
+
+
+def selective_scan_transformers(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """What transformers runs without compiled kernels: everything discretised at once, then a loop over time."""
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    outputs = mamba_selective_scan(u, delta, A, B, C, D)
+    return outputs[0] if isinstance(outputs, tuple) else outputs

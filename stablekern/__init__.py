@@ -29,6 +29,7 @@ from stablekern.ops.mvdr_denominator import mvdr_denominator
 from stablekern.ops.normalized_laplacian import normalized_laplacian
 from stablekern.ops.ridge_lstsq import ridge_lstsq
 from stablekern.ops.sample_covariance import sample_covariance
+from stablekern.ops.selective_scan import selective_scan
 from stablekern.ops.spectral_function import spectral_function
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.subspace_residual import subspace_residual
@@ -58,6 +59,7 @@ __all__ = [
     "normalized_laplacian",
     "ridge_lstsq",
     "sample_covariance",
+    "selective_scan",
     "spectral_function",
     "ssd_scan",
     "subspace_residual",

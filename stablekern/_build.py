@@ -39,6 +39,7 @@ SOURCES = (
     "cpu/focal_loss.cpp",
     "cpu/laplacian_pe.cpp",
     "cpu/linear_scan.cpp",
+    "cpu/selective_scan.cpp",
     "cpu/ssd_scan.cpp",
 )
 

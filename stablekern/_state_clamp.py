@@ -25,6 +25,13 @@ def pair(op: str, state_clamp: Bound | Sequence[Bound]) -> tuple[Bound, Bound]:
     return -state_clamp, state_clamp
 
 
+def radius(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tuple[None, Tensor | None]:
+    """The clamp of complex states, as `bounds` gives that of real ones: no lower bound, and the largest modulus."""
+    if isinstance(state_clamp, (tuple, list)):
+        raise ValueError(message(op, "`state_clamp` of complex states is one bound on the modulus", "a pair"))
+    return None, bounds(op, state_clamp, like, **sizes)[1]
+
+
 def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Lower and upper bound with the dtype and device of `like`, expanded to the named `sizes`, outermost first.
 

@@ -16,12 +16,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "stablekern/lanes.h"
 #include "stablekern/simd.h"
 #include "stablekern/tensor.h"
 #include "stablekern/vmath.h"
@@ -87,44 +87,6 @@ struct Place {
   }
   int64_t blocks() const { return (count + kLanes<T> - 1) / kLanes<T>; }
 };
-
-// One allocation per thread, zeroed (rows of heads are padded with zeros), handed out in cache lines.
-class Arena {
- public:
-  template <class V>
-  void reserve(int64_t count) {
-    bytes_ += padded(count * static_cast<int64_t>(sizeof(V)));
-  }
-  void allocate() {
-    memory_.reset(new char[static_cast<size_t>(bytes_ + kLine)]());
-    next_ = memory_.get() + (kLine - reinterpret_cast<uintptr_t>(memory_.get()) % kLine) % kLine;
-  }
-  template <class V>
-  V* take(int64_t count) {
-    char* here = next_;
-    next_ += padded(count * static_cast<int64_t>(sizeof(V)));
-    return reinterpret_cast<V*>(here);
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  static int64_t padded(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
-  std::unique_ptr<char[]> memory_;
-  char* next_ = nullptr;
-  int64_t bytes_ = 0;
-};
-
-// Lanes of block `w` out of the `count` channels at `p`.
-template <class T>
-SK_INLINE Vec<T> load_block(const T* p, int w, int64_t count) {
-  const int64_t left = count - w * kLanes<T>;
-  return left >= kLanes<T> ? load(p + w * kLanes<T>) : load_first(p + w * kLanes<T>, static_cast<int>(left));
-}
-template <class T>
-SK_INLINE void store_block(T* p, Vec<T> v, int w, int64_t count) {
-  const int64_t left = count - w * kLanes<T>;
-  left >= kLanes<T> ? store(p + w * kLanes<T>, v) : store_first(p + w * kLanes<T>, v, static_cast<int>(left));
-}
 
 // Calls f(tile size as a constant, first state) until all states are covered.
 template <class F>
@@ -340,7 +302,7 @@ struct Scratch {
   T* sums;                             // [steps * states, padded]
   Vec<T>* zeros;                       // [tile], where a sum begins
 
-  static int64_t padded(int64_t count) { return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+  static int64_t padded(int64_t count) { return padded_to_lanes<T>(count); }
 
   // Reserves in a dry run, takes in the second.
   template <class Visit>

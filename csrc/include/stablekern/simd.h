@@ -20,6 +20,7 @@
 #endif
 
 #define SK_INLINE inline __attribute__((always_inline))
+#define SK_NOINLINE __attribute__((noinline))  // of templates: one copy, and registers of its own
 
 namespace stablekern {
 
@@ -288,8 +289,30 @@ SK_INLINE V fma(V a, V b, V c) {
 // -(a * b) + c
 template <class V>
 SK_INLINE V fnma(V a, V b, V c) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else
+    return (V)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(SK_AVX2)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else
+    return (V)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
   return fma(-a, b, c);
+#endif
 }
+#if defined(SK_AVX512)
+// p * 2^n for integral n of any size, rounded once.
+template <class T>
+SK_INLINE Vec<T> scale(Vec<T> p, Vec<T> n) {
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
+  else
+    return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+}
+#endif
 template <class V>
 SK_INLINE V sqrt(V a) {
 #if defined(SK_AVX512)

@@ -44,8 +44,12 @@ SK_INLINE Vec<T> exp(Vec<T> x) {
     g = splat<T>(c[9]);
     for (int k = 8; k >= 0; --k) g = fma(g, r, splat<T>(c[k]));
   }
-  const Vec<T> p = fma(g * r, r, r) + splat<T>(1);
+  const Vec<T> p = fma(fma(g, r, splat<T>(1)), r, splat<T>(1));
+#if defined(SK_AVX512)
+  return scale<T>(p, n);
+#else
   return scale_by_power<T>(p, (IVec<T>)shifted - (IVec<T>)shift);
+#endif
 }
 
 // log(1 + e) for e in [0, 1], within 3 ulp and without losing small e: 2 atanh(s) with s = e / (2 + e) <= 1/3, an odd

@@ -1,0 +1,63 @@
+"""The Mamba-1 scan at the sizes of an EEG stream and of a language model, against what runs on a CPU today."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stablekern
+from bench import baselines
+from bench.cases import Case
+from stablekern.ops import selective_scan as spine
+
+
+def _inputs(b: int, d: int, l: int, n: int) -> Callable[[str], tuple[Tensor, ...]]:  # noqa: E741 (l is length)
+    def make(device: str) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(3)
+        u = torch.randn(b, d, l, generator=g)
+        delta = 1e-3 + 0.1 * torch.rand(b, d, l, generator=g)
+        a = -torch.arange(1.0, n + 1).repeat(d, 1)
+        bc = [torch.randn(b, n, l, generator=g) for _ in range(2)]
+        return tuple(t.to(device) for t in (u, delta, a, *bc, torch.ones(d)))
+
+    return make
+
+
+def _case(
+    shape: tuple[int, ...],
+    baseline_name: str,
+    baseline: Callable[..., Any],
+    gates: dict[str, float],
+    clamp: float | None = None,
+) -> Case:
+    b, d, length, n = shape
+    state = float(b * d * length * n)
+    label = f"({b},{d},{length},{n})" + ("" if clamp is None else ", clamped")
+    ours = (
+        stablekern.selective_scan if clamp is None else functools.partial(stablekern.selective_scan, state_clamp=clamp)
+    )
+    return Case(
+        "selective_scan", label, _inputs(*shape), ours, baseline_name, baseline,
+        # delta A, its exponential (a reduction and a polynomial: 8 multiply-adds), a h + (delta u) B, C h. Backward:
+        # the exponential and h again, then r + C dy, a G, and multiply-adds for dB, dC, s, q, dA and d delta.
+        (1 + 16 + 5) * state, 4.0 * b * length * (3 * d + 2 * n), (22 + 20 + 14) / 22, gates,
+    )  # fmt: skip
+
+
+_STREAM, _SMALL, _MODEL = (8, 128, 960, 16), (2, 128, 960, 16), (1, 1536, 1024, 16)
+_PSCAN = "mambapy's parallel scan (MambaBlock.selective_scan)"
+_LOOP = "sequential torch loop over views unbound beforehand"
+_SLOW = "transformers' mamba_selective_scan, its loop"
+
+CASES = (
+    _case(_STREAM, _PSCAN, baselines.selective_scan_pscan, {"fwd": 100.0, "fwd+bwd": 80.0}),
+    _case(_STREAM, _PSCAN, baselines.selective_scan_pscan, {}, clamp=2.0),
+    _case(_SMALL, _PSCAN, baselines.selective_scan_pscan, {}),
+    _case(_SMALL, _LOOP, spine.reference, {}),
+    _case(_SMALL, _SLOW, baselines.selective_scan_transformers, {}),
+    _case(_MODEL, _PSCAN, baselines.selective_scan_pscan, {}),
+)

@@ -1,0 +1,590 @@
+// The Mamba-1 scan and its adjoint; the mathematics is in stablekern/ops/selective_scan.py.
+//
+// Channels are the lanes. Every state h[n] is a vector over channels, B_t[n] and C_t[n] are broadcast, so neither the
+// recurrence nor the sums over states need a horizontal sum, and any number of states is as good as 16. Rows of
+// (channels, time) are turned in registers as they come and go; step sizes, gate and skip are done on the way.
+//
+// Time goes in blocks of a few steps, and inside of those all blocks of lanes, so what they share (B and C) is brought
+// into place once. Backward, per chunk from its saved start state: recompute and keep the states and decays of one tile
+// of states, then sweep back. The sums over channels for dB and dC stay vectors until all blocks of lanes of the chunk
+// have been added, and are reduced once.
+//
+// One task is one batch item, group and slab of channels. The split depends on sizes alone and slabs are added in their
+// order, so no result depends on the number of threads. Fused multiply-adds are written out as `fma` for the same reason.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "stablekern/lanes.h"
+#include "stablekern/simd.h"
+#include "stablekern/tensor.h"
+#include "stablekern/vmath.h"
+
+namespace stablekern {
+namespace {
+
+using torch::stable::Tensor;
+
+#if defined(SK_AVX512)
+constexpr int kForwardTile = 8;  // states held in registers
+constexpr int kBackwardTile = 8;  // and as many sums for dA
+#else
+constexpr int kForwardTile = 8;
+constexpr int kBackwardTile = 4;
+#endif
+constexpr int kBlockSteps = 16;           // of the forward pass
+constexpr int64_t kThreadWork = 1 << 16;  // updates of a state, some 20 microseconds; less is done by one thread
+constexpr int64_t kSumGrain = 1 << 14;    // sums of a few numbers, likewise
+constexpr int64_t kTasks = 32;      // fewer batch items and groups than this are split into slabs of channels,
+constexpr int64_t kSlabBlocks = 4;  // of no less than this many blocks of lanes, which share the reductions of dB, dC
+
+template <class T>
+struct Problem {
+  int64_t batch, channels, length, groups, states, chunk;
+  bool softplus;
+  const T *u, *delta, *A, *B, *C;
+  const T *D, *z, *bias;      // or null
+  const T *lower, *upper;     // (channels, states) or null
+
+  int64_t chunks() const { return (length + chunk - 1) / chunk; }
+};
+
+template <class T>
+struct Slabs {
+  int64_t group_channels, size, count;
+  int64_t grain;  // tasks for which a thread is worth waking
+
+  explicit Slabs(const Problem<T>& p) : group_channels(p.channels / p.groups) {
+    const int64_t blocks = padded_to_lanes<T>(group_channels) / kLanes<T>, items = p.batch * p.groups;
+    const int64_t wanted = std::clamp<int64_t>((kTasks + items - 1) / items, 1, (blocks + kSlabBlocks - 1) / kSlabBlocks);
+    size = (blocks + wanted - 1) / wanted * kLanes<T>;
+    count = (group_channels + size - 1) / size;
+    grain = kThreadWork / std::max<int64_t>(1, p.length * size * (p.states + 1)) + 1;
+  }
+  int64_t blocks() const { return size / kLanes<T>; }
+};
+
+// Where a task works.
+template <class T>
+struct Place {
+  int64_t item, group, slab;
+  int64_t channel;  // first one, among all groups
+  int64_t count;    // channels
+
+  Place(const Problem<T>& p, const Slabs<T>& slabs, int64_t task) {
+    slab = task % slabs.count;
+    group = task / slabs.count % p.groups;
+    item = task / slabs.count / p.groups;
+    channel = group * slabs.group_channels + slab * slabs.size;
+    count = std::min(slabs.size, slabs.group_channels - slab * slabs.size);
+  }
+  int64_t blocks() const { return padded_to_lanes<T>(count) / kLanes<T>; }
+  int64_t in_block(int64_t block) const { return std::min<int64_t>(kLanes<T>, count - block * kLanes<T>); }
+};
+
+// Calls f(tile size as a constant, first state) until all states are covered.
+template <int kTile, class F>
+SK_INLINE void for_tiles(int64_t states, const F& f) {
+  int64_t first = 0;
+  for (; first + kTile <= states; first += kTile) f(std::integral_constant<int, kTile>{}, first);
+  if constexpr (kTile > 8)
+    if (states - first >= 8) f(std::integral_constant<int, 8>{}, first), first += 8;
+  if constexpr (kTile > 4)
+    if (states - first >= 4) f(std::integral_constant<int, 4>{}, first), first += 4;
+  if (states - first >= 2) f(std::integral_constant<int, 2>{}, first), first += 2;
+  if (states - first >= 1) f(std::integral_constant<int, 1>{}, first);
+}
+
+// Between rows (channels, states) in memory and vectors [blocks][states].
+template <class T>
+void states_in(const T* outside, int64_t count, int64_t states, Vec<T>* inside) {
+  T* lanes = reinterpret_cast<T*>(inside);
+  std::fill(lanes, lanes + padded_to_lanes<T>(count) * states, T(0));
+  if (outside)
+    for (int64_t c = 0; c < count; ++c) {
+      T* to = lanes + c / kLanes<T> * kLanes<T> * states + c % kLanes<T>;
+      for (int64_t i = 0; i < states; ++i) to[i * kLanes<T>] = outside[c * states + i];
+    }
+}
+template <class T>
+void states_out(const Vec<T>* inside, int64_t count, int64_t states, T* outside) {
+  const T* lanes = reinterpret_cast<const T*>(inside);
+  for (int64_t c = 0; c < count; ++c) {
+    const T* from = lanes + c / kLanes<T> * kLanes<T> * states + c % kLanes<T>;
+    for (int64_t i = 0; i < states; ++i) outside[c * states + i] = from[i * kLanes<T>];
+  }
+}
+
+// B and C of one block of steps, as rows of states.
+template <class T>
+struct Projections {
+  int64_t stride;  // states, padded
+  T *enter, *leave;
+
+  void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps) const {
+    const int64_t first = (at.item * p.groups + at.group) * p.states;
+    for (int64_t i = 0; i < p.states; i += kLanes<T>) {
+      const int64_t rows = std::min<int64_t>(kLanes<T>, p.states - i);
+      turn(p.B + (first + i) * p.length + start, p.length, rows, steps, enter + i);
+      turn(p.C + (first + i) * p.length + start, p.length, rows, steps, leave + i);
+    }
+  }
+
+ private:
+  void turn(const T* from, int64_t length, int64_t rows, int64_t steps, T* to) const {
+    for (int64_t t = 0; t < steps; t += kLanes<T>) {
+      Vec<T> turned[kLanes<T>];
+      const int64_t here = std::min<int64_t>(kLanes<T>, steps - t);
+      load_turned(from + t, length, rows, here, turned);
+      for (int64_t k = 0; k < here; ++k) store(to + (t + k) * stride, turned[k]);
+    }
+  }
+};
+
+// One block of lanes over one block of steps: what all tiles of states share.
+template <class T>
+struct Strip {
+  int64_t steps;
+  int64_t lanes;                    // that are channels
+  const Vec<T> *rate, *lower, *upper;  // [states]
+  Vec<T>* step;                     // [steps]
+  Vec<T>* token;                    // [steps], step u
+  const T *enter, *leave;           // B and C of the first step
+  int64_t stride;                   // from one step to the next in B and C
+};
+
+template <class T>
+SK_INLINE Vec<T> sigmoid(Vec<T> x) {
+  // 1 / (1 + e^-x) with an exponential that cannot overflow.
+  const Vec<T> e = exp<T>(-abs(x)), one = splat<T>(1);
+  return select(less(x, Vec<T>{}), e, one) / (one + e);
+}
+
+// Step sizes and tokens of a strip; `slope`, unless null, becomes the derivative of the steps. u is left in `u`.
+template <class T>
+SK_NOINLINE void prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel, int64_t offset, Vec<T>* u, Vec<T>* slope) {
+  load_turned(p.u + offset, p.length, s.lanes, s.steps, u);
+  load_turned(p.delta + offset, p.length, s.lanes, s.steps, s.step);
+  const Vec<T> bias = p.bias ? load_first(p.bias + channel, static_cast<int>(s.lanes)) : Vec<T>{};
+  for (int64_t t = 0; t < s.steps; ++t) {
+    Vec<T> step = s.step[t] + bias;
+    if (p.softplus) {
+      const Vec<T> e = exp<T>(-abs(step));
+      if (slope) slope[t] = select(less(step, Vec<T>{}), e, splat<T>(1)) / (splat<T>(1) + e);
+      step = max(Vec<T>{}, step) + log1p_unit<T>(e);  // NaN, the second operand, passes
+    }
+    s.step[t] = step;
+    s.token[t] = step * u[t];
+  }
+}
+
+template <class T, bool kClamp>
+SK_INLINE Vec<T> advance(const Strip<T>& s, int64_t state, Vec<T> h, Vec<T> decay, Vec<T> entering, Mask<T>* inside) {
+  h = fma(decay, h, entering);
+  if constexpr (kClamp) {
+    const Vec<T> clamped = min(s.upper[state], max(s.lower[state], h));  // NaN, the second operand, passes
+    if (inside) *inside = equal(clamped, h);                              // lower <= h <= upper
+    h = clamped;
+  }
+  return h;
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+// Tile of N states: `state` goes on by the strip's steps, y += h C.
+template <class T, bool kClamp, int N>
+SK_NOINLINE void forward_tile(const Strip<T>& s, int64_t first, Vec<T>* state, Vec<T>* y) {
+  Vec<T> h[N];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) h[i] = state[first + i];
+  for (int64_t t = 0; t < s.steps; ++t) {
+    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
+    const Vec<T> step = s.step[t], token = s.token[t];
+    Vec<T> sum = y[t];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> decay = exp<T>(step * s.rate[first + i]);
+      h[i] = advance<T, kClamp>(s, first + i, h[i], decay, token * splat(enter[i]), nullptr);
+      sum = fma(h[i], splat(leave[i]), sum);
+    }
+    y[t] = sum;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) state[first + i] = h[i];
+}
+
+template <class T, bool kClamp>
+void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states) {
+  const Slabs<T> slabs(p);
+  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
+    const int64_t block_steps = std::min<int64_t>(kBlockSteps, p.chunk), padded = padded_to_lanes<T>(block_steps);
+    const int64_t stride = padded_to_lanes<T>(p.states), all_states = p.states * slabs.blocks();
+    Vec<T> *state, *rate, *lower = nullptr, *upper = nullptr, *step, *token, *u, *out;
+    T *enter, *leave;
+    Arena arena;
+    const auto each = [&](const auto& visit) {
+      visit(state, all_states);
+      visit(rate, all_states);
+      if (kClamp) visit(lower, all_states), visit(upper, all_states);
+      for (auto* row : {&step, &token, &u, &out}) visit(*row, padded);
+      visit(enter, block_steps * stride);
+      visit(leave, block_steps * stride);
+    };
+    each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
+    arena.allocate();
+    each([&]<class V>(V*& pointer, int64_t count) { pointer = arena.take<V>(count); });
+    const Projections<T> projections{stride, enter, leave};
+    for (int64_t task = begin; task < end; ++task) {
+      const Place<T> at(p, slabs, task);
+      const int64_t boundary = (at.item * p.channels + at.channel) * p.states;
+      states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, state);
+      states_in(p.A + at.channel * p.states, at.count, p.states, rate);
+      if (kClamp) {
+        states_in(p.lower + at.channel * p.states, at.count, p.states, lower);
+        states_in(p.upper + at.channel * p.states, at.count, p.states, upper);
+      }
+      for (int64_t start = 0, steps; start < p.length; start += steps) {
+        steps = std::min({block_steps, p.length - start, p.chunk - start % p.chunk});
+        projections.fill(p, at, start, steps);
+        for (int64_t b = 0; b < at.blocks(); ++b) {
+          const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
+          const int64_t offset = (at.item * p.channels + channel) * p.length + start;
+          const Strip<T> s{steps, lanes, rate + here, lower + here, upper + here, step, token, enter, leave, stride};
+          if (start % p.chunk == 0) {
+            T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
+            for (int64_t i = 0; i < p.states; ++i) store_block(save + i * p.channels, state[here + i], 0, lanes);
+          }
+          prepare(p, s, channel, offset, u, static_cast<Vec<T>*>(nullptr));
+          const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(lanes)) : Vec<T>{};
+          for (int64_t t = 0; t < steps; ++t) out[t] = p.D ? skip * u[t] : Vec<T>{};
+          for_tiles<kForwardTile>(p.states, [&](auto size, int64_t first) {
+            forward_tile<T, kClamp, decltype(size)::value>(s, first, state + here, out);
+          });
+          if (p.z) {
+            load_turned(p.z + offset, p.length, lanes, steps, u);
+            for (int64_t t = 0; t < steps; ++t) out[t] *= u[t] * sigmoid<T>(u[t]);
+          }
+          store_turned(out, lanes, steps, y + offset, p.length);
+        }
+      }
+      states_out(state, at.count, p.states, last_state + boundary);
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Scratch {
+  Vec<T> *rate, *lower, *upper;        // [blocks][states]
+  Vec<T> *carry, *grad_rate;           // [blocks][states]
+  Vec<T> *grad_skip, *grad_bias;       // [blocks]
+  Vec<T> *u, *step, *token, *slope;    // [steps]
+  Vec<T> *grad_y, *grad_out, *z;       // [steps]: before the gate, behind it, the gate
+  Vec<T> *y, *by_token, *by_decay;     // [steps]: sums over states of h C, G B, and a G h A
+  Vec<T> *trail, *decay;               // [steps (+ 1)][tile], of one tile of states
+  Mask<T>* inside;                     // [steps][tile]
+  Vec<T> *grad_enter, *grad_leave;     // [states][steps], to be summed over lanes
+  Vec<T> *rest_enter, *rest_leave;     // the same of a last, incomplete block
+  T *enter, *leave;                    // [steps][states]
+  T* sums;                             // [steps]
+  int64_t padded;                      // steps
+
+  template <class Visit>
+  void each(int64_t steps, int64_t states, int64_t blocks, bool clamped, const Visit& visit) {
+    padded = padded_to_lanes<T>(steps);
+    for (auto* all : {&rate, &carry, &grad_rate}) visit(*all, blocks * states);
+    if (clamped) visit(lower, blocks * states), visit(upper, blocks * states), visit(inside, steps * kBackwardTile);
+    visit(grad_skip, blocks), visit(grad_bias, blocks);
+    for (auto* row : {&u, &step, &token, &slope, &grad_y, &grad_out, &z, &y, &by_token, &by_decay}) visit(*row, padded);
+    visit(trail, (steps + 1) * kBackwardTile), visit(decay, steps * kBackwardTile);
+    for (auto* sum : {&grad_enter, &grad_leave, &rest_enter, &rest_leave}) visit(*sum, padded * states);
+    visit(enter, steps * padded_to_lanes<T>(states)), visit(leave, steps * padded_to_lanes<T>(states));
+    visit(sums, padded);
+  }
+};
+
+// Where sums over channels are kept: read from `from` (a single zero at the first block), written to `to`.
+template <class T>
+struct Sums {
+  const Vec<T>* from;
+  Vec<T>* to;
+  int64_t padded, keep;  // keep: 0 where the sums begin, else 1
+
+  SK_INLINE void add(int64_t state, int64_t t, Vec<T> a, Vec<T> b) const {
+    const int64_t k = state * padded + t;
+    to[k] = fma(a, b, from[k * keep]);
+  }
+};
+
+// The states of a tile from the chunk's start on, and sums of grad_y h and, with a gate, of h C.
+template <class T, bool kClamp, bool kGate, int N>
+SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, const T* saved, int64_t row, Sums<T> grad_leave) {
+  Vec<T> h[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) z.trail[i] = h[i] = load_block(saved + (first + i) * row, 0, s.lanes);
+  for (int64_t t = 0; t < s.steps; ++t) {
+    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
+    const Vec<T> step = s.step[t], token = s.token[t], grad_y = z.grad_y[t];
+    Vec<T> y = kGate ? z.y[t] : Vec<T>{};
+    Vec<T>*trail = z.trail + (t + 1) * N, *decays = z.decay + t * N;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vec<T> decay = exp<T>(step * s.rate[first + i]);
+      Mask<T>* inside = kClamp ? z.inside + t * N + i : nullptr;
+      h[i] = advance<T, kClamp>(s, first + i, h[i], decay, token * splat(enter[i]), inside);
+      decays[i] = decay;
+      trail[i] = h[i];
+      grad_leave.add(first + i, t, grad_y, h[i]);
+      if constexpr (kGate) y = fma(h[i], splat(leave[i]), y);
+    }
+    if constexpr (kGate) z.y[t] = y;
+  }
+}
+
+// The sweep back over the steps of a chunk.
+template <class T, bool kClamp, int N>
+SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, Vec<T>* carry, Vec<T>* grad_rate, Sums<T> grad_enter) {
+  Vec<T> r[N], by_rate[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) r[i] = carry[first + i], by_rate[i] = Vec<T>{};
+  for (int64_t t = s.steps - 1; t >= 0; --t) {
+    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
+    const Vec<T>*before = z.trail + t * N, *decays = z.decay + t * N;
+    const Vec<T> step = s.step[t], token = s.token[t], grad_y = z.grad_y[t];
+    Vec<T> by_token = z.by_token[t], by_decay = z.by_decay[t];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      Vec<T> grad = fma(grad_y, splat(leave[i]), r[i]);
+      if constexpr (kClamp) grad = select(z.inside[t * N + i], grad, Vec<T>{});
+      grad_enter.add(first + i, t, grad, token);
+      by_token = fma(grad, splat(enter[i]), by_token);
+      r[i] = decays[i] * grad;
+      const Vec<T> by_exponent = r[i] * before[i];
+      by_rate[i] = fma(by_exponent, step, by_rate[i]);
+      by_decay = fma(by_exponent, s.rate[first + i], by_decay);
+    }
+    z.by_token[t] = by_token, z.by_decay[t] = by_decay;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) carry[first + i] = r[i], grad_rate[first + i] += by_rate[i];
+}
+
+template <class T>
+struct Gradients {
+  T *u, *delta, *A, *B, *C, *D, *z, *bias, *initial_state;
+};
+
+template <class T, bool kClamp, bool kGate>
+void backward_strip(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z, int64_t block, int64_t channel,
+                    int64_t offset, const T* grad_out, const T* saved, Sums<T> grad_enter, Sums<T> grad_leave,
+                    const Gradients<T>& out) {
+  prepare(p, s, channel, offset, z.u, z.slope);
+  load_turned(grad_out + offset, p.length, s.lanes, s.steps, z.grad_y);
+  const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
+  if constexpr (kGate) {
+    load_turned(p.z + offset, p.length, s.lanes, s.steps, z.z);
+    for (int64_t t = 0; t < s.steps; ++t) {
+      z.grad_out[t] = z.grad_y[t];
+      z.grad_y[t] *= z.z[t] * sigmoid<T>(z.z[t]);
+      z.y[t] = skip * z.u[t];
+    }
+  }
+  std::fill_n(z.by_token, s.steps, Vec<T>{});
+  std::fill_n(z.by_decay, s.steps, Vec<T>{});
+  const int64_t here = block * p.states;
+  for_tiles<kBackwardTile>(p.states, [&](auto size, int64_t first) {
+    constexpr int N = decltype(size)::value;
+    recompute_tile<T, kClamp, kGate, N>(s, z, first, saved, p.channels, grad_leave);
+    adjoint_tile<T, kClamp, N>(s, z, first, z.carry + here, z.grad_rate + here, grad_enter);
+  });
+  Vec<T> by_skip{}, by_bias{};
+  for (int64_t t = 0; t < s.steps; ++t) {
+    const Vec<T> grad_y = z.grad_y[t], u = z.u[t], by_token = z.by_token[t];
+    Vec<T> grad_u = s.step[t] * by_token;
+    if (p.D) grad_u = fma(skip, grad_y, grad_u);
+    Vec<T> grad_delta = fma(u, by_token, z.by_decay[t]);
+    if (p.softplus) grad_delta *= z.slope[t];
+    by_skip = fma(grad_y, u, by_skip);
+    by_bias += grad_delta;
+    if constexpr (kGate) {
+      const Vec<T> x = z.z[t], open = sigmoid<T>(x), one = splat<T>(1);
+      z.y[t] *= z.grad_out[t] * (open * fma(x, one - open, one));
+    }
+    z.by_token[t] = grad_u, z.by_decay[t] = grad_delta;
+  }
+  z.grad_skip[block] += by_skip, z.grad_bias[block] += by_bias;
+  store_turned(z.by_token, s.lanes, s.steps, out.u + offset, p.length);
+  store_turned(z.by_decay, s.lanes, s.steps, out.delta + offset, p.length);
+  if constexpr (kGate) store_turned(z.y, s.lanes, s.steps, out.z + offset, p.length);
+}
+
+// sums += rest, without the lanes of `rest` that are no channels.
+template <class T>
+void add_rest(const Vec<T>* rest, int64_t lanes, int64_t count, bool first, Vec<T>* sums) {
+  IVec<T> lane;
+  for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<typename VecTypes<T>::integer>(lanes - k);
+  const Mask<T> channel = greater_than<T>(lane, 0);
+  for (int64_t k = 0; k < count; ++k) sums[k] = (first ? Vec<T>{} : sums[k]) + select(channel, rest[k], Vec<T>{});
+}
+
+template <class T, bool kClamp, bool kGate>
+void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, const T* chunk_states,
+              const Gradients<T>& out) {
+  const Slabs<T> slabs(p);
+  const int64_t projections = p.batch * p.groups * p.states * p.length, all_states = p.channels * p.states;
+  // With one slab dB and dC are complete as they are; with more, the slabs' parts wait here to be added in order.
+  std::vector<T> parts(slabs.count > 1 ? 2 * slabs.count * projections : 0);
+  std::vector<T> rates(p.batch * all_states), skips(p.batch * p.channels), biases(p.batch * p.channels);
+
+  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
+    const int64_t most = std::min(p.chunk, p.length), stride = padded_to_lanes<T>(p.states);
+    Scratch<T> z{};
+    Arena arena;
+    z.each(most, p.states, slabs.blocks(), kClamp, [&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
+    arena.allocate();
+    z.each(most, p.states, slabs.blocks(), kClamp, [&]<class V>(V*& at, int64_t count) { at = arena.take<V>(count); });
+    const Projections<T> shared{stride, z.enter, z.leave};
+    const Vec<T> zero{};
+    for (int64_t task = begin; task < end; ++task) {
+      const Place<T> at(p, slabs, task);
+      const int64_t boundary = (at.item * p.channels + at.channel) * p.states, own = at.channel * p.states;
+      T* grad_B = slabs.count > 1 ? parts.data() + 2 * at.slab * projections : out.B;
+      T* grad_C = slabs.count > 1 ? grad_B + projections : out.C;
+      states_in(grad_last_state ? grad_last_state + boundary : nullptr, at.count, p.states, z.carry);
+      states_in(p.A + own, at.count, p.states, z.rate);
+      if (kClamp) states_in(p.lower + own, at.count, p.states, z.lower), states_in(p.upper + own, at.count, p.states, z.upper);
+      std::fill_n(z.grad_rate, at.blocks() * p.states, zero);
+      std::fill_n(z.grad_skip, at.blocks(), zero);
+      std::fill_n(z.grad_bias, at.blocks(), zero);
+      for (int64_t start = (p.chunks() - 1) * p.chunk; start >= 0; start -= p.chunk) {
+        const int64_t steps = std::min(p.chunk, p.length - start);
+        shared.fill(p, at, start, steps);
+        for (int64_t b = 0; b < at.blocks(); ++b) {
+          const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
+          const Strip<T> s{steps,  lanes,   z.rate + here, z.lower + here, z.upper + here,
+                           z.step, z.token, z.enter,       z.leave,        stride};
+          const bool whole = lanes == kLanes<T>, fresh = b == 0 || !whole;
+          Vec<T>*enter = whole ? z.grad_enter : z.rest_enter, *leave = whole ? z.grad_leave : z.rest_leave;
+          backward_strip<T, kClamp, kGate>(
+              p, s, z, b, channel, (at.item * p.channels + channel) * p.length + start, grad_out,
+              chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel,
+              {fresh ? &zero : enter, enter, z.padded, fresh ? 0 : 1}, {fresh ? &zero : leave, leave, z.padded, fresh ? 0 : 1},
+              out);
+          if (!whole) {
+            add_rest<T>(enter, lanes, z.padded * p.states, b == 0, z.grad_enter);
+            add_rest<T>(leave, lanes, z.padded * p.states, b == 0, z.grad_leave);
+          }
+        }
+        const int64_t to = (at.item * p.groups + at.group) * p.states * p.length + start;
+        for (int64_t i = 0; i < p.states; ++i)
+          for (int64_t t = 0; t < steps; t += kLanes<T>) {
+            const int64_t from = i * z.padded + t, into = to + i * p.length + t;
+            store_block(grad_B + into, horizontal_sums<T>(z.grad_enter + from), 0, steps - t);
+            store_block(grad_C + into, horizontal_sums<T>(z.grad_leave + from), 0, steps - t);
+          }
+      }
+      states_out(z.carry, at.count, p.states, out.initial_state + boundary);
+      states_out(z.grad_rate, at.count, p.states, rates.data() + boundary);
+      const int64_t first = at.item * p.channels + at.channel;
+      states_out(z.grad_skip, at.count, 1, skips.data() + first);
+      states_out(z.grad_bias, at.count, 1, biases.data() + first);
+    }
+  });
+
+  const auto over_batch = [&](const std::vector<T>& terms, int64_t size, T* to) {
+    torch::stable::parallel_for(0, size, kSumGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        double sum = 0;
+        for (int64_t item = 0; item < p.batch; ++item) sum += terms[item * size + k];
+        to[k] = static_cast<T>(sum);
+      }
+    });
+  };
+  over_batch(rates, all_states, out.A);
+  over_batch(skips, p.channels, out.D);
+  over_batch(biases, p.channels, out.bias);
+  if (slabs.count > 1)
+    torch::stable::parallel_for(0, projections, kSumGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        T sum_B = 0, sum_C = 0;
+        for (int64_t slab = 0; slab < slabs.count; ++slab) {
+          sum_B += parts[2 * slab * projections + k];
+          sum_C += parts[(2 * slab + 1) * projections + k];
+        }
+        out.B[k] = sum_B;
+        out.C[k] = sum_C;
+      }
+    });
+}
+
+// ---- tensors ------------------------------------------------------------------------------------------------------
+
+template <class T>
+Problem<T> problem(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                   const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, bool softplus, int64_t chunk) {
+  return {u.size(0),  u.size(1),  u.size(2),  B.size(1), A.size(1),  chunk,         softplus,      data<T>(u), data<T>(delta),
+          data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(z), data<T>(bias), data<T>(lower), data<T>(upper)};
+}
+
+void selective_scan_fwd(const Tensor u, const Tensor delta, const Tensor A, const Tensor B, const Tensor C,
+                        const std::optional<Tensor> D, const std::optional<Tensor> z, const std::optional<Tensor> bias,
+                        const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
+                        const std::optional<Tensor> upper, bool softplus, int64_t chunk, Tensor y, Tensor last_state,
+                        Tensor chunk_states) {
+  for_dtype(u, [&]<class T>(T) {
+    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, softplus, chunk);
+    if (p.batch * p.channels == 0) return;
+    const auto run = p.upper ? forward<T, true> : forward<T, false>;
+    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states));
+  });
+}
+
+void selective_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_state, const Tensor u, const Tensor delta,
+                        const Tensor A, const Tensor B, const Tensor C, const std::optional<Tensor> D,
+                        const std::optional<Tensor> z, const std::optional<Tensor> bias, const std::optional<Tensor> lower,
+                        const std::optional<Tensor> upper, const Tensor chunk_states, bool softplus, int64_t chunk,
+                        Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,
+                        Tensor grad_z, Tensor grad_bias, Tensor grad_initial_state) {
+  for_dtype(u, [&]<class T>(T) {
+    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, softplus, chunk);
+    if (p.batch * p.channels == 0) {
+      for (Tensor* empty_sum : {&grad_A, &grad_B, &grad_C, &grad_D, &grad_bias})
+        std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
+      return;
+    }
+    const auto run = p.upper ? (p.z ? backward<T, true, true> : backward<T, true, false>)
+                             : (p.z ? backward<T, false, true> : backward<T, false, false>);
+    run(p, data<T>(grad_y), data<T>(grad_last_state), data<T>(chunk_states),
+        Gradients<T>{mutable_data<T>(grad_u), mutable_data<T>(grad_delta), mutable_data<T>(grad_A),
+                     mutable_data<T>(grad_B), mutable_data<T>(grad_C), mutable_data<T>(grad_D), mutable_data<T>(grad_z),
+                     mutable_data<T>(grad_bias), mutable_data<T>(grad_initial_state)});
+  });
+}
+
+}  // namespace
+}  // namespace stablekern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
+  m.def(
+      "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias,"
+      " Tensor? initial_state, Tensor? lower, Tensor? upper, bool softplus, int chunk, Tensor(a!) y,"
+      " Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
+  m.def(
+      "selective_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
+      " Tensor? D, Tensor? z, Tensor? bias, Tensor? lower, Tensor? upper, Tensor chunk_states, bool softplus, int chunk,"
+      " Tensor(a!) grad_u, Tensor(b!) grad_delta, Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C,"
+      " Tensor(f!) grad_D, Tensor(g!) grad_z, Tensor(h!) grad_bias, Tensor(i!) grad_initial_state) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
+  m.impl("selective_scan_fwd", TORCH_BOX(&stablekern::selective_scan_fwd));
+  m.impl("selective_scan_bwd", TORCH_BOX(&stablekern::selective_scan_bwd));
+}
