@@ -34,9 +34,11 @@ except ImportError:  # loaded by path from setup.py
 
 SOURCES = (
     "bindings.cpp",
+    "cpu/complex_adamw.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
+    "cpu/grad_guard.cpp",
     "cpu/laplacian_pe.cpp",
     "cpu/linear_scan.cpp",
     "cpu/selective_scan.cpp",

@@ -73,6 +73,18 @@ def test_exact_at_repeated_eigenvalues(name, dtype):
     assert (other + exact).abs().max() <= bound * exact.abs().max()
 
 
+@pytest.mark.parametrize("name", ["complete-graph", "identity-blocks", "complex-copies"])
+def test_gradcheck_at_repeated_eigenvalues(name):
+    """Finite differences at size 19, and for two copies of a complex matrix (smaller ones: the spec's samples)."""
+    if name == "complex-copies":
+        block = separated(torch.Generator().manual_seed(3), (), 3, dtype=torch.complex128)
+        A, k = torch.block_diag(block, block), 2
+    else:
+        A, k = DEGENERATE[name]
+    A = A.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda A: eigenprojector((A + A.mH) / 2, k), A, fast_mode=name != "complex-copies")
+
+
 @pytest.mark.parametrize("dtype", (torch.complex64, torch.complex128))
 def test_exact_at_a_degenerate_noise_floor(dtype):
     """A few sources over a floor of equal eigenvalues, complex: the noise projector of direction finding."""

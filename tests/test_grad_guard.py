@@ -12,10 +12,18 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
+from stablekern import use_backend
 from stablekern.errors import NonFiniteError
 from stablekern.optim import ComplexAdamW, GradGuard
 
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def backend(request):
+    """Every test runs on both implementations of norm and product."""
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -134,6 +134,15 @@ def test_clustered_graphs_count():
     assert theirs > 0
 
 
+def test_two_clusters_are_as_harmless_as_one():
+    """A small part of `python -m bench.two_cluster`: nothing that is not finite, and no gradient ten times larger."""
+    two_cluster = pytest.importorskip("bench.two_cluster", reason="the benches live in the checkout")
+    method = ("laplacian_pe",)
+    one, two = (two_cluster.compare(8, 3840, groups, method)["laplacian_pe"] for groups in (1, 2))
+    assert one["not_finite"] == two["not_finite"] == 0
+    assert 0 < two["largest"] <= 10 * one["largest"]
+
+
 def test_lorentz_gradient_is_the_true_one_where_gaps_are_wide():
     """The default: biased by (1e-3 / gap)^2 = 2.5e-3 at the narrowest gap of these graphs."""
     A = separated_graphs(generator(5), (1, 4), 6)
@@ -182,6 +191,15 @@ def test_temporal_alignment_removes_the_sign_flips():
 
     assert flips("sign") > 10
     assert flips("temporal") == 0
+
+
+def test_no_rule_for_single_graphs_keeps_the_signs():
+    """A small part of `python -m bench.alignment`: the sign of the column sum flips in one step of ten to twenty."""
+    alignment = pytest.importorskip("bench.alignment", reason="the benches live in the checkout")
+    found = alignment.flips(alignment.wandering(2, 200))
+    assert found['align="temporal"']["flips"] == 0
+    for rule in ("column sum", 'align="sign"'):
+        assert found[rule]["flips"] > 0.02 * found[rule]["continued"], rule
 
 
 def test_temporal_alignment_is_a_sign_and_constant_in_the_backward():
@@ -343,6 +361,17 @@ def test_only_weights_of_one_sign_have_a_natural_null_space(backend):
     assert torch.equal(laplacian_pe(directed, 2)[0], laplacian_pe(two_triangles(), 2)[0])
     alone = two_triangles(0.0)
     assert (laplacian_pe_ex(alone, 6)[1][0, 1:] > 0.5).all()
+
+
+def test_a_directed_graph_is_its_symmetric_part(backend):
+    """Documented in `normalized_laplacian`: only (A + A^T)/2 counts, and the gradient is that of both directions."""
+    A = torch.randn(1, 5, 7, 7, generator=generator(15), dtype=torch.float64)
+    both = A / 2 + A.mT / 2
+    assert torch.equal(laplacian_pe(A, 4), laplacian_pe(both, 4))
+    weights = torch.randn(1, 5, 7, 4, generator=generator(16), dtype=torch.float64)
+    found = gradient(A, weights)
+    torch.testing.assert_close(found, found.mT, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, gradient(both, weights), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

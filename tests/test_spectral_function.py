@@ -61,6 +61,23 @@ def test_exact_at_repeated_and_close_eigenvalues(name, dtype):
         assert (actual - exact).abs().max() <= 200 * torch.finfo(dtype).eps * exact.abs().max(), label
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck_at_repeated_eigenvalues(name):
+    """Finite differences at graphs on 19 nodes (small matrices: the samples of the spec)."""
+    for label in ("identity", "complete", "disjoint-edges", "star", "block-copies"):
+        A = (repeated(19)[label] + 6 * torch.eye(19, dtype=torch.float64)).requires_grad_()
+        check = torch.autograd.gradcheck(lambda A: spectral_function((A + A.mT) / 2, name), A, fast_mode=True)
+        assert check, label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck_of_two_complex_copies(name):
+    block = torch.randn(3, 3, dtype=torch.complex128)
+    block = block @ block.mH + torch.eye(3)
+    A = torch.block_diag(block, block).requires_grad_()
+    assert torch.autograd.gradcheck(lambda A: spectral_function((A + A.mH) / 2, name), A)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_trace_of_square_is_exact_at_any_degeneracy(dtype):
     """tr(G A^2) has the gradient G A + A G: the loss that eigenvectors with dropped pairs get wrong."""

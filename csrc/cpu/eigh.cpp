@@ -146,13 +146,13 @@ void eigvalsh_fwd(const Tensor A, bool upper, Tensor eigenvalues, Tensor info) {
 
 void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional<Tensor> grad_eigenvalues,
               std::optional<Tensor> grad_eigenvectors, int64_t mode, double gap_floor, double noise_kappa,
-              double noise_floor, Tensor grad_A) {
+              Tensor grad_A) {
   const int64_t batch = eigenvalues.size(0);
   const int n = static_cast<int>(eigenvalues.size(1));
   if (batch == 0 || n == 0) return;
   STD_TORCH_CHECK(n <= kMaxN, "eigh_bwd: n must be at most ", kMaxN);
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "eigh_bwd: unknown mode ", mode);
-  const GapRule rule{mode, gap_floor, noise_kappa, noise_floor};
+  const GapRule rule{mode, gap_floor, noise_kappa};
   const auto run = [&]<class T>(T) {
     const auto data = [](const std::optional<Tensor>& t) {
       return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
@@ -178,7 +178,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def("eigvalsh_fwd(Tensor A, bool upper, Tensor(a!) eigenvalues, Tensor(b!) info) -> ()");
   m.def(
       "eigh_bwd(Tensor eigenvalues, Tensor eigenvectors_rows, Tensor? grad_eigenvalues, "
-      "Tensor? grad_eigenvectors_rows, int mode, float gap_floor, float noise_kappa, float noise_floor, "
+      "Tensor? grad_eigenvectors_rows, int mode, float gap_floor, float noise_kappa, "
       "Tensor(a!) grad_A) -> ()");
 }
 

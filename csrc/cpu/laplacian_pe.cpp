@@ -301,7 +301,7 @@ void laplacian_pe_fwd(const Tensor adjacency, int64_t first, bool canonical, dou
 void laplacian_pe_bwd(const Tensor adjacency, const Tensor eigenvalues, const Tensor pe_rows, const Tensor other_rows,
                       const Tensor inverse_root, std::optional<Tensor> grad_eigenvalues, std::optional<Tensor> grad_pe,
                       bool columns, int64_t first, int64_t mode, double gap_floor, double noise_kappa,
-                      double noise_floor, Tensor grad_adjacency) {
+                      Tensor grad_adjacency) {
   const int64_t batch = adjacency.size(0);
   const int n = static_cast<int>(adjacency.size(1)), k = static_cast<int>(pe_rows.size(1));
   if (batch == 0 || n == 0) return;
@@ -309,7 +309,7 @@ void laplacian_pe_bwd(const Tensor adjacency, const Tensor eigenvalues, const Te
   STD_TORCH_CHECK(first >= 0 && first + k <= n, "laplacian_pe_bwd: rows ", first, " to ", first + k, " of ", n);
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "laplacian_pe_bwd: unknown mode ", mode);
   STD_TORCH_CHECK(grad_eigenvalues || grad_pe, "laplacian_pe_bwd: no gradient given");
-  const GapRule rule{mode, gap_floor, noise_kappa, noise_floor};
+  const GapRule rule{mode, gap_floor, noise_kappa};
   const auto run = [&]<class T>(T) {
     const auto data = [](const std::optional<Tensor>& t) {
       return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
@@ -334,7 +334,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "laplacian_pe_bwd(Tensor adjacency, Tensor eigenvalues, Tensor pe_rows, Tensor other_rows, Tensor inverse_root, "
       "Tensor? grad_eigenvalues, Tensor? grad_pe, bool columns, int first, int mode, float gap_floor, "
-      "float noise_kappa, float noise_floor, Tensor(a!) grad_adjacency) -> ()");
+      "float noise_kappa, Tensor(a!) grad_adjacency) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

@@ -82,12 +82,6 @@ _bwd = define(
 )
 
 
-def _unit(values: Tensor) -> Tensor:
-    """max|w| (b, 1), so that no square of a gap over- or underflows; 1 for a matrix of zeros or subnormals."""
-    largest = values.abs().amax(-1, keepdim=True)
-    return torch.where(largest < torch.finfo(values.dtype).tiny, 1.0, largest)
-
-
 @launcher("eigenprojector_fwd", device="cuda", backend="torch")
 @launcher("eigenprojector_fwd", device="cpu", backend="torch")
 def _(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
@@ -103,8 +97,9 @@ def _(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
     failed = info != 0
     if 0 < cut < n:
         gap = values[:, cut] - values[:, cut - 1]
-        unit = _unit(values)[:, 0]
-        info = info + _CUT_CLOSED * (values[:, cut] / unit - values[:, cut - 1] / unit <= gap_floor).to(torch.int32)
+        unit, top = (x[:, 0] for x in eigh.gap_unit(values))
+        closed = values[:, cut] / unit - values[:, cut - 1] / unit <= gap_floor * top
+        info = info + _CUT_CLOSED * closed.to(torch.int32)
     else:
         gap = torch.full_like(values[:, 0], torch.inf)
     return (
@@ -120,11 +115,11 @@ def _(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
 @launcher("eigenprojector_bwd", device="cpu", backend="torch")
 def _(values: Tensor, rows: Tensor, grad: Tensor, k: int, largest: bool, gap_floor: float) -> Tensor:
     cut = values.shape[-1] - k if largest else k
-    unit = _unit(values)
-    w = values / unit
+    unit, top = eigh.gap_unit(values)
+    w, floor = values / unit, (gap_floor * top)[..., None]
     low, high = rows[:, :cut], rows[:, cut:]
     gap = w[:, None, cut:] - w[:, :cut, None]
-    pairs = low.conj() @ ((grad + grad.mH) / 2) @ high.mT * (gap / (gap.square() + gap_floor**2)) / unit[..., None]
+    pairs = low.conj() @ ((grad + grad.mH) / 2) @ high.mT * (gap / (gap.square() + floor.square())) / unit[..., None]
     half = low.mT @ pairs @ high.conj()
     result = half + half.mH
     # w_i - w_j with i in S: minus the gap if S lies below the cut.

@@ -10,10 +10,10 @@ At $w_i = w_j$ the eigenvectors of the pair are defined up to a rotation. A loss
 $M_{ij} = \overline{M_{ji}}$: the entry is 0/0 and its right value is 0. In floating point the numerator is rounding
 and the gap is 0 or rounding too, so the plain formula gives NaN, infinity or noise. What stands in for it is `grad`:
 
-- `"auto"`: the numerator is 0 if $|M_{ij} - \overline{M_{ji}}| \le \kappa\,\epsilon\,(|M_{ij}| + |M_{ji}| + \nu
-  \max|M|)$, that is, if it is the rounding of a loss that treats the pair as one subspace, however large or small the
-  gap; then the Lorentzian $F(g) = g / (g^2 + \delta^2)$ with a width of a few ulp. Exact for functions of
-  eigenprojectors whose cut lies in a gap, and unbiased for separated eigenvalues.
+- `"auto"`: the numerator is 0 if $|M_{ij} - \overline{M_{ji}}| \le \kappa\,\epsilon \max_m \|M e_m\|$, that is, if it
+  is the rounding of a loss that treats the pair as one subspace, however large or small the gap; then the Lorentzian
+  $F(g) = g / (g^2 + \delta^2)$ with a width of a few ulp. Exact for functions of eigenprojectors whose cut lies in a
+  gap, and unbiased for separated eigenvalues.
 - `"lorentz"`: the Lorentzian alone, by default a thousandth wide: $|F| \le 1/(2\delta)$. A bounded surrogate for
   heads that see raw eigenvectors, which have no derivative at a repeated eigenvalue; biased by $(\delta/g)^2$
   elsewhere.
@@ -100,7 +100,6 @@ def _fake_bwd(
     mode: int,
     gap_floor: float,
     noise_kappa: float,
-    noise_floor: float,
 ) -> Tensor:
     return torch.empty(eigenvector_rows.shape, dtype=eigenvector_rows.dtype, device=eigenvector_rows.device)
 
@@ -111,7 +110,7 @@ _fwd = define(
 _values_fwd = define("eigvalsh_fwd(Tensor A, bool upper) -> (Tensor eigenvalues, Tensor info)", fake=_fake_values)
 _bwd = define(
     "eigh_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor? grad_eigenvalues, Tensor? grad_eigenvector_rows,"
-    " int mode, float gap_floor, float noise_kappa, float noise_floor) -> Tensor grad_A",
+    " int mode, float gap_floor, float noise_kappa) -> Tensor grad_A",
     fake=_fake_bwd,
 )
 
@@ -226,12 +225,12 @@ def _phase_fixed(rows: Tensor, grad_rows: Tensor) -> Tensor:
 
 @launcher("eigh_bwd", device="cuda", backend="torch")
 @launcher("eigh_bwd", device="cpu", backend="torch")
-def _(w, rows, grad_w, grad_rows, mode, gap_floor, noise_kappa, noise_floor) -> Tensor:
+def _(w, rows, grad_w, grad_rows, mode, gap_floor, noise_kappa) -> Tensor:
     if grad_rows is None:
         grad = (rows * grad_w[..., None]).mT @ rows.conj()
     else:
         M = rows.conj() @ (_phase_fixed(rows, grad_rows) if rows.is_complex() else grad_rows).mT
-        S = _weighed(w, M, _MODES[mode], gap_floor, noise_kappa * torch.finfo(w.dtype).eps, noise_floor)
+        S = _weighed(w, M, _MODES[mode], gap_floor, noise_kappa * torch.finfo(w.dtype).eps)
         S.diagonal(dim1=-2, dim2=-1).copy_(torch.zeros_like(w) if grad_w is None else grad_w)
         grad = rows.mT @ S @ rows.conj()
     grad = (grad / 2 + grad.mH / 2).contiguous()
@@ -239,24 +238,41 @@ def _(w, rows, grad_w, grad_rows, mode, gap_floor, noise_kappa, noise_floor) -> 
     return grad
 
 
-def _weighed(w: Tensor, M: Tensor, mode: str, gap_floor: float, noise: float, noise_floor: float) -> Tensor:
+def gap_unit(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A power of two near max|w| (b, 1), and max|w| over it: in such units no square of a gap over- or underflows.
+
+    Dividing by max|w| itself would round: by an ulp of max|w|, which close eigenvalues have nothing to spare for. A
+    matrix of subnormals counts as 0.
+    """
+    largest = values.abs().amax(-1, keepdim=True)
+    usable = torch.where(torch.isfinite(largest) & (largest >= torch.finfo(values.dtype).tiny), largest, 1.0)
+    ratio = 2 * torch.frexp(usable).mantissa  # in [1, 2)
+    return usable / ratio, ratio
+
+
+def _weighed(w: Tensor, M: Tensor, mode: str, gap_floor: float, noise: float) -> Tensor:
     """S off the diagonal."""
-    # Gaps in units of max|w|, so that no square over- or underflows; a matrix of subnormals counts as 0.
-    largest = w.abs().amax(-1, keepdim=True)
-    unit = torch.where(largest < torch.finfo(w.dtype).tiny, 1.0, largest)
+    unit, largest = gap_unit(w)
     gap = (w / unit)[:, None, :] - (w / unit)[:, :, None]
+    gap_floor = gap_floor * largest[..., None]
     numerator = M - M.mH
     if mode == "auto":
-        size = M.abs()
-        limit = noise * (size + size.mT + noise_floor * size.amax((-2, -1), keepdim=True))
-        numerator = torch.where(numerator.abs() <= limit, 0.0, numerator)
+        numerator = torch.where(numerator.abs() <= noise * _longest_column(M), 0.0, numerator)
     if mode in ("auto", "lorentz"):
-        weighed = numerator * (gap / (gap.square() + gap_floor**2))
+        weighed = numerator * (gap / (gap.square() + gap_floor.square()))
     elif mode == "mask":
         weighed = torch.where(gap.abs() <= gap_floor, 0.0, numerator / gap)
     else:
         weighed = numerator / gap
     return weighed / (2 * unit[..., None])
+
+
+def _longest_column(M: Tensor) -> Tensor:
+    """max_j of the length of column j, (b, 1, 1); the squares are of numbers scaled to a largest one of 1."""
+    size = M.abs()
+    largest = size.amax((-2, -1), keepdim=True)
+    scaled = size / torch.where(largest == 0, 1.0, largest)
+    return largest * scaled.square().sum(-2, keepdim=True).amax(-1, keepdim=True).sqrt()
 
 
 class _Eigh(torch.autograd.Function):
@@ -288,9 +304,8 @@ def forward_of(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def backward_of(
     values: Tensor, rows: Tensor, grad_values: Tensor | None, grad_rows: Tensor | None, mode: int, gap_floor: float
 ) -> Tensor:
-    """The op `eigh_bwd` with the package's noise constants."""
-    noise = numerics.EIGH_NOISE_KAPPA.of(), numerics.EIGH_NOISE_FLOOR.of()
-    return _bwd(values, rows, grad_values, grad_rows, mode, gap_floor, *noise)
+    """The op `eigh_bwd` with the package's noise constant."""
+    return _bwd(values, rows, grad_values, grad_rows, mode, gap_floor, numerics.EIGH_NOISE_KAPPA.of())
 
 
 def gap_rule(op: str, grad: str, gap_floor: float | None, dtype: torch.dtype) -> tuple[int, float]:

@@ -126,8 +126,7 @@ def _(adjacency, values, pe_rows, other_rows, inverse_root, grad_values, grad_pe
     columns = grad_pe is not None and grad_pe.mT.is_contiguous()
     grads = (x if x is None or x is grad_pe and columns else x.contiguous() for x in (grad_values, grad_pe))
     saved = (x.contiguous() for x in (adjacency, values, pe_rows, other_rows, inverse_root))
-    noise = numerics.EIGH_NOISE_KAPPA.of(), numerics.EIGH_NOISE_FLOOR.of()
-    _load.native().laplacian_pe_bwd(*saved, *grads, columns, *rule, *noise, result)
+    _load.native().laplacian_pe_bwd(*saved, *grads, columns, *rule, numerics.EIGH_NOISE_KAPPA.of(), result)
     return result
 
 

@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from stablekern import _check
 from stablekern.errors import message
 from stablekern.optim import _shards
+from stablekern.optim._adamw_step import COMPLEX, FIRST, PAIR, REAL, SECOND, adamw_step
 from stablekern.optim.philox import normal
 
 __all__ = ["ComplexAdamW"]
@@ -47,45 +48,6 @@ _WHERE = "optim.ComplexAdamW"
 _LARGEST = sys.float_info.max  # of a finite number
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _SQUARES = _MOMENTS[1:]
-
-
-# ---- the arithmetic, on real tensors; every argument that varies from step to step may be a 0-d tensor ---------------
-
-
-def _update_moments(
-    grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sq: Tensor, beta1: float, beta2: float
-) -> None:
-    """m and v, in place. Several parts with one v are one complex number per element."""
-    exp_avg_sq.mul_(beta2)
-    for grad, exp_avg in zip(grads, exp_avgs, strict=True):
-        exp_avg.lerp_(grad, 1.0 - beta1)
-        exp_avg_sq.addcmul_(grad, grad, value=1.0 - beta2)
-
-
-def _denominator(second_moment: Tensor, bias2_root: Tensor, eps: float) -> Tensor:
-    """s = sqrt(v / (1 - beta2^t)) + eps."""
-    return second_moment.sqrt().div_(bias2_root).add_(eps)
-
-
-def _noise_gain(second_moment: Tensor, denominator: Tensor, noise_eps: float, max_noise_gain: float) -> Tensor:
-    """min(1 / (sqrt(s) + noise_eps), max_noise_gain), and at most 1 where v = 0."""
-    gain = denominator.sqrt().add_(noise_eps).reciprocal_().clamp_(max=max_noise_gain)
-    return torch.where(second_moment == 0, gain.clamp(max=1.0), gain)
-
-
-def _update_values(
-    values: list[Tensor],
-    exp_avgs: list[Tensor],
-    denominator: Tensor,
-    noise: list[Tensor] | None,  # already scaled
-    step_size: float | Tensor,
-    decay: float | Tensor,
-) -> None:
-    """Weight decay, drift and noise, in place."""
-    for i, (value, exp_avg) in enumerate(zip(values, exp_avgs, strict=True)):
-        value.mul_(decay).sub_((exp_avg / denominator).mul_(step_size))
-        if noise is not None:
-            value.add_(noise[i])
 
 
 # ---- what is updated -------------------------------------------------------------------------------------------------
@@ -103,19 +65,11 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _check.HALF else dtype
 
 
-def _parts(tensor: Tensor, coupled: bool) -> list[Tensor]:
-    """Real views: re and im of a complex tensor if they share a v, else one view (with a last dimension of 2)."""
-    if not tensor.is_complex():
-        return [tensor]
-    real = torch.view_as_real(tensor)
-    return list(real.unbind(-1)) if coupled else [real]
-
-
-def _on(value: float | Tensor, device: torch.device) -> float | Tensor:
-    """A scalar where it can be used on `device`: CPU tensors can everywhere."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return value.to(device, non_blocking=True)
-    return value
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-d float64 tensor that can be used on `device` without waiting for it."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _check_scalar(name: str, value: Any) -> None:
@@ -179,6 +133,31 @@ def _pair_indices(pairs: Iterable[Any], params: list[Tensor]) -> tuple[tuple[int
     if any(i is None for pair in indices for i in pair):
         raise ValueError(message(_WHERE, "the halves of a pair must be parameters of one group, and of no other pair"))
     return tuple(indices)
+
+
+class _Lists:
+    """The list arguments of one call of the kernel, filled unit by unit."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.exp_avgs: list[Tensor] = []
+        self.squares: list[Tensor] = []
+        self.largest: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.rounded: list[Tensor] = []
+        self.normals: list[Tensor | None] = []
+        self.kinds: list[int] = []
+        self.streams: list[int] = []
+        self.offsets: list[int] = []
+
+    def arguments(self) -> tuple[list[Any], ...]:
+        normals: list[Tensor] = []
+        if any(drawn is not None for drawn in self.normals):
+            pairs = zip(self.normals, self.squares, strict=True)
+            normals = [like.new_empty(0) if drawn is None else drawn for drawn, like in pairs]
+        members = (self.values, self.grads, self.exp_avgs, self.squares, self.largest, self.steps, self.rounded)
+        return *members, normals, self.kinds, self.streams, self.offsets
 
 
 class ComplexAdamW(Optimizer):
@@ -446,11 +425,11 @@ class ComplexAdamW(Optimizer):
             for unit in self._units(group, first):
                 by_device.setdefault(unit.members[0].device, []).append(unit)
             for device, units in by_device.items():
+                here_flags = [_scalar(flag.reshape(()), device) for flag in flags]
                 skip = None
-                for flag in flags:
-                    bad = flag.detach().reshape(()).to(device, non_blocking=True) != 0
-                    skip = bad if skip is None else skip | bad
-                here = None if scale is None else scale.detach().reshape(()).to(device, non_blocking=True)
+                for flag in here_flags:
+                    skip = flag if skip is None else torch.where(flag != 0, flag, skip)
+                here = None if scale is None else _scalar(scale.reshape(()), device)
                 self._step_units(group, units, skip, here)
             first += len(group["params"])
         return loss
@@ -491,84 +470,141 @@ class ComplexAdamW(Optimizer):
     def _step_units(
         self, group: dict[str, Any], units: list[_Unit], skip: Tensor | None, grad_scale: Tensor | None
     ) -> None:
-        """Step counters and bias corrections of the units on one device, as device tensors; then each unit."""
-        beta1, beta2 = group["betas"]
+        """Hand the units of one device to the kernel. What is not dense in memory goes in a call of its own."""
+        device = units[0].members[0].device
+        temperature = group["temperature"]
+        noisy = isinstance(temperature, Tensor) or temperature > 0
+        dense, scattered = _Lists(), _Lists()
         for unit in units:
             self._prepare(unit, group)
-        count = torch.stack([self.state[unit.members[0]]["step"] for unit in units]) + 1.0
-        bias1, bias2_root = 1.0 - beta1**count, (1.0 - beta2**count).sqrt()
-        for unit, *scalars in zip(units, count.unbind(), bias1.unbind(), bias2_root.unbind(), strict=True):
-            self._step_unit(group, unit, *scalars, skip, grad_scale)
-        counters = [self.state[p]["step"] for unit in units for p in unit.members]
-        taken = torch.ones_like(count[0]) if skip is None else (~skip).to(count.dtype)
-        torch._foreach_add_(counters, [taken] * len(counters))  # a list: a single tensor would be read by the host
+            if not self._add_plain(group, unit, dense):
+                self._add(group, unit, noisy, dense, scattered)
+        for lists in (dense, scattered):
+            if not lists.kinds:
+                continue
+            adamw_step(
+                *lists.arguments(),
+                _scalar(group["lr"], device),
+                _scalar(temperature, device) if noisy else None,
+                skip,
+                grad_scale,
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                group["noise_eps"],
+                group["max_noise_gain"],
+                group["maximize"],
+                group["seed"] & 0xFFFFFFFF,
+                group["seed"] >> 32,
+            )
+        torch.autograd.graph.increment_version([p for unit in units for p in unit.members])
 
-    def _step_unit(
-        self,
-        group: dict[str, Any],
-        unit: _Unit,
-        count: Tensor,
-        bias1: Tensor,
-        bias2_root: Tensor,
-        skip: Tensor | None,
-        grad_scale: Tensor | None,
-    ) -> None:
-        coupled = group["coupled"]
-        lr, temperature = (_on(group[name], unit.members[0].device) for name in ("lr", "temperature"))
-        states = [self.state[p] for p in unit.members]
-        targets = [self._target(p) for p in unit.members]
-        grads = [part for p in unit.members for part in self._gradient_parts(p, group, grad_scale)]
-        values = [part for target in targets for part in _parts(target, coupled)]
-        exp_avgs = [part for state in states for part in _parts(_shards.local(state["exp_avg"]), coupled)]
-        keys = _SQUARES if group["amsgrad"] else _SQUARES[:1]
-        squares = [_parts(_shards.local(states[0][key]), coupled)[0] for key in keys]
-        kept = [*values, *exp_avgs, *squares]
-        if skip is not None:  # work on copies, and choose on the device
-            values, exp_avgs, squares = ([t.clone() for t in tensors] for tensors in (values, exp_avgs, squares))
-
-        _update_moments(grads, exp_avgs, squares[0], *group["betas"])
+    def _add_plain(self, group: dict[str, Any], unit: _Unit, lists: _Lists) -> bool:
+        """The short way for what most models hold; false, and nothing done, for all else."""
+        p = unit.members[0]
+        grad = p.grad
+        complex_ = p.is_complex()
+        if (
+            len(unit.members) == 2
+            or unit.lane is not None
+            or (complex_ and not group["coupled"])
+            or _shards.is_sharded(p)
+            or p.dtype in _check.HALF
+            or grad.dtype != p.dtype
+            or not p.is_contiguous()
+            or not grad.is_contiguous()
+            or grad.is_conj()
+            or grad.is_neg()
+        ):
+            return False
+        state = self.state[p]
+        exp_avg, square = state["exp_avg"], state["exp_avg_sq"]
+        if not exp_avg.is_contiguous() or not square.is_contiguous():
+            return False
         if group["amsgrad"]:
-            torch.maximum(squares[1], squares[0], out=squares[1])
-        denominator = _denominator(squares[-1], bias2_root, group["eps"])
-        noise = None
-        if isinstance(temperature, Tensor) or temperature > 0:
-            gain = _noise_gain(squares[-1], denominator, group["noise_eps"], group["max_noise_gain"])
-            gain.mul_((2.0 * temperature * lr) ** 0.5)
-            noise = [normals.mul_(gain) for normals in self._normals(unit, group, count)]
-        _update_values(values, exp_avgs, denominator, noise, lr / bias1, 1.0 - lr * group["weight_decay"])
+            if not state["max_exp_avg_sq"].is_contiguous():
+                return False
+            lists.largest.append(state["max_exp_avg_sq"])
+        lists.values.append(p)
+        lists.grads.append(grad)
+        lists.exp_avgs.append(exp_avg)
+        lists.squares.append(square)
+        lists.steps.append(state["step"])
+        lists.normals.append(None)
+        lists.kinds.append(COMPLEX if complex_ else REAL)
+        lists.streams.append(unit.stream)
+        lists.offsets.append(0)
+        return True
 
-        if skip is not None:
-            for old, new in zip(kept, [*values, *exp_avgs, *squares], strict=True):
-                old.copy_(torch.where(skip, old, new))
-        for p, target in zip(unit.members, targets, strict=True):
-            if p.dtype in _check.HALF:
-                _shards.local(p).copy_(target)
+    def _add(self, group: dict[str, Any], unit: _Unit, noisy: bool, dense: _Lists, scattered: _Lists) -> None:
+        coupled, p = group["coupled"], unit.members[0]
+        states = [self.state[member] for member in unit.members]
+        halves = [_shards.local(member) for member in unit.members]
+        is_half = p.dtype in _check.HALF
+        values = [_shards.local(state["master"]) for state in states] if is_half else halves
+        grads = [self._gradient(member) for member in unit.members]
+        exp_avgs = [_shards.local(state["exp_avg"]) for state in states]
+        squares = [_shards.local(states[0][key]) for key in (_SQUARES if group["amsgrad"] else _SQUARES[:1])]
+        rounded = halves if is_half else []
+        kind = REAL
+        if p.is_complex() and coupled:
+            kind = COMPLEX
+        elif p.is_complex():
+            values, grads, exp_avgs, squares = (
+                [torch.view_as_real(tensor) for tensor in tensors] for tensors in (values, grads, exp_avgs, squares)
+            )
+        elif len(unit.members) == 2:
+            kind = PAIR
+        elif unit.lane is not None:
+            kind = SECOND if unit.lane else FIRST
+        offset, normals = self._noise(unit, group, kind, states[0]["step"]) if noisy else (0, None)
 
-    def _target(self, p: Tensor) -> Tensor:
-        """What takes the step: the parameter, or its float32 copy after following what was written from outside."""
-        value = _shards.local(p)
-        if p.dtype not in _check.HALF:
-            return value
-        master = _shards.local(self.state[p]["master"])
-        return master.copy_(torch.where(master.to(p.dtype) == value, master, value.float()))
+        if not values[0].is_contiguous():  # in another order of the dimensions the elements may be consecutive
+            stride = values[0].stride()
+            order = sorted(range(len(stride)), key=lambda dim: -stride[dim])
+            if noisy and normals is None:
+                normals = self._slice_of_stream(unit, group, kind, states[0]["step"])
+            if normals is not None:
+                normals = normals.permute(*order, *range(len(order), normals.dim())).contiguous()
+            values, grads, exp_avgs, squares, rounded = (
+                [tensor.permute(order) for tensor in tensors] for tensors in (values, grads, exp_avgs, squares, rounded)
+            )
+        written = (values, exp_avgs, squares, rounded)
+        lists = dense if all(t.is_contiguous() for tensors in written for t in tensors) else scattered
+        lists.values += values
+        lists.grads += [grad.contiguous() for grad in grads]
+        lists.exp_avgs += exp_avgs
+        lists.squares.append(squares[0])
+        lists.largest += squares[1:]
+        lists.steps += [state["step"] for state in states]
+        lists.rounded += rounded
+        lists.normals.append(normals)
+        lists.kinds.append(kind)
+        lists.streams.append(unit.stream)
+        lists.offsets.append(offset)
 
-    def _gradient_parts(self, p: Tensor, group: dict[str, Any], grad_scale: Tensor | None) -> list[Tensor]:
-        dtype = _compute_dtype(p.dtype)
+    def _gradient(self, p: Tensor) -> Tensor:
         if p.grad is None:  # the half of a pair that the loss does not see
-            return _parts(torch.zeros_like(_shards.local(p), dtype=dtype), group["coupled"])
-        grad = _shards.local(_shards.like(p.grad, p)).to(dtype).resolve_conj()
-        if grad_scale is not None:
-            grad = grad / grad_scale
-        return _parts(-grad if group["maximize"] else grad, group["coupled"])
+            return torch.zeros_like(_shards.local(p))
+        return _shards.local(_shards.like(p.grad, p)).to(p.dtype).resolve_conj()
 
-    def _normals(self, unit: _Unit, group: dict[str, Any], count: Tensor) -> list[Tensor]:
-        """Standard normals for each part of a unit: the slice of the whole parameter's stream that is stored here.
+    def _noise(self, unit: _Unit, group: dict[str, Any], kind: int, step: Tensor) -> tuple[int, Tensor | None]:
+        """Where this rank's elements start in the stream, or its normals, if the elements are no run of it.
 
-        Whole leading rows are a run of the stream (what FSDP2 shards by). A rank that holds part of each row draws
-        whole rows and keeps its columns.
+        Whole leading rows are a run (what FSDP2 shards by).
         """
         p = unit.members[0]
-        width = 2 if p.is_complex() or len(unit.members) == 2 or unit.lane is not None else 1
+        sizes, offsets = _shards.box(p)
+        if tuple(sizes[1:]) != tuple(p.shape[1:]):
+            return 0, self._slice_of_stream(unit, group, kind, step)
+        elements = offsets[0] * math.prod(p.shape[1:]) if p.dim() else 0
+        return (2 * elements if p.is_complex() and kind == REAL else elements), None
+
+    def _slice_of_stream(self, unit: _Unit, group: dict[str, Any], kind: int, step: Tensor) -> Tensor:
+        """The normals of this rank's part, cut from those of the whole rows that it lies in."""
+        p = unit.members[0]
+        interleaved = p.is_complex() or kind != REAL
+        width = 2 if interleaved else 1
         sizes, offsets = _shards.box(p)
         row = width * math.prod(p.shape[1:])
         rows, skipped = (sizes[0], offsets[0]) if p.dim() else (1, 0)
@@ -576,14 +612,13 @@ class ComplexAdamW(Optimizer):
             skipped * row,
             rows * row,
             seed=group["seed"],
-            step=count,
+            step=step + 1.0,
             parameter=unit.stream,
             dtype=_compute_dtype(p.dtype).to_real(),
             device=p.device,
         ).view(*((rows, *p.shape[1:]) if p.dim() else ()), width)
         for dim in range(1, p.dim()):
             normals = normals.narrow(dim, offsets[dim], sizes[dim])
-        if width == 2 and p.is_complex() and not group["coupled"]:
-            return [normals]
-        lanes = normals.unbind(-1)
-        return [lanes[unit.lane]] if unit.lane is not None else list(lanes)
+        if kind in (FIRST, SECOND):
+            normals = normals[..., kind - FIRST]
+        return (normals if interleaved else normals.squeeze(-1)).contiguous()

@@ -11,7 +11,7 @@ multiplies by $\min(1, c / (N + \delta))$, as `torch.nn.utils.clip_grad_norm_` d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from stablekern import _check
+from stablekern import _check, _load
+from stablekern._registry import define, launcher
 from stablekern.errors import NonFiniteError, message
 from stablekern.numerics import CLIP_NORM_OFFSET
 from stablekern.optim import _shards
@@ -50,51 +51,123 @@ def _norm(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values / unit) * unit
 
 
-def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[tuple[torch.dtype, list[int]]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+def _by(key: Callable[[Tensor], Any], gradients: list[Tensor]) -> Iterator[list[int]]:
+    """Positions of the gradients that agree in `key`."""
+    groups: dict[Any, list[int]] = {}
     for i, gradient in enumerate(gradients):
-        groups.setdefault((gradient.device, gradient.dtype), []).append(i)
-    for (_, dtype), members in groups.items():
-        yield dtype.to_real(), members
+        groups.setdefault(key(gradient), []).append(i)
+    yield from groups.values()
 
 
-def _norms(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """The float64 norm of each gradient, of the whole one if it is sharded: shape (number of gradients,)."""
+def _device(gradient: Tensor) -> torch.device:
+    return gradient.device
+
+
+def _dtype(gradient: Tensor) -> torch.dtype:
+    return gradient.dtype
+
+
+_gradient_norms = define(
+    "gradient_norms(Tensor[] gradients) -> Tensor",
+    fake=lambda gradients: gradients[0].new_empty((len(gradients),), dtype=torch.float64),
+)
+_multiply_gradients = define(
+    "multiply_gradients(Tensor(a!)[] gradients, Tensor factor) -> ()", fake=lambda gradients, factor: None
+)
+_NATIVE_DTYPES = frozenset((*_check.HALF, *_check.REAL, *_check.COMPLEX))
+
+
+def _native_refuses(gradients: list[Tensor], *_: Tensor) -> str | None:
+    if not all(gradient.is_contiguous() for gradient in gradients):
+        return "a gradient is not contiguous"
+    unknown = {gradient.dtype for gradient in gradients} - _NATIVE_DTYPES
+    return f"dtype {unknown}" if unknown else None
+
+
+@launcher("gradient_norms", device="cpu", backend="native", supports=_native_refuses)
+def _(gradients):
+    norms = torch.empty(len(gradients), dtype=torch.float64)
+    _load.native().gradient_norms(gradients, norms)
+    return norms
+
+
+@launcher("gradient_norms", device="cuda", backend="torch")
+@launcher("gradient_norms", device="cpu", backend="torch")
+def _(gradients):
     norms: list[Tensor] = [torch.empty(0)] * len(gradients)
-    for dtype, members in _by_device_and_dtype(gradients):
+    for members in _by(_dtype, gradients):
         views = [_real(gradients[i]) for i in members]
-        if dtype == torch.float64:
+        if views[0].dtype == torch.float64:
             found = [_norm(view) for view in views]
         else:
             found = torch._foreach_norm(views, 2, dtype=torch.float64)
         for i, value in zip(members, found, strict=True):
             norms[i] = value
-    sharded: dict[Any, list[int]] = {}
-    for i, gradient in enumerate(gradients):
-        if _shards.is_sharded(gradient):
-            sharded.setdefault((gradient.device_mesh, gradient.placements), []).append(i)
-    for members in sharded.values():
-        owner, values = gradients[members[0]], torch.stack([norms[i] for i in members])
+    return torch.stack(norms)
+
+
+@launcher("multiply_gradients", device="cpu", backend="native", supports=_native_refuses)
+def _(gradients, factor):
+    _load.native().multiply_gradients(gradients, factor)
+
+
+@launcher("multiply_gradients", device="cuda", backend="torch")
+@launcher("multiply_gradients", device="cpu", backend="torch")
+def _(gradients, factor):
+    for members in _by(_dtype, gradients):
+        views = [_real(gradients[i]) for i in members]
+        if views[0].dtype in _check.HALF:  # a factor below 6e-8 is 0 in float16, though its products need not be
+            for view in views:
+                view.copy_(view.float().mul_(factor))
+        else:
+            torch._foreach_mul_(views, factor.to(views[0].dtype))
+
+
+def _in_memory_order(part: Tensor) -> Tensor:
+    """The same numbers; neither a norm nor a factor asks for their order, but the kernels want them consecutive."""
+    if part.is_conj():
+        part = part.conj()
+    if part.is_contiguous():
+        return part
+    stride = part.stride()
+    return part.permute(sorted(range(part.dim()), key=lambda dim: -stride[dim]))
+
+
+def _norms(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """The float64 norm of each gradient, of the whole one if it is sharded: shape (number of gradients,)."""
+    if not gradients:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    parts = [_in_memory_order(_shards.local(gradient)) for gradient in gradients]
+    whole = _sharded_like(gradients)
+    if not whole and all(part.device == device for part in parts):
+        return _gradient_norms(parts)
+    norms = torch.empty(len(gradients), dtype=torch.float64, device=device)
+    for members in _by(_device, parts):
+        norms[members] = _gradient_norms([parts[i] for i in members]).to(device, non_blocking=True)
+    for members in whole:
+        owner, values = gradients[members[0]], norms[members]
         peak = _shards.reduce(values, owner, "max")  # may pass over a NaN, which the sum then brings back
         unit = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
-        whole = _shards.reduce((values / unit).square(), owner, "sum").sqrt() * unit
-        for i, value in zip(members, whole.unbind(), strict=True):
-            norms[i] = value
-    if not norms:
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    return torch.stack([norm.to(device, non_blocking=True) for norm in norms])
+        norms[members] = _shards.reduce((values / unit).square(), owner, "sum").sqrt() * unit
+    return norms
+
+
+def _sharded_like(gradients: list[Tensor]) -> list[list[int]]:
+    """Positions of sharded gradients, those together that are sharded alike."""
+    groups: dict[Any, list[int]] = {}
+    for i, gradient in enumerate(gradients):
+        if _shards.is_sharded(gradient):
+            groups.setdefault((gradient.device_mesh, gradient.placements), []).append(i)
+    return list(groups.values())
 
 
 def _multiply(gradients: list[Tensor], factor: Tensor) -> None:
     """Multiply all gradients by one 0-d float64 factor, in place; half precision goes through float32."""
-    for dtype, members in _by_device_and_dtype(gradients):
-        views = [_real(gradients[i]) for i in members]
-        here = factor.to(views[0].device, non_blocking=True)
-        if dtype in _check.HALF:  # a factor below 6e-8 is 0 in float16, though its products need not be
-            for view in views:
-                view.copy_(view.float().mul_(here))
-        else:
-            torch._foreach_mul_(views, here.to(dtype))
+    parts = [_in_memory_order(_shards.local(gradient)) for gradient in gradients]
+    for members in _by(_device, parts):
+        here = factor.to(parts[members[0]].device, non_blocking=True)
+        _multiply_gradients([parts[i] for i in members], here)
+    torch.autograd.graph.increment_version(gradients)
 
 
 # ---- the guard -------------------------------------------------------------------------------------------------------

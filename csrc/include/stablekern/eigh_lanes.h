@@ -628,8 +628,7 @@ enum Mode : int64_t { kAuto = 0, kLorentz = 1, kMask = 2, kRaw = 3 };
 struct GapRule {
   int64_t mode;
   double gap_floor;    // relative to max|w|
-  double noise_kappa;  // of the rule that calls num_ij roundoff, in eps
-  double noise_floor;  // relative to max|M|
+  double noise_kappa;  // num_ij is rounding up to so many eps of the longest column of M
 };
 
 // out[i][j] = sum_k x[i * x_row + k * x_sum] y[j * y_column + k * y_sum], Rows x Columns of them, `length` terms each.
@@ -678,6 +677,23 @@ SK_INLINE void product(int height, int width, int length, const Vec<T>* x, int x
   }
 }
 
+// The length of the longest column of a square matrix; the squares are of numbers scaled to a largest one near 1.
+template <class T>
+SK_INLINE Vec<T> longest_column(int n, const Vec<T>* m) {
+  Vec<T> largest{}, longest{};
+  for (int i = 0; i < n * n; ++i) largest = max(abs(m[i]), largest);
+  const PowerOfTwo<T> unit = power_of_two<T>(largest);
+  for (int j = 0; j < n; ++j) {
+    Vec<T> sum{};
+    for (int i = 0; i < n; ++i) {
+      const Vec<T> entry = m[i * n + j] * unit.down;
+      sum = fma(entry, entry, sum);
+    }
+    longest = max(sum, longest);
+  }
+  return sqrt(longest) * unit.up;
+}
+
 // M to S, in place: S_ij = num_ij F(w_j - w_i) / 2 off the diagonal, `diagonal` (zero if null) on it.
 template <class T>
 SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, const Vec<T>* diagonal, Vec<T>* m) {
@@ -689,11 +705,7 @@ SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, con
   const Vec<T> floor = largest * unit.down * static_cast<T>(rule.gap_floor), floor_square = floor * floor;
   const Vec<T> scale = unit.down * T(0.5);
   const T kappa = static_cast<T>(rule.noise_kappa) * std::numeric_limits<T>::epsilon();
-  Vec<T> noise{};
-  if (rule.mode == kAuto) {
-    for (int i = 0; i < n * n; ++i) noise = max(abs(m[i]), noise);
-    noise *= static_cast<T>(rule.noise_floor);
-  }
+  const Vec<T> limit = rule.mode == kAuto ? longest_column<T>(n, m) * kappa : zero;
   for (int i = 0; i < n; ++i) {
     const Vec<T> wi = values[i] * unit.down;
     for (int j = 0; j < i; ++j) {
@@ -702,10 +714,7 @@ SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, con
       if (rule.mode == kRaw) {
         weighed = numerator / gap;
       } else {
-        if (rule.mode == kAuto) {
-          const Vec<T> limit = (abs(upper) + abs(lower) + noise) * kappa;
-          numerator = select(less_equal(abs(numerator), limit), zero, numerator);
-        }
+        if (rule.mode == kAuto) numerator = select(less_equal(abs(numerator), limit), zero, numerator);
         // `smallest` keeps 0/0 away: an implicit floor of its root, far below any gap that rounding leaves.
         Vec<T> inverse = gap / max(fma(gap, gap, rule.mode == kMask ? zero : floor_square), smallest);
         if (rule.mode == kMask) inverse = select(greater(abs(gap), floor), inverse, zero);

@@ -331,6 +331,22 @@ SK_INLINE V sqrt(V a) {
   return r;
 #endif
 }
+// 1 / a for normal a whose reciprocal is normal, to about one ulp.
+template <class V>
+SK_INLINE V reciprocal(V a) {
+#if defined(SK_AVX512)
+  constexpr int kSteps = sizeof(a[0]) == 4 ? 1 : 2;
+  V estimate;
+  if constexpr (sizeof(a[0]) == 4)
+    estimate = (V)_mm512_rcp14_ps((__m512)a);
+  else
+    estimate = (V)_mm512_rcp14_pd((__m512d)a);
+  for (int step = 0; step < kSteps; ++step) estimate = fma(estimate, fma(-a, estimate, V{} + 1.0f), estimate);
+  return estimate;
+#else
+  return 1 / a;
+#endif
+}
 // 1 / sqrt(a) for normal a > 0, to about one ulp: a 14-bit estimate and Newton's steps where the machine has one.
 template <class V>
 SK_INLINE V reciprocal_sqrt(V a) {
@@ -515,6 +531,52 @@ SK_INLINE Vec<T> permute(Vec<T> v, IVec<T> index) {
   Vec<T> r;
   for (int i = 0; i < kLanes<T>; ++i) r[i] = v[index[i]];
   return r;
+}
+
+// Even and odd elements of two consecutive vectors, and back: planes of interleaved complex numbers.
+template <class T>
+SK_INLINE void deinterleave(Vec<T> first, Vec<T> second, Vec<T>& even, Vec<T>& odd) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = (Vec<T>)_mm512_permutex2var_ps((__m512)first, at, (__m512)second);
+    odd = (Vec<T>)_mm512_permutex2var_ps((__m512)first, _mm512_or_si512(at, _mm512_set1_epi32(1)), (__m512)second);
+  } else {
+    const __m512i at = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    even = (Vec<T>)_mm512_permutex2var_pd((__m512d)first, at, (__m512d)second);
+    odd = (Vec<T>)_mm512_permutex2var_pd((__m512d)first, _mm512_or_si512(at, _mm512_set1_epi64(1)), (__m512d)second);
+  }
+#else
+  constexpr int half = kLanes<T> / 2;
+  for (int i = 0; i < half; ++i) {
+    even[i] = first[2 * i];
+    odd[i] = first[2 * i + 1];
+    even[half + i] = second[2 * i];
+    odd[half + i] = second[2 * i + 1];
+  }
+#endif
+}
+template <class T>
+SK_INLINE void interleave(Vec<T> even, Vec<T> odd, Vec<T>& first, Vec<T>& second) {
+#if defined(SK_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    first = (Vec<T>)_mm512_permutex2var_ps((__m512)even, at, (__m512)odd);
+    second = (Vec<T>)_mm512_permutex2var_ps((__m512)even, _mm512_add_epi32(at, _mm512_set1_epi32(8)), (__m512)odd);
+  } else {
+    const __m512i at = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    first = (Vec<T>)_mm512_permutex2var_pd((__m512d)even, at, (__m512d)odd);
+    second = (Vec<T>)_mm512_permutex2var_pd((__m512d)even, _mm512_add_epi64(at, _mm512_set1_epi64(4)), (__m512d)odd);
+  }
+#else
+  constexpr int half = kLanes<T> / 2;
+  for (int i = 0; i < half; ++i) {
+    first[2 * i] = even[i];
+    first[2 * i + 1] = odd[i];
+    second[2 * i] = even[half + i];
+    second[2 * i + 1] = odd[half + i];
+  }
+#endif
 }
 
 // Lane i of the result is the sum over the lanes of r[i], i < kLanes: three instructions a sum instead of eight.

@@ -1,0 +1,399 @@
+// AdamW with Langevin noise over a whole list of parameters in one pass: each moment and value is read and written once,
+// and the normals are drawn in registers between, where they hide behind the memory traffic.
+//
+// A unit is what has one second moment per element. Work is cut into blocks of elements over all units, so that the
+// number and sizes of the parameters do not matter to the balance of the threads; every element is independent, so the
+// result does not depend on the cut.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "stablekern/philox.h"
+#include "stablekern/simd.h"
+
+namespace stablekern {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 16384;  // elements of one piece of work, a multiple of kTile
+constexpr int kQuietTile = 256;    // elements at a time where no normals are drawn
+
+// As stablekern/optim/complex_adamw.py numbers them.
+enum class Kind : int64_t {
+  kReal = 0,     // one number per element
+  kComplex = 1,  // re and im side by side, one second moment for both
+  kPair = 2,     // re and im in two tensors, one second moment for both
+  kFirst = 3,    // re of a pair, a real parameter of its own; its normals are the even ones of the pair's stream
+  kSecond = 4,   // im of a pair: the odd ones
+};
+
+struct Unit {
+  Kind kind;
+  int64_t size;    // elements
+  int64_t offset;  // of the first element within the whole parameter
+  Stream stream;
+  int members;
+  void* value[2];
+  const void* grad[2];
+  void* exp_avg[2];
+  void* rounded[2];  // the half-precision parameters behind float32 values
+  void* square;
+  void* largest;      // null: no amsgrad
+  const void* given;  // normals drawn by the caller; null: draw them here
+  ScalarType value_type, grad_type;
+  double step_size, inverse_root;
+};
+
+template <class T>
+struct Rule {
+  T take_first, keep_second, take_second, eps, decay, noise_scale, noise_eps, cap, dead_cap, grad_scale;
+  bool noisy, scales_grad;
+};
+
+template <class T>
+struct Pointers {  // of one tile
+  T* value[2];
+  const T* grad[2];
+  T* exp_avg[2];
+  T* square;
+  T* largest;
+  const T* normals;
+};
+
+template <class T>
+SK_INLINE Vec<T> take(const T* p, int count) {
+  return count >= kLanes<T> ? load(p) : load_first(p, count);
+}
+template <class T>
+SK_INLINE void put(T* p, Vec<T> v, int count) {
+  if (count >= kLanes<T>)
+    store(p, v);
+  else
+    store_first(p, v, count);
+}
+// `count` interleaved pairs.
+template <class T>
+SK_INLINE void take_pairs(const T* p, int count, Vec<T>& even, Vec<T>& odd) {
+  constexpr int lanes = kLanes<T>;
+  deinterleave<T>(take(p, 2 * count), 2 * count > lanes ? take(p + lanes, 2 * count - lanes) : Vec<T>{}, even, odd);
+}
+template <class T>
+SK_INLINE void put_pairs(T* p, Vec<T> even, Vec<T> odd, int count) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> first, second;
+  interleave<T>(even, odd, first, second);
+  put(p, first, 2 * count);
+  if (2 * count > lanes) put(p + lanes, second, 2 * count - lanes);
+}
+
+template <class T>
+SK_INLINE Vec<T> gain_of(Vec<T> square, Vec<T> denominator, const Rule<T>& rule) {
+  // The largest number in place of inf, of which the estimate behind reciprocal_sqrt would make NaN.
+  const Vec<T> r = reciprocal_sqrt(min(splat<T>(std::numeric_limits<T>::max()), denominator));
+  const Vec<T> gain = r * reciprocal(fma(splat<T>(rule.noise_eps), r, splat<T>(1)));
+  const Vec<T> cap = select<T>(equal(square, Vec<T>{}), splat<T>(rule.dead_cap), splat<T>(rule.cap));
+  return splat<T>(rule.noise_scale) * min(cap, gain);
+}
+
+template <class T, Kind kKind>
+SK_INLINE void update(const Pointers<T>& at, int count, const Rule<T>& rule, T step_size, T inverse_root) {
+  constexpr int lanes = kLanes<T>;
+  constexpr bool side_by_side = kKind == Kind::kComplex;
+  constexpr int parts = kKind == Kind::kComplex || kKind == Kind::kPair ? 2 : 1;
+  for (int i = 0; i < count; i += lanes) {
+    const int here = count - i;
+    Vec<T> g[2], m[2], p[2];
+    if constexpr (side_by_side) {
+      const int pairs = here < lanes ? here : lanes;
+      take_pairs(at.grad[0] + 2 * i, pairs, g[0], g[1]);
+      take_pairs(at.exp_avg[0] + 2 * i, pairs, m[0], m[1]);
+      take_pairs(at.value[0] + 2 * i, pairs, p[0], p[1]);
+    } else {
+      for (int part = 0; part < parts; ++part) {
+        g[part] = take(at.grad[part] + i, here);
+        m[part] = take(at.exp_avg[part] + i, here);
+        p[part] = take(at.value[part] + i, here);
+      }
+    }
+    if (rule.scales_grad)
+      for (int part = 0; part < parts; ++part) g[part] = g[part] / splat<T>(rule.grad_scale);
+    Vec<T> size = g[0] * g[0];
+    if constexpr (parts == 2) size = fma(g[1], g[1], size);
+    Vec<T> v = fma(splat<T>(rule.take_second), size, splat<T>(rule.keep_second) * take(at.square + i, here));
+    put(at.square + i, v, here);
+    if (at.largest != nullptr) {
+      v = max(take(at.largest + i, here), v);
+      put(at.largest + i, v, here);
+    }
+    const Vec<T> s = fma(sqrt(v), splat<T>(inverse_root), splat<T>(rule.eps));
+    for (int part = 0; part < parts; ++part) {
+      m[part] = fma(splat<T>(rule.take_first), g[part] - m[part], m[part]);
+      p[part] = fma(m[part] / s, splat<T>(-step_size), p[part] * splat<T>(rule.decay));
+    }
+    if (rule.noisy) {
+      const Vec<T> gain = gain_of(v, s, rule);
+      if constexpr (kKind == Kind::kReal) {
+        p[0] = fma(gain, take(at.normals + i, here), p[0]);
+      } else {
+        Vec<T> n[2];
+        take_pairs(at.normals + 2 * i, here < lanes ? here : lanes, n[0], n[1]);
+        if constexpr (kKind == Kind::kSecond)
+          p[0] = fma(gain, n[1], p[0]);
+        else
+          p[0] = fma(gain, n[0], p[0]);
+        if constexpr (parts == 2) p[1] = fma(gain, n[1], p[1]);
+      }
+    }
+    if constexpr (side_by_side) {
+      const int pairs = here < lanes ? here : lanes;
+      put_pairs(at.exp_avg[0] + 2 * i, m[0], m[1], pairs);
+      put_pairs(at.value[0] + 2 * i, p[0], p[1], pairs);
+    } else {
+      for (int part = 0; part < parts; ++part) {
+        put(at.exp_avg[part] + i, m[part], here);
+        put(at.value[part] + i, p[part], here);
+      }
+    }
+  }
+}
+
+// A float32 value whose rounded form is no longer the parameter has been written from outside: it follows.
+template <class S>
+void follow(float* value, const S* parameter, int count) {
+  for (int i = 0; i < count; ++i) {
+    const float written = static_cast<float>(parameter[i]);
+    const float own = static_cast<float>(static_cast<S>(value[i]));
+    value[i] = own == written ? value[i] : written;
+  }
+}
+template <class S>
+void widen(const S* from, float* to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+template <class S>
+void round_to(const float* from, S* to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
+}
+
+template <class T, Kind kKind>
+void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
+  constexpr int width = kKind == Kind::kReal ? 1 : 2;  // normals per element
+  constexpr int step = kKind == Kind::kComplex ? 2 : 1;  // numbers per element in one tensor
+  const bool draws = rule.noisy && unit.given == nullptr;
+  alignas(kVectorBytes) T drawn[kTile];
+  alignas(kVectorBytes) float wide[2][kQuietTile * step];
+  for (int64_t e = begin; e < end;) {
+    int64_t stop = std::min<int64_t>(end, e + kQuietTile);
+    const T* normals = static_cast<const T*>(unit.given);
+    if (draws) {
+      const int64_t first = (unit.offset + e) * width, tile = first / kTile;
+      stop = std::min(end, (tile + 1) * (kTile / width) - unit.offset);
+      draw_tile(tile, unit.stream, drawn);
+      normals = drawn + (first - tile * kTile);
+    } else if (rule.noisy) {
+      normals += e * width;
+    }
+    const int count = static_cast<int>(stop - e);
+    Pointers<T> at{};
+    for (int part = 0; part < unit.members; ++part) {
+      at.value[part] = static_cast<T*>(unit.value[part]) + e * step;
+      at.grad[part] = static_cast<const T*>(unit.grad[part]) + e * step;
+      at.exp_avg[part] = static_cast<T*>(unit.exp_avg[part]) + e * step;
+    }
+    at.square = static_cast<T*>(unit.square) + e;
+    at.largest = unit.largest == nullptr ? nullptr : static_cast<T*>(unit.largest) + e;
+    at.normals = normals;
+    const auto scalars = [&](auto store_type, auto&& what) {
+      using S = decltype(store_type);
+      for (int part = 0; part < unit.members; ++part) what(static_cast<S*>(nullptr), part);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      const auto before = [&](auto* tag, int part) {
+        using S = std::remove_pointer_t<decltype(tag)>;
+        follow(at.value[part], static_cast<const S*>(unit.rounded[part]) + e * step, count * step);
+        widen(static_cast<const S*>(unit.grad[part]) + e * step, wide[part], count * step);
+        at.grad[part] = wide[part];
+      };
+      if (unit.grad_type == ScalarType::BFloat16) scalars(BFloat16{}, before);
+      if (unit.grad_type == ScalarType::Half) scalars(Half{}, before);
+    }
+    update<T, kKind>(at, count, rule, static_cast<T>(unit.step_size), static_cast<T>(unit.inverse_root));
+    if constexpr (std::is_same_v<T, float>) {
+      const auto after = [&](auto* tag, int part) {
+        using S = std::remove_pointer_t<decltype(tag)>;
+        round_to(at.value[part], static_cast<S*>(unit.rounded[part]) + e * step, count * step);
+      };
+      if (unit.grad_type == ScalarType::BFloat16) scalars(BFloat16{}, after);
+      if (unit.grad_type == ScalarType::Half) scalars(Half{}, after);
+    }
+    e = stop;
+  }
+}
+
+template <class T>
+void run_any(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
+  switch (unit.kind) {
+    case Kind::kReal: return run<T, Kind::kReal>(unit, begin, end, rule);
+    case Kind::kComplex: return run<T, Kind::kComplex>(unit, begin, end, rule);
+    case Kind::kPair: return run<T, Kind::kPair>(unit, begin, end, rule);
+    case Kind::kFirst: return run<T, Kind::kFirst>(unit, begin, end, rule);
+    case Kind::kSecond: return run<T, Kind::kSecond>(unit, begin, end, rule);
+  }
+}
+
+double read(const Tensor& scalar) {
+  return scalar.scalar_type() == ScalarType::Float ? *static_cast<const float*>(scalar.const_data_ptr())
+                                                   : *static_cast<const double*>(scalar.const_data_ptr());
+}
+
+struct Options {
+  double lr, temperature, beta1, beta2, eps, weight_decay, noise_eps, max_noise_gain, grad_scale;
+  bool noisy, maximize, scales;
+};
+
+template <class T>
+Rule<T> rule_of(const Options& o) {
+  Rule<T> rule;
+  rule.take_first = static_cast<T>(1 - o.beta1);
+  rule.keep_second = static_cast<T>(o.beta2);
+  rule.take_second = static_cast<T>(1 - o.beta2);
+  rule.eps = static_cast<T>(o.eps);
+  rule.decay = static_cast<T>(1 - o.lr * o.weight_decay);
+  rule.noise_scale = static_cast<T>(std::sqrt(2 * o.temperature * o.lr));
+  rule.noise_eps = static_cast<T>(o.noise_eps);
+  rule.cap = static_cast<T>(o.max_noise_gain);
+  rule.dead_cap = static_cast<T>(std::min(o.max_noise_gain, 1.0));
+  rule.grad_scale = static_cast<T>(o.maximize ? -o.grad_scale : o.grad_scale);
+  rule.scales_grad = o.maximize || o.scales;
+  rule.noisy = o.noisy;
+  return rule;
+}
+
+// `values`, `grads`, `exp_avgs`, `steps` and, for half-precision parameters, `rounded` have one entry per member;
+// `squares` and `largest` (empty without amsgrad) one per unit; `normals` one per unit, of which an empty one means that
+// they are drawn here.
+void complex_adamw(std::vector<Tensor> values, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                   std::vector<Tensor> squares, std::vector<Tensor> largest, std::vector<Tensor> steps,
+                   std::vector<Tensor> rounded, std::vector<Tensor> normals, std::vector<int64_t> kinds,
+                   std::vector<int64_t> parameters, std::vector<int64_t> offsets, Tensor lr,
+                   std::optional<Tensor> temperature, std::optional<Tensor> found_inf, std::optional<Tensor> grad_scale,
+                   double beta1, double beta2, double eps, double weight_decay, double noise_eps,
+                   double max_noise_gain, bool maximize, int64_t seed_low, int64_t seed_high) {
+  if (found_inf && read(*found_inf) != 0) return;
+  const Options options{read(lr),
+                        temperature ? read(*temperature) : 0.0,
+                        beta1,
+                        beta2,
+                        eps,
+                        weight_decay,
+                        noise_eps,
+                        max_noise_gain,
+                        grad_scale ? read(*grad_scale) : 1.0,
+                        temperature.has_value(),
+                        maximize,
+                        grad_scale.has_value()};
+  std::vector<Unit> units(kinds.size());
+  std::vector<int64_t> ends(kinds.size());  // of each unit's blocks
+  int64_t blocks = 0;
+  size_t member = 0, half = 0;
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    Unit& unit = units[i];
+    unit = Unit{};
+    unit.kind = static_cast<Kind>(kinds[i]);
+    unit.members = unit.kind == Kind::kPair ? 2 : 1;
+    unit.size = squares[i].numel();
+    unit.offset = offsets[i];
+    unit.value_type = values[member].scalar_type();
+    unit.grad_type = grads[member].scalar_type();
+    unit.square = squares[i].mutable_data_ptr();
+    if (!largest.empty()) unit.largest = largest[i].mutable_data_ptr();
+    if (!normals.empty() && normals[i].numel() > 0) unit.given = normals[i].const_data_ptr();
+    // A normal that the caller drew is the member's own: there is no partner's to pass over.
+    if (unit.given != nullptr && (unit.kind == Kind::kFirst || unit.kind == Kind::kSecond)) unit.kind = Kind::kReal;
+    double count = 0;
+    for (int part = 0; part < unit.members; ++part, ++member) {
+      unit.value[part] = values[member].mutable_data_ptr();
+      unit.grad[part] = grads[member].const_data_ptr();
+      unit.exp_avg[part] = exp_avgs[member].mutable_data_ptr();
+      double& step = *static_cast<double*>(steps[member].mutable_data_ptr());
+      step += 1;
+      if (part == 0) count = step;
+      if (unit.grad_type == ScalarType::BFloat16 || unit.grad_type == ScalarType::Half)
+        unit.rounded[part] = rounded[half++].mutable_data_ptr();
+    }
+    unit.step_size = options.lr / (1 - std::pow(beta1, count));
+    unit.inverse_root = 1 / std::sqrt(1 - std::pow(beta2, count));
+    unit.stream = Stream{static_cast<uint32_t>(parameters[i]), static_cast<uint32_t>(static_cast<int64_t>(count)),
+                         static_cast<uint32_t>(seed_low), static_cast<uint32_t>(seed_high)};
+    blocks += (unit.size + kBlock - 1) / kBlock;
+    ends[i] = blocks;
+  }
+  const Rule<float> single = rule_of<float>(options);
+  const Rule<double> twofold = rule_of<double>(options);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t block = begin; block < end; ++block) {
+      while (block >= ends[i]) ++i;
+      const Unit& unit = units[i];
+      const int64_t own = block - (i == 0 ? 0 : ends[i - 1]);
+      const int64_t from = own * kBlock, to = std::min(unit.size, from + kBlock);
+      if (unit.value_type == ScalarType::Double || unit.value_type == ScalarType::ComplexDouble)
+        run_any<double>(unit, from, to, twofold);
+      else
+        run_any<float>(unit, from, to, single);
+    }
+  });
+}
+
+void philox_normal(int64_t start, int64_t seed_low, int64_t seed_high, Tensor step, int64_t parameter, Tensor out) {
+  const int64_t epoch = *static_cast<const int64_t*>(step.const_data_ptr());
+  const Stream stream{static_cast<uint32_t>(parameter), static_cast<uint32_t>(epoch), static_cast<uint32_t>(seed_low),
+                      static_cast<uint32_t>(seed_high)};
+  const int64_t count = out.numel();
+  const auto fill = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    const int64_t first = start / kTile, last = (start + count + kTile - 1) / kTile;
+    torch::stable::parallel_for(first, last, kBlock / kTile, [&](int64_t begin, int64_t end) {
+      alignas(kVectorBytes) T drawn[kTile];
+      for (int64_t tile = begin; tile < end; ++tile) {
+        draw_tile(tile, stream, drawn);
+        const int64_t from = std::max(start, tile * kTile), stop = std::min(start + count, (tile + 1) * kTile);
+        std::copy(drawn + (from - tile * kTile), drawn + (stop - tile * kTile), to + (from - start));
+      }
+    });
+  };
+  if (count == 0) return;
+  if (out.scalar_type() == ScalarType::Float)
+    fill(static_cast<float*>(out.mutable_data_ptr()));
+  else
+    fill(static_cast<double*>(out.mutable_data_ptr()));
+}
+
+}  // namespace
+}  // namespace stablekern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
+  m.def(
+      "complex_adamw(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] squares,"
+      " Tensor(d!)[] largest, Tensor(e!)[] steps, Tensor(f!)[] rounded, Tensor[] normals, int[] kinds, int[] parameters,"
+      " int[] offsets, Tensor lr, Tensor? temperature, Tensor? found_inf, Tensor? grad_scale, float beta1, float beta2,"
+      " float eps, float weight_decay, float noise_eps, float max_noise_gain, bool maximize, int seed_low,"
+      " int seed_high) -> ()");
+  m.def(
+      "philox_normal(int start, int seed_low, int seed_high, Tensor step, int parameter, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) { m.impl("complex_adamw", TORCH_BOX(&stablekern::complex_adamw)); }
+STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) { m.impl("philox_normal", TORCH_BOX(&stablekern::philox_normal)); }
