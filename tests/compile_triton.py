@@ -54,6 +54,23 @@ SSD = integers(
 )
 
 
+SELECTIVE = integers(
+    *("channels", "length", "groups", "states", "chunk", "segments", "segment_length", "tiles"),
+    *("start_item", "start_segment", "start_n", "start_channel"),
+    *("carry_item", "carry_segment", "carry_n", "carry_channel"),
+)
+
+
+def selective(io: str, K: int, N: int, R: int, **constants: bool) -> Launch:
+    """A tile of K * R channels x N states with all optional inputs, as the launcher makes them; `io` is that of u."""
+    wide = "*fp64" if io == "fp64" else "*fp32"
+    names = ("A", "D", "bias", "lower", "upper", "chunk", "carry", "start", "scratch", "last", "factor", "term")
+    sums = ("dA", "dB", "dC", "dD", "dbias", "dstart")
+    types = SELECTIVE | {f"{name}_ptr": wide for name in names + sums}
+    given = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_START", "HAS_CARRY", "SOFTPLUS"), True)
+    return Launch({"K": K, "N": N, "R": R} | given | constants, types, (io,), warps=1)
+
+
 def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     """A tile of K * R channels (heads of P) x N states, as the launcher makes them."""
     tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R}
@@ -78,6 +95,21 @@ LAUNCHES = {
         ssd("fp32", 4, 2, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True),
         ssd("fp32", 2, 1, 128, 2, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=False, FULL=False),
         ssd("fp64", 4, 1, 16, 4, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=False),
+    ),
+    "selective_scan_segment_kernel": (
+        selective("fp32", 2, 16, 8, REVERSE=False),
+        selective("bf16", 1, 16, 8, REVERSE=True),
+        selective("fp64", 1, 16, 2, REVERSE=True),
+    ),
+    "selective_scan_fwd_kernel": (
+        selective("fp32", 2, 16, 8, HAS_CLAMP=False, FULL=True),
+        selective("bf16", 2, 16, 8, HAS_CLAMP=True, FULL=False),
+        selective("fp64", 1, 16, 8, HAS_CLAMP=True, FULL=True),
+    ),
+    "selective_scan_bwd_kernel": (
+        selective("fp32", 1, 16, 8, HAS_CLAMP=False, FULL=True),
+        selective("bf16", 1, 16, 8, HAS_CLAMP=True, FULL=False),
+        selective("fp64", 1, 16, 2, HAS_CLAMP=True, FULL=True),
     ),
     "linear_scan_fwd_kernel": (
         Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, REAL, 1),

@@ -31,10 +31,10 @@ def case(*sizes: int, dtype=torch.float32):
     return [a.to(dtype) for a in args], optional
 
 
-def with_gradients(args, optional, scan=ssd_scan):
+def with_gradients(args, optional):
     leaves = [t.clone().requires_grad_() for t in args]
     extra = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in optional.items()}
-    y, last = scan(*leaves, **extra)
+    y, last = ssd_scan(*leaves, **extra)
     (y.square().sum() + last.sum()).backward()
     leaves += [v for v in extra.values() if isinstance(v, torch.Tensor)]
     return [y.detach(), last.detach(), *(t.grad for t in leaves)]
@@ -188,23 +188,3 @@ def test_last_state_alone_can_be_differentiated(backend):
     exact = torch.autograd.grad(reference(*args, return_last_state=True)[1].square().sum(), args[:4])
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("clamp", [None, 0.5], ids=["free", "clamped"])
-@pytest.mark.parametrize(
-    ("sizes", "tile"), [((1, 37, 2, 12, 1, 5), 64), ((1, 34, 4, 3, 2, 2), 128)], ids=["columns", "heads"]
-)
-def test_triton_tiles_and_segments(monkeypatch, sizes, tile, clamp):
-    """Small tiles, as on a GPU, with heads cut into blocks of columns or padded; time cut into segments, or not."""
-    kernels = pytest.importorskip("stablekern.triton_kernels.ssd_scan")
-    scan = pytest.importorskip("stablekern.triton_kernels.scan")
-    for name in ("_FORWARD_TILE", "_BACKWARD_TILE", "_CLAMPED_BACKWARD_TILE"):
-        monkeypatch.setattr(kernels, name, {"cpu": {8: tile}})
-    args, optional = case(*sizes, dtype=torch.float64)
-    optional |= {"state_clamp": clamp, "z": None, "dt_bias": None}
-    exact = with_gradients(args, optional, reference)
-    for few in (0, scan._FEW):
-        monkeypatch.setattr(scan, "_FEW", few)
-        with stablekern.use_backend("triton"):
-            for a, b in zip(with_gradients(args, optional), exact, strict=True):
-                torch.testing.assert_close(a, b)

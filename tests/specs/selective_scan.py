@@ -124,7 +124,7 @@ SPECS = (
         dtypes=FLOATS + HALVES,
         view=_view,
         interpreted=(
-            *("typical", "plain", "gated", "clamped", "clamped-odd", "one-lane", "channels-of-their-own", "constant"),
+            *("typical", "plain", "gated", "clamped", "clamped-odd", "one-lane", "constant"),
             *("complex", "length-1", "empty", "empty-batch", "no-states", "no-channels", "permuted"),
         ),
         errors=(
