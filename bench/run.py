@@ -53,7 +53,8 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
     factor = case.backward if backward else 1.0
     limit = max(case.flops * factor / top.flops, case.bytes * factor / top.bandwidth)
     return {
-        "op": case.op, "case": case.name, "direction": direction, "dtype": "float32", "baseline": case.baseline_name,
+        "op": case.op, "case": case.name, "direction": direction,
+        "dtype": str(inputs[0].dtype).removeprefix("torch."), "baseline": case.baseline_name,
         "ms": round(1e3 * ours.median, 4), "ms_best": round(1e3 * ours.best, 4),
         "ms_p20": round(1e3 * ours.quantile(0.2), 4), "ms_p80": round(1e3 * ours.quantile(0.8), 4),
         "baseline_ms": round(1e3 * base.median, 3), "baseline_ms_best": round(1e3 * base.best, 3),
@@ -99,7 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="comma-separated ops; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--direction", choices=["fwd", "fwd+bwd"], help="both by default")
+    parser.add_argument("--direction", choices=["fwd", "fwd+bwd", "step"], help="all of a case by default")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for each line")
     parser.add_argument("--threads", type=int, help="CPU threads; those of torch by default")
     parser.add_argument("--backend", help="force a backend")
@@ -118,7 +119,7 @@ def main() -> int:
     print(f"{device_name(options.device)}: {top.flops / 1e9:.0f} GFLOP/s, copy {top.bandwidth / 1e9:.0f} GB/s")
     missed = 0
     for case in (case for case in all_cases() if case.op in wanted):
-        for direction in (options.direction,) if options.direction else ("fwd", "fwd+bwd"):
+        for direction in (d for d in case.directions if options.direction in (None, d)):
             result = measure(case, direction, options.device, options.seconds, top)
             print(line(result), flush=True)
             missed += result["gate"] is not None and options.device == "cpu" and result["ratio"] < result["gate"]

@@ -247,7 +247,7 @@ def test_lapack_failure_is_reported_per_matrix(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128])
-def test_gauge(dtype):
+def test_gauge(backend, dtype):
     """The first of the largest components of each column is real and positive, and columns are contiguous."""
     V = eigh(symmetric(7, 12, 12, dtype=dtype)).eigenvectors
     pivot = V.gather(-2, V.abs().argmax(-2, keepdim=True))
@@ -255,13 +255,29 @@ def test_gauge(dtype):
     assert V.stride() == torch.linalg.eigh(symmetric(7, 12, 12, dtype=dtype)).eigenvectors.stride()
 
 
-def test_complex_gradient_knows_the_gauge():
+def test_complex_gradient_knows_the_gauge(backend):
     """Raw complex vectors, phase and all: finite differences see the pivot's phase, and so does the backward."""
     A = separated(torch.Generator().manual_seed(3), (2,), 4, dtype=torch.complex128).requires_grad_()
     assert torch.autograd.gradcheck(lambda A: tuple(eigh((A + A.mH) / 2)), A)
 
 
-def test_complex_hermitian_projector_at_repeated_eigenvalues():
+def test_complex_gradient_where_all_components_have_the_same_modulus(backend):
+    """A circulant's eigenvectors are waves: rounding chooses the pivot, and the backward must take the same one."""
+    n = 16
+    shift = torch.roll(torch.eye(n, dtype=torch.complex128), 1, 0) * (0.3 + 1j)
+    A = (shift + shift.mH).requires_grad_()
+    w, V = eigh(A)
+    G, low = symmetric(n, n, dtype=torch.complex128), slice(0, 5)
+    found = torch.autograd.grad((G.conj() * (V[:, low] @ V[:, low].mH)).sum().real, A)[0]
+    across = torch.zeros(n, n, dtype=torch.complex128)
+    across[low, 5:] = 1 / (w.detach()[low, None] - w.detach()[None, 5:])
+    V = V.detach()
+    pairs = across * (V.mH @ G @ V)
+    expected = V @ (pairs + pairs.mH) @ V.mH
+    torch.testing.assert_close(found, expected, rtol=0, atol=5 * n * 2.3e-16 * expected.abs().max().item() * n)
+
+
+def test_complex_hermitian_projector_at_repeated_eigenvalues(backend):
     n = 6
     Q = torch.linalg.qr(random(n, n, dtype=torch.complex128))[0]
     w = torch.tensor([0, 0, 0, 1, 1, 2.5], dtype=torch.float64)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Case", "all_cases"]
+__all__ = ["Case", "Stepping", "all_cases"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,19 @@ class Case:
     backward: float
     gates: dict[str, float]
     constant: tuple[int, ...] = ()  # inputs that get no gradient
+    directions: tuple[str, ...] = ("fwd", "fwd+bwd")  # ("step",) for what changes its inputs and has no gradient
+
+
+class Stepping:
+    """A call with state: `make(*inputs)` gives, once, what every call then runs."""
+
+    def __init__(self, make: Callable[..., Callable[[], Any]]) -> None:
+        self._make, self._step = make, None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self._step is None:
+            self._step = self._make(*inputs)
+        return self._step()
 
 
 def all_cases() -> tuple[Case, ...]:

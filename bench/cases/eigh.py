@@ -29,9 +29,18 @@ def _laplacians(count: int, n: int, top_k: int | None) -> Callable[[str], tuple[
     return lambda device: (stablekern.normalized_laplacian(random_graphs(count, n, top_k, device)),)
 
 
-def flops(count: int, n: int) -> float:
-    # Tridiagonalise 4/3 n^3, form Q 4/3 n^3, n(n-1)/2 rotations of n-vectors at 6 flops: 3 n^3.
-    return count * (4 / 3 + 4 / 3 + 3) * n**3
+def _hermitian(count: int, n: int) -> Callable[[str], tuple[Tensor, ...]]:
+    def make(device: str) -> tuple[Tensor, ...]:
+        A = torch.randn(count, n, n, dtype=torch.complex64, generator=torch.Generator().manual_seed(19))
+        return ((A + A.mH).contiguous().to(device),)
+
+    return make
+
+
+def flops(count: int, n: int, *, complex_entries: bool = False) -> float:
+    # Tridiagonalise 4/3 n^3, form Q 4/3 n^3: 4 times that if complex. n(n-1)/2 real rotations of n-vectors at 6 flops:
+    # 3 n^3, twice that if complex.
+    return count * ((4 if complex_entries else 1) * (4 / 3 + 4 / 3) + (2 if complex_entries else 1) * 3) * n**3
 
 
 def _eigh_case(label: str, top_k: int | None) -> Case:
@@ -42,4 +51,55 @@ def _eigh_case(label: str, top_k: int | None) -> Case:
     )  # fmt: skip
 
 
-CASES = (_eigh_case("dense Laplacians", None), _eigh_case("top-3 Laplacians", 3))
+def _without_phases(function) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Eigenvalues and |V|^2: torch refuses the gradient of a loss that depends on the phases."""
+
+    def call(A: Tensor) -> tuple[Tensor, Tensor]:
+        w, V = function(A)
+        return w, V.real.square() + V.imag.square()
+
+    return call
+
+
+def _complex_case() -> Case:
+    count, n = 15_360, 16
+    return Case(
+        "eigh", f"{count}x{n}x{n} complex64, |V|^2", _hermitian(count, n), _without_phases(stablekern.eigh),
+        "torch.linalg.eigh", _without_phases(torch.linalg.eigh), flops(count, n, complex_entries=True),
+        8.0 * count * 2 * n * n, 2.0, {"fwd": 12.0, "fwd+bwd": 8.0},
+    )  # fmt: skip
+
+
+def _double_case() -> Case:
+    count, n = 15_360, 19
+    return Case(
+        "eigh", f"{count}x{n}x{n} float64", lambda device: (_laplacians(count, n, None)(device)[0].double(),),
+        stablekern.eigh, "torch.linalg.eigh", torch.linalg.eigh, 2 * flops(count, n),
+        8.0 * count * (2 * n * n + n), 2.0, {"fwd": 10.0, "fwd+bwd": 8.0},
+    )  # fmt: skip
+
+
+def _values_case() -> Case:
+    count, n = 15_360, 19
+    return Case(
+        "eigvalsh", f"{count}x{n}x{n} dense Laplacians", _laplacians(count, n, None), stablekern.eigvalsh,
+        "torch.linalg.eigvalsh", torch.linalg.eigvalsh, count * 4 / 3 * n**3, 4.0 * count * n * n, 4.25, {},
+    )  # fmt: skip
+
+
+def _lone_case() -> Case:
+    n = 19
+    return Case(
+        "eigh", f"one {n}x{n}", _laplacians(1, n, None), stablekern.eigh, "torch.linalg.eigh", torch.linalg.eigh,
+        flops(1, n), 4.0 * (2 * n * n + n), 2.0, {},
+    )  # fmt: skip
+
+
+CASES = (
+    _eigh_case("dense Laplacians", None),
+    _eigh_case("top-3 Laplacians", 3),
+    _complex_case(),
+    _double_case(),
+    _values_case(),
+    _lone_case(),
+)

@@ -1,4 +1,4 @@
-// Batched eigendecomposition of small symmetric matrices (n <= 32), and its backward.
+// Batched eigendecomposition of small Hermitian matrices (n <= 32), and its backward.
 //
 // Each matrix is scaled by a power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a
 // SIMD lane of its own, as "stablekern/eigh_lanes.h" tells.
@@ -11,137 +11,171 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <string>
 
 namespace stablekern {
 namespace {
 
 using torch::stable::Tensor;
 
+// Complex items are moved as twice as many reals.
+template <class T, class E>
+void gather_elements(const T* items, int length, int count, E* out) {
+  constexpr int parts = sizeof(E) / sizeof(Vec<T>);
+  gather_items(items, parts * length, parts * length, count, reinterpret_cast<Vec<T>*>(out));
+}
+
 // One triangle of up to kLanes matrices, scaled to size 1, to the lower triangle of z.
-template <class T, int N, int Blocks>
-void load_block(Workspace<T, N, Blocks>& w, int block, const T* matrices, int runtime_n, int count, bool upper) {
+template <class S, int N, int Blocks, class T = RealOf<S>>
+void load_block(Workspace<S, N, Blocks>& w, int block, const T* matrices, int runtime_n, int count, bool upper) {
   const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = Workspace<T, N, Blocks>::kStride;
-  Vec<T>* full = w.staging;
-  gather_items(matrices, n * n, n * n, count, full);
+  constexpr int stride = Workspace<S, N, Blocks>::kStride;
+  Element<S>* full = w.staging;
+  gather_elements(matrices, n * n, count, full);
   const Vec<T> zero{};
   Vec<T> largest{}, probe{};  // probe: NaN once an entry is not finite
   const int row = upper ? 1 : n, column = upper ? n : 1;
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < i; ++j) {
-      largest = max(abs(full[i * row + j * column]), largest);
-      probe = fma(full[i * n + j], zero, probe);
-      probe = fma(full[j * n + i], zero, probe);
+      largest = max(part_size(full[i * row + j * column]), largest);
+      probe = probe_finite(full[i * n + j], probe_finite(full[j * n + i], probe));
     }
-    largest = max(abs(full[i * n + i]), largest);
-    probe = fma(full[i * n + i], zero, probe);
+    largest = max(abs(real_part(full[i * n + i])), largest);
+    probe = probe_finite(full[i * n + i], probe);
   }
   const Mask<T> finite = equal(probe, zero);
   const PowerOfTwo<T> power = power_of_two<T>(largest);
   w.non_finite[block] = !finite;
   w.up[block] = power.up;
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j <= i; ++j)
-      w.z[block][i * stride + j] = select(finite, full[i * row + j * column] * power.down, zero);
-}
-
-template <class T, int N, int Blocks, bool Vectors>
-void store_block(Workspace<T, N, Blocks>& w, int block, int n, int count, bool past_caches, T* eigenvalues,
-                 T* eigenvectors, int32_t* info) {
-  alignas(64) typename VecTypes<T>::integer rank[Workspace<T, N, Blocks>::kN][kLanes<T>];
-  const Vec<T>(*values)[Blocks] = Vectors ? w.d : w.values;
-  const Vec<T> poison = store_values<T, N, Blocks>(w, values, block, n, count, rank, eigenvalues, info);
-  if constexpr (Vectors) {
-    T* matrices = reinterpret_cast<T*>(w.staging);
-    const auto place = [=](int lane, int row) { return matrices + (lane * n + row) * n; };
-    store_vectors<T, N, Blocks>(w, block, n, rank, poison, place);
-    copy_out(matrices, static_cast<int64_t>(count) * n * n, past_caches, eigenvectors);
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const Element<S> scaled = full[i * row + j * column] * power.down;
+      w.z[block][i * stride + j] = select(finite, upper ? conj(scaled) : scaled, Element<S>{});
+    }
+    w.z[block][i * stride + i] = element<S>(select(finite, real_part(full[i * n + i]) * power.down, zero));
   }
 }
 
-template <class T, int N, bool Vectors>
-void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, T* eigenvalues, T* eigenvectors,
+template <class S, int N, int Blocks, bool Vectors, class T = RealOf<S>>
+void store_block(Workspace<S, N, Blocks>& w, int block, int n, int count, bool past_caches, T* eigenvalues,
+                 T* eigenvectors, int32_t* info) {
+  alignas(64) typename VecTypes<T>::integer rank[Workspace<S, N, Blocks>::kN][kLanes<T>];
+  const Vec<T>(*values)[Blocks] = Vectors ? w.d : w.values;
+  const Vec<T> poison = store_values<S, N, Blocks>(w, values, block, n, count, rank, eigenvalues, info);
+  if constexpr (Vectors) {
+    T* matrices = reinterpret_cast<T*>(w.staging);
+    const int length = kParts<S> * n;
+    const auto place = [=](int lane, int row) { return matrices + (lane * n + row) * length; };
+    store_vectors<S, N, Blocks>(w, block, n, rank, poison, place);
+    copy_out(matrices, static_cast<int64_t>(count) * n * length, past_caches, eigenvectors);
+  }
+}
+
+template <class S, int N, bool Vectors, class T = RealOf<S>>
+void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, int sweeps, T* eigenvalues, T* eigenvectors,
                     int32_t* info) {
-  const int64_t size = static_cast<int64_t>(n) * n;
+  const int64_t size = static_cast<int64_t>(kParts<S>) * n * n;
   const bool past_caches = batch * size * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto load_lanes = [&](auto& w, int block, int64_t item, int count) {
     load_block(w, block, matrices + item * size, n, count, upper);
-    // The next block comes from memory while this one is reduced.
-    prefetch_items(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
+    w.upcoming.aim(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };
-  const auto store_lanes = [&]<int Blocks>(Workspace<T, N, Blocks>& w, int block, int64_t item, int count) {
+  const auto store_lanes = [&]<int Blocks>(Workspace<S, N, Blocks>& w, int block, int64_t item, int count) {
     T* vectors = Vectors ? eigenvectors + item * size : nullptr;
-    store_block<T, N, Blocks, Vectors>(w, block, n, count, past_caches, eigenvalues + item * n, vectors, info + item);
+    store_block<S, N, Blocks, Vectors>(w, block, n, count, past_caches, eigenvalues + item * n, vectors, info + item);
   };
-  solve_lanes<T, N, Vectors>(batch, n, load_lanes, store_lanes);
+  solve_lanes<S, N, Vectors>(batch, n, load_lanes, store_lanes, sweeps);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-template <class T, int N>
+template <class S, int N>
 struct alignas(64) BackwardWorkspace {
   static constexpr int kN = N > 0 ? N : kMaxN;
-  Vec<T> vectors[kN * kN], gradient[kN * kN], middle[kN * kN];
-  Vec<T> values[kN], value_gradient[kN];
+  Element<S> vectors[kN * kN], gradient[kN * kN], middle[kN * kN];
+  Vec<RealOf<S>> values[kN], value_gradient[kN];
 };
 
-template <class T, int N>
+template <class S, int N, class T = RealOf<S>>
 void backward(const T* eigenvalues, const T* eigenvectors, const T* grad_values, const T* grad_vectors, int64_t batch,
               int runtime_n, const GapRule& rule, T* grad_matrices) {
   constexpr int lanes = kLanes<T>;
+  const bool past_caches = batch * runtime_n * runtime_n * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-    const int n = N > 0 ? N : runtime_n;
-    auto& w = workspace<BackwardWorkspace<T, N>>();
+    const int n = N > 0 ? N : runtime_n, size = kParts<S> * n * n;
+    auto& w = workspace<BackwardWorkspace<S, N>>();
     for (int64_t item = begin * lanes; item < batch && item < end * lanes; item += lanes) {
       const int count = static_cast<int>(std::min<int64_t>(batch - item, lanes));
-      const int64_t at = item * n * n;
-      gather_items(eigenvectors + at, n * n, n * n, count, w.vectors);
-      if (grad_values) gather_items(grad_values + item * n, n, n, count, w.value_gradient);
-      const Vec<T>* v = w.vectors;  // v[j * n + a] = component a of eigenvector j
+      const int64_t next = (item + count) * size, next_length = std::min<int64_t>(batch - item - count, lanes) * size;
+      Prefetcher next_vectors, next_gradient;
+      next_vectors.aim(eigenvectors + next, next_length);
+      if (grad_vectors) next_gradient.aim(grad_vectors + next, next_length);
+      gather_elements(eigenvectors + item * size, n * n, count, w.vectors);
+      if (grad_values) gather_elements(grad_values + item * n, n, count, w.value_gradient);
+      const Element<S>* v = w.vectors;  // v[j * n + a] = component a of eigenvector j
       if (grad_vectors) {
-        gather_items(eigenvalues + item * n, n, n, count, w.values);
-        gather_items(grad_vectors + at, n * n, n * n, count, w.gradient);
-        product<T, false>(n, n, n, v, n, 1, w.gradient, n, 1, w.middle, n);  // M = V^T gV
-        weigh_pairs<T>(n, rule, w.values, grad_values ? w.value_gradient : nullptr, w.middle);
-        product<T, false>(n, n, n, w.middle, n, 1, v, 1, n, w.gradient, n);  // S V^T
+        gather_elements(eigenvalues + item * n, n, count, w.values);
+        gather_elements(grad_vectors + item * size, n * n, count, w.gradient);
+        if constexpr (kIsComplex<S>) fix_phase(n, v, w.gradient);
+        // M = V^H gV, S from it, S V^H, V S V^H
+        product<S, false, Conjugate::kFirst>(n, n, n, v, n, 1, w.gradient, n, 1, w.middle, n, next_vectors, n);
+        weigh_pairs<S>(n, rule, w.values, grad_values ? w.value_gradient : nullptr, w.middle);
+        product<S, false, Conjugate::kSecond>(n, n, n, w.middle, n, 1, v, 1, n, w.gradient, n, next_gradient, n);
       } else {
         for (int j = 0; j < n; ++j)
-          for (int a = 0; a < n; ++a) w.gradient[j * n + a] = w.value_gradient[j] * v[j * n + a];
+          for (int a = 0; a < n; ++a) w.gradient[j * n + a] = conj(v[j * n + a]) * w.value_gradient[j];
       }
-      product<T, true>(n, n, n, w.gradient, 1, n, v, 1, n, w.middle, n);  // V (S V^T)
-      scatter_items(w.middle, n * n, count, grad_matrices + at);
+      product<S, true>(n, n, n, v, 1, n, w.gradient, 1, n, w.middle, n);
+      T* staging = reinterpret_cast<T*>(w.gradient);
+      scatter_items(reinterpret_cast<const Vec<T>*>(w.middle), size, count, staging);
+      copy_out(staging, static_cast<int64_t>(count) * size, past_caches, grad_matrices + item * size);
     }
+    stream_fence();
   });
 }
 
 // ---- launchers ----------------------------------------------------------------------------------------------------
 
+// `run` for the tensor's scalar type. No size gets loops of known length: that gains nothing here.
+template <class Run>
+void dispatch(const Tensor& tensor, const Run& run) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return run.template operator()<double>();
+    case ScalarType::ComplexFloat: return run.template operator()<std::complex<float>>();
+    case ScalarType::ComplexDouble: return run.template operator()<std::complex<double>>();
+    default: return run.template operator()<float>();
+  }
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
 template <bool Vectors>
-void solve_tensor(const Tensor& A, bool upper, const Tensor& eigenvalues, const Tensor* eigenvectors,
+void solve_tensor(const Tensor& A, bool upper, int sweeps, const Tensor& eigenvalues, const Tensor* eigenvectors,
                   const Tensor& info) {
   const int64_t batch = A.size(0);
   const int n = static_cast<int>(A.size(1));
   if (batch == 0 || n == 0) return;
   STD_TORCH_CHECK(n <= kMaxN, "eigh: n must be at most ", kMaxN);
-  const auto run = [&]<class T>(T) {
+  dispatch(A, [&]<class S>() {
+    using T = RealOf<S>;
     T* vectors = eigenvectors ? static_cast<T*>(eigenvectors->mutable_data_ptr()) : nullptr;
-    const auto* from = static_cast<const T*>(A.const_data_ptr());
     auto* values = static_cast<T*>(eigenvalues.mutable_data_ptr());
     auto* flags = static_cast<int32_t*>(info.mutable_data_ptr());
-    if (n == kElectrodes)
-      solve_matrices<T, kElectrodes, Vectors>(from, batch, n, upper, values, vectors, flags);
-    else
-      solve_matrices<T, 0, Vectors>(from, batch, n, upper, values, vectors, flags);
-  };
-  A.scalar_type() == torch::headeronly::ScalarType::Double ? run(double{}) : run(float{});
+    solve_matrices<S, 0, Vectors>(data<T>(A), batch, n, upper, sweeps, values, vectors, flags);
+  });
 }
 
-void eigh_fwd(const Tensor A, bool upper, Tensor eigenvalues, Tensor eigenvectors, Tensor info) {
-  solve_tensor<true>(A, upper, eigenvalues, &eigenvectors, info);
+void eigh_fwd(const Tensor A, bool upper, Tensor eigenvalues, Tensor eigenvectors, Tensor info, int64_t sweeps) {
+  STD_TORCH_CHECK(sweeps >= 0 && sweeps <= kMaxSweeps, "eigh: sweeps must be 0 to ", kMaxSweeps);
+  solve_tensor<true>(A, upper, static_cast<int>(sweeps), eigenvalues, &eigenvectors, info);
 }
 
 void eigvalsh_fwd(const Tensor A, bool upper, Tensor eigenvalues, Tensor info) {
-  solve_tensor<false>(A, upper, eigenvalues, nullptr, info);
+  solve_tensor<false>(A, upper, kMaxSweeps, eigenvalues, nullptr, info);
 }
 
 void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional<Tensor> grad_eigenvalues,
@@ -153,32 +187,29 @@ void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional
   STD_TORCH_CHECK(n <= kMaxN, "eigh_bwd: n must be at most ", kMaxN);
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "eigh_bwd: unknown mode ", mode);
   const GapRule rule{mode, gap_floor, noise_kappa};
-  const auto run = [&]<class T>(T) {
-    const auto data = [](const std::optional<Tensor>& t) {
-      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-    };
-    auto* out = static_cast<T*>(grad_A.mutable_data_ptr());
-    const T *values = data(eigenvalues), *vectors = data(eigenvectors);
-    const T *grad_values = data(grad_eigenvalues), *grad_vectors = data(grad_eigenvectors);
-    if (!grad_values && !grad_vectors)
-      std::memset(out, 0, static_cast<std::size_t>(batch * n * n) * sizeof(T));
-    else if (n == kElectrodes)
-      backward<T, kElectrodes>(values, vectors, grad_values, grad_vectors, batch, n, rule, out);
-    else
-      backward<T, 0>(values, vectors, grad_values, grad_vectors, batch, n, rule, out);
-  };
-  eigenvalues.scalar_type() == torch::headeronly::ScalarType::Double ? run(double{}) : run(float{});
+  if (!grad_eigenvalues && !grad_eigenvectors) {
+    std::memset(grad_A.mutable_data_ptr(), 0, static_cast<std::size_t>(grad_A.numel() * grad_A.element_size()));
+    return;
+  }
+  dispatch(eigenvectors, [&]<class S>() {
+    using T = RealOf<S>;
+    backward<S, 0>(data<T>(eigenvalues), data<T>(eigenvectors), data<T>(grad_eigenvalues), data<T>(grad_eigenvectors),
+                   batch, n, rule, static_cast<T*>(grad_A.mutable_data_ptr()));
+  });
 }
 
 }  // namespace
 }  // namespace stablekern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
-  m.def("eigh_fwd(Tensor A, bool upper, Tensor(a!) eigenvalues, Tensor(b!) eigenvectors, Tensor(c!) info) -> ()");
+  // A smaller number of sweeps is for tests: few matrices, if any, need all.
+  const std::string sweeps = std::to_string(stablekern::kMaxSweeps);
+  m.def(("eigh_fwd(Tensor A, bool upper, Tensor(a!) eigenvalues, Tensor(b!) eigenvectors, Tensor(c!) info, "
+         "int sweeps=" + sweeps + ") -> ()").c_str());
   m.def("eigvalsh_fwd(Tensor A, bool upper, Tensor(a!) eigenvalues, Tensor(b!) info) -> ()");
   m.def(
-      "eigh_bwd(Tensor eigenvalues, Tensor eigenvectors_rows, Tensor? grad_eigenvalues, "
-      "Tensor? grad_eigenvectors_rows, int mode, float gap_floor, float noise_kappa, "
+      "eigh_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor? grad_eigenvalues, "
+      "Tensor? grad_eigenvector_rows, int mode, float gap_floor, float noise_kappa, "
       "Tensor(a!) grad_A) -> ()");
 }
 

@@ -117,8 +117,6 @@ _bwd = define(
 
 def native_reason(matrices: Tensor) -> str | None:
     """Why the native kernels cannot take these (b, n, n) matrices, or None."""
-    if matrices.is_complex():
-        return "real matrices only"
     return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
 
 
@@ -219,7 +217,8 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _phase_fixed(rows: Tensor, grad_rows: Tensor) -> Tensor:
     """The gradient of the eigenvectors with the effect of the gauge: see the module's text."""
     turn = (rows.conj() * grad_rows).sum(-1, keepdim=True).imag
-    at = rows.abs().argmax(-1, keepdim=True)
+    # The largest component that is real: by the moduli alone rounding could take another one for the pivot.
+    at = torch.where(rows.imag == 0, rows.real, 0.0).argmax(-1, keepdim=True)
     return grad_rows.scatter_add(-1, at, torch.complex(torch.zeros_like(turn), -turn / rows.gather(-1, at).real))
 
 
@@ -382,7 +381,7 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Real matrices up to n = 32 run in native kernels on a CPU, all others in LAPACK or
+    returned is a finite stand-in. Matrices up to n = 32 run in native kernels on a CPU, all others in LAPACK or
     cuSOLVER; the latter synchronises with the host.
     **Sources:** see the module's text.
     """

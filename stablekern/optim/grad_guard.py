@@ -11,6 +11,7 @@ multiplies by $\min(1, c / (N + \delta))$, as `torch.nn.utils.clip_grad_norm_` d
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -59,12 +60,7 @@ def _by(key: Callable[[Tensor], Any], gradients: list[Tensor]) -> Iterator[list[
     yield from groups.values()
 
 
-def _device(gradient: Tensor) -> torch.device:
-    return gradient.device
-
-
-def _dtype(gradient: Tensor) -> torch.dtype:
-    return gradient.dtype
+_device, _dtype = operator.attrgetter("device"), operator.attrgetter("dtype")
 
 
 _gradient_norms = define(
@@ -78,9 +74,9 @@ _NATIVE_DTYPES = frozenset((*_check.HALF, *_check.REAL, *_check.COMPLEX))
 
 
 def _native_refuses(gradients: list[Tensor], *_: Tensor) -> str | None:
-    if not all(gradient.is_contiguous() for gradient in gradients):
+    if not all(map(Tensor.is_contiguous, gradients)):
         return "a gradient is not contiguous"
-    unknown = {gradient.dtype for gradient in gradients} - _NATIVE_DTYPES
+    unknown = set(map(_dtype, gradients)) - _NATIVE_DTYPES
     return f"dtype {unknown}" if unknown else None
 
 
@@ -133,18 +129,15 @@ def _in_memory_order(part: Tensor) -> Tensor:
     return part.permute(sorted(range(part.dim()), key=lambda dim: -stride[dim]))
 
 
-def _norms(gradients: list[Tensor], device: torch.device) -> Tensor:
+def _norms(gradients: list[Tensor], parts: list[Tensor], device: torch.device) -> Tensor:
     """The float64 norm of each gradient, of the whole one if it is sharded: shape (number of gradients,)."""
-    if not gradients:
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    parts = [_in_memory_order(_shards.local(gradient)) for gradient in gradients]
-    whole = _sharded_like(gradients)
-    if not whole and all(part.device == device for part in parts):
-        return _gradient_norms(parts)
-    norms = torch.empty(len(gradients), dtype=torch.float64, device=device)
-    for members in _by(_device, parts):
-        norms[members] = _gradient_norms([parts[i] for i in members]).to(device, non_blocking=True)
-    for members in whole:
+    if set(map(_device, parts)) == {device}:
+        norms = _gradient_norms(parts)
+    else:
+        norms = torch.empty(len(gradients), dtype=torch.float64, device=device)
+        for members in _by(_device, parts):
+            norms[members] = _gradient_norms([parts[i] for i in members]).to(device, non_blocking=True)
+    for members in _sharded_like(gradients) if parts is not gradients else ():
         owner, values = gradients[members[0]], norms[members]
         peak = _shards.reduce(values, owner, "max")  # may pass over a NaN, which the sum then brings back
         unit = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
@@ -161,13 +154,13 @@ def _sharded_like(gradients: list[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _multiply(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiply all gradients by one 0-d float64 factor, in place; half precision goes through float32."""
-    parts = [_in_memory_order(_shards.local(gradient)) for gradient in gradients]
-    for members in _by(_device, parts):
-        here = factor.to(parts[members[0]].device, non_blocking=True)
-        _multiply_gradients([parts[i] for i in members], here)
-    torch.autograd.graph.increment_version(gradients)
+def _multiply(parts: list[Tensor], factor: Tensor) -> None:
+    """Multiply all by one 0-d float64 factor, in place; half precision goes through float32."""
+    devices = set(map(_device, parts))
+    for device in devices:
+        members = parts if len(devices) == 1 else [part for part in parts if part.device == device]
+        _multiply_gradients(members, factor.to(device, non_blocking=True))
+    torch.autograd.graph.increment_version(parts)
 
 
 # ---- the guard -------------------------------------------------------------------------------------------------------
@@ -256,7 +249,9 @@ class GradGuard:
         """
         names, gradients = self._gradients()
         inverse = self._inverse(scale)
-        norms = _norms(gradients, self.found_inf.device)
+        plain = all(type(g) is Tensor and g.is_contiguous() for g in gradients)
+        parts = gradients if plain else [_in_memory_order(_shards.local(gradient)) for gradient in gradients]
+        norms = _norms(gradients, parts, self.found_inf.device)
         finite = norms.isfinite()
         bad = ~finite.all()
         self._checked = (names, finite)
@@ -277,27 +272,28 @@ class GradGuard:
             factor = torch.where(bad, 1.0, factor)  # times 1: every value stays, NaN and infinities too
             self.found_inf.copy_(bad)
             self.skipped += bad
-        _multiply(gradients, factor)
+        _multiply(parts, factor)
         self._bad = bad.to(torch.float32)
         self._ready, self._unscaled = True, scale is not None
         return norm
 
     def _gradients(self) -> tuple[tuple[str, ...], list[Tensor]]:
-        names, gradients = [], []
         device = self.found_inf.device
         if self._parameters and self._parameters[0][1].device != device:
             rule = f"the parameters must stay where they were when the guard was made, on {device}"
             raise ValueError(message(_WHERE, rule, self._parameters[0][1].device))
-        present = [(name, p) for name, p in self._parameters if p.grad is not None and p.grad.numel() > 0]
-        for name, p in present:
-            if p.grad.layout != torch.strided:
-                raise TypeError(message(_WHERE, f"the gradient of `{name}` must be dense", p.grad.layout))
-        for name, p in present:
-            whole = _shards.like(p.grad, p)
-            if whole is not p.grad:
-                p.grad = whole
+        present = [(name, p, grad) for name, p in self._parameters if (grad := p.grad) is not None]
+        for name, _, grad in present:
+            if grad.layout is not torch.strided:
+                raise TypeError(message(_WHERE, f"the gradient of `{name}` must be dense", grad.layout))
+        names, gradients = [], []
+        for name, p, grad in present:
+            if type(grad) is not Tensor:
+                whole = _shards.like(grad, p)
+                if whole is not grad:
+                    p.grad = grad = whole
             names.append(name)
-            gradients.append(whole)
+            gradients.append(grad)
         return tuple(names), gradients
 
     def _inverse(self, scale: float | Tensor | GradScaler | None) -> float | Tensor:

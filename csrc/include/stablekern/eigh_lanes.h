@@ -1,11 +1,12 @@
-// Eigendecomposition of small symmetric matrices (n <= 32), one per SIMD lane: what the kernels built on it share.
+// Eigendecomposition of small Hermitian matrices (n <= 32), one per SIMD lane: what the kernels built on it share.
 //
 // Every matrix takes the same instructions, with masks where they part ways, so no result depends on which lane, block,
 // thread or batch it was computed in. All fused multiply-adds are written out as `fma` for the same reason: the
 // compiler is left no choice that could differ between two instantiations.
 //
 // Per lane, after a kernel has loaded a matrix of about size 1 (`solve_lanes`):
-//   1. Householder tridiagonalisation A = Q T Q^T (Golub & Van Loan, 8.3.1), rank-2 update fused with the next product;
+//   1. Householder tridiagonalisation A = Q T Q^H (Golub & Van Loan, 8.3.1), rank-2 update fused with the next product;
+//      of a complex matrix the phases of T's couplings go to Q, so that all that follows is real;
 //   2. implicit QL with Wilkinson's shift for the eigenvalues alone;
 //   3. implicit QL again from T with the eigenvalues now known as shifts, so that about one sweep deflates each
 //      (the "ultimate shift"): the rotations are recorded
@@ -28,6 +29,7 @@
 #include <memory>
 #include <new>
 
+#include "stablekern/complex_simd.h"
 #include "stablekern/simd.h"
 
 namespace stablekern {
@@ -37,6 +39,7 @@ constexpr int kElectrodes = 19;  // of the 10-20 system: the size that gets loop
 constexpr int kMaxSweeps = 30;   // per eigenvalue on average, as LAPACK's steqr; two are usual
 constexpr int kBlocks = 4;       // blocks of lanes that share the QL recurrence
 constexpr int32_t kNotConverged = 1, kNonFinite = 2;  // bits of `info`
+constexpr int kL1Bytes = 1 << 15;
 constexpr int64_t kStreamBytes = int64_t{1} << 22;    // larger results go past the caches
 
 // A square below this has lost relative accuracy to underflow; its root is still far below eps times a scaled matrix.
@@ -57,20 +60,47 @@ struct Sweep {
   int low, high, first;  // rows low..high, rotations from `first` on
 };
 
-// Everything one thread needs for `Blocks` blocks of lanes, N x N matrices (N = 0: up to kMaxN).
-template <class T, int N, int Blocks>
+// Brings what is needed next to the second-level cache, a few lines at a time between computations: all at once would
+// have to wait for memory.
+class Prefetcher {
+ public:
+  template <class T>
+  void aim(const T* items, int64_t count) {
+    next_ = reinterpret_cast<const char*>(items);
+    left_ = (count * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
+  }
+  SK_INLINE void advance(int lines) {
+    for (; lines > 0 && left_ > 0; --lines, --left_, next_ += kLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  static constexpr int kLine = 64;
+  const char* next_ = nullptr;
+  int64_t left_ = 0;
+};
+
+// N x N matrices; N = 0: up to kMaxN.
+template <int N>
+constexpr int kSize = N > 0 ? N : kMaxN;
+template <int N>
+constexpr int kStride = kSize<N> | 1;  // odd: rows do not fall on the same cache sets
+
+// Everything one thread needs for `Blocks` blocks of lanes.
+template <class S, int N, int Blocks>
 struct alignas(64) Workspace {
-  static constexpr int kN = N > 0 ? N : kMaxN;
-  static constexpr int kStride = kN | 1;                   // odd: rows do not fall on the same cache sets
+  using T = RealOf<S>;
+  static constexpr int kN = kSize<N>, kStride = stablekern::kStride<N>;
   static constexpr int kRotations = 3 * kN * kN / 4 + kN;  // 1.5 times n sweeps; when full they are applied early
   static constexpr int kSweeps = 4 * kN;
 
-  Vec<T> z[Blocks][kN * kStride];       // the matrix, then Q^T, then the eigenvectors as rows
-  Vec<T> staging[kN * kN];              // one block on its way in or out
+  Element<S> z[Blocks][kN * kStride];   // the matrix, then Q^T, then the eigenvectors as rows
+  Element<S> staging[kN * kN];          // one block on its way in or out
   Vec<T> d[kN][Blocks], e[kN][Blocks];  // T: diagonal, and coupling of i with i + 1
   Vec<T> values[kN][Blocks], couplings[kN][Blocks];
-  Vec<T> up[Blocks];  // scales back
+  Vec<T> up[Blocks];    // scales back
+  Prefetcher upcoming;  // may be aimed at the next block's items when one is loaded
   Mask<T> non_finite[Blocks], not_converged[Blocks];
+  int max_rounds;  // of QL
   int used[Blocks], sweep_count[Blocks];
   Sweep sweeps[Blocks][kSweeps];
   Rotation<T> rotations[Blocks][kRotations];
@@ -164,69 +194,81 @@ SK_INLINE V dot(const V* x, const V* y, int length) {
   for (int chain = 0; k < length; ++k, ++chain) sum[chain] = fma(x[k], y[k], sum[chain]);
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
+// Re sum_k x[k] conj(y[k]), and sum_k |x[k]|^2. The parts of complex elements follow each other in memory.
+template <class S>
+SK_INLINE Vec<RealOf<S>> real_dot(const Element<S>* x, const Element<S>* y, int length) {
+  using V = Vec<RealOf<S>>;
+  return dot(reinterpret_cast<const V*>(x), reinterpret_cast<const V*>(y), kParts<S> * length);
+}
+template <class S>
+SK_INLINE Vec<RealOf<S>> sum_squares(const Element<S>* x, int length) {
+  return real_dot<S>(x, x, length);
+}
 
-// Rows row..row+Rows of a symmetric matrix, lower triangle: a -= u q^T + q u^T if `Update`; then p += a v for what
-// these rows contribute, p[row..] being set.
-template <class T, int Rows, bool Update>
-SK_INLINE void update_and_multiply(Vec<T>* a, int stride, int row, const Vec<T>* u, const Vec<T>* q, const Vec<T>* v,
-                                   Vec<T>* p) {
+// Rows row..row+Rows of a Hermitian matrix, lower triangle: a -= u^H q + q^H u if `Update`; then p += v a for what
+// these rows contribute, p[row..] being set. u, q, v and p are rows.
+template <class S, int Rows, bool Update>
+SK_INLINE void update_and_multiply(Element<S>* a, int stride, int row, const Element<S>* u, const Element<S>* q,
+                                   const Element<S>* v, Element<S>* p) {
   // Copies in registers: the compiler cannot know that stores to a and p leave u, q and v alone.
-  Vec<T> minus_u[Rows], minus_q[Rows], vr[Rows], sum[Rows];
-  Vec<T>* rows[Rows];
+  Element<S> minus_u[Rows], minus_q[Rows], vr[Rows], sum[Rows];
+  Element<S>* rows[Rows];
   for (int r = 0; r < Rows; ++r) {
-    if constexpr (Update) minus_u[r] = -u[row + r], minus_q[r] = -q[row + r];
+    if constexpr (Update) minus_u[r] = -conj(u[row + r]), minus_q[r] = -conj(q[row + r]);
     vr[r] = v[row + r];
-    sum[r] = Vec<T>{};
+    sum[r] = Element<S>{};
     rows[r] = a + (row + r) * stride;
   }
   for (int k = 0; k < row; ++k) {
-    const Vec<T> vk = v[k];
-    Vec<T> pk = p[k], uk, qk;
+    const Element<S> vk = v[k];
+    Element<S> pk = p[k], uk, qk;
     if constexpr (Update) uk = u[k], qk = q[k];
     for (int r = 0; r < Rows; ++r) {
-      Vec<T> x = rows[r][k];
+      Element<S> x = rows[r][k];
       if constexpr (Update) {
         x = fma(minus_q[r], uk, fma(minus_u[r], qk, x));
         rows[r][k] = x;
       }
-      sum[r] = fma(x, vk, sum[r]);
+      sum[r] = fma_conj(x, vk, sum[r]);
       pk = fma(x, vr[r], pk);
     }
     p[k] = pk;
   }
   for (int r = 0; r < Rows; ++r) {
     for (int c = 0; c <= r; ++c) {
-      Vec<T> x = rows[r][row + c];
+      Element<S> x = rows[r][row + c];
       if constexpr (Update) {
-        x = fma(minus_q[r], -minus_u[c], fma(minus_u[r], -minus_q[c], x));
+        x = fma(minus_q[r], -conj(minus_u[c]), fma(minus_u[r], -conj(minus_q[c]), x));
+        if (c == r) x = element<S>(real_part(x));
         rows[r][row + c] = x;
       }
-      sum[r] = fma(x, vr[c], sum[r]);
+      sum[r] = fma_conj(x, vr[c], sum[r]);
       if (c < r) sum[c] = fma(x, vr[r], sum[c]);
     }
   }
   for (int r = 0; r < Rows; ++r) p[row + r] = sum[r];
 }
 
-template <class T, bool Update>
-SK_INLINE void update_and_multiply_all(Vec<T>* a, int stride, int size, const Vec<T>* u, const Vec<T>* q,
-                                       const Vec<T>* v, Vec<T>* p) {
+template <class S, bool Update>
+SK_INLINE void update_and_multiply_all(Element<S>* a, int stride, int size, const Element<S>* u, const Element<S>* q,
+                                       const Element<S>* v, Element<S>* p) {
+  constexpr int most = kIsComplex<S> ? 2 : 4;  // what the registers hold
   int row = 0;
-  for (; row + 4 <= size; row += 4) update_and_multiply<T, 4, Update>(a, stride, row, u, q, v, p);
+  for (; row + most <= size; row += most) update_and_multiply<S, most, Update>(a, stride, row, u, q, v, p);
   switch (size - row) {
-    case 3: return update_and_multiply<T, 3, Update>(a, stride, row, u, q, v, p);
-    case 2: return update_and_multiply<T, 2, Update>(a, stride, row, u, q, v, p);
-    case 1: return update_and_multiply<T, 1, Update>(a, stride, row, u, q, v, p);
+    case 3: return update_and_multiply<S, 3, Update>(a, stride, row, u, q, v, p);
+    case 2: return update_and_multiply<S, 2, Update>(a, stride, row, u, q, v, p);
+    case 1: return update_and_multiply<S, 1, Update>(a, stride, row, u, q, v, p);
   }
 }
 
 // Rows of Q^T so far, `size` - 1 long, times two reflectors: I - u w^T of length `size`, then I - u2 w2^T of length
 // size + 1, `inner` = w . u2. Each row grows by the two columns in which it is still zero.
-template <class T, int Rows>
-SK_INLINE void reflect_rows(Vec<T>* z, int stride, int size, const Vec<T>* u, const Vec<T>* w, const Vec<T>* u2,
-                            const Vec<T>* w2, Vec<T> inner) {
-  Vec<T> sum[Rows], sum2[Rows];
-  for (int r = 0; r < Rows; ++r) sum[r] = sum2[r] = Vec<T>{};
+template <class S, int Rows>
+SK_INLINE void reflect_rows(Element<S>* z, int stride, int size, const Element<S>* u, const Element<S>* w,
+                            const Element<S>* u2, const Element<S>* w2, Element<S> inner) {
+  Element<S> sum[Rows], sum2[Rows];
+  for (int r = 0; r < Rows; ++r) sum[r] = sum2[r] = Element<S>{};
   for (int k = 0; k < size - 1; ++k) {
     for (int r = 0; r < Rows; ++r) {
       sum[r] = fma(z[r * stride + k], u[k], sum[r]);
@@ -245,38 +287,42 @@ SK_INLINE void reflect_rows(Vec<T>* z, int stride, int size, const Vec<T>* u, co
   }
 }
 
-// The rows of z, whose lower triangle holds the reflectors H_i = I - inverse_h[i] u u^T, u = row i, become Q^T with
+// The rows of z, whose lower triangle holds the reflectors H_i = I - inverse_h[i] u^H u, u = row i, become Q^T with
 // Q = H_(n-1) ... H_2. Two reflectors at a time: one would be bound by its stores.
-template <class T, int N>
-void form_q(Vec<T>* z, int stride, int runtime_n, const Vec<T>* inverse_h) {
+template <class S, int N>
+SK_NOINLINE void form_q(Element<S>* z, int runtime_n, const Vec<RealOf<S>>* inverse_h) {
+  using E = Element<S>;
+  constexpr int stride = kStride<N>;
   const int n = N > 0 ? N : runtime_n;
-  const Vec<T> zero{}, one = zero + T(1);
+  const Vec<RealOf<S>> unit = Vec<RealOf<S>>{} + RealOf<S>(1);
+  const E zero{}, one = element<S>(unit);
   z[0] = one;
   int size = 2;  // of the next reflector; the leading block of size - 1 is formed
   if (n % 2 == 1 && n > 1) {
-    const Vec<T>* u = z + 2 * stride;
-    const Vec<T> w0 = u[0] * inverse_h[2], w1 = u[1] * inverse_h[2];
-    z[0] = fma(-u[0], w0, one);
-    z[1] = z[stride] = -u[0] * w1;
-    z[stride + 1] = fma(-u[1], w1, one);
+    const E u0 = z[2 * stride], u1 = z[2 * stride + 1], w0 = conj(u0) * inverse_h[2], w1 = conj(u1) * inverse_h[2];
+    z[0] = fma(-u0, w0, one);
+    z[1] = -u0 * w1;
+    z[stride] = -u1 * w0;
+    z[stride + 1] = fma(-u1, w1, one);
     size = 3;
   }
-  Vec<T> w[kMaxN], w2[kMaxN];
+  constexpr int most = kIsComplex<S> ? 2 : 4;
+  E w[kMaxN], w2[kMaxN];
   for (; size < n - 1; size += 2) {
-    Vec<T>*u = z + size * stride, *u2 = u + stride;
-    for (int k = 0; k < size; ++k) w[k] = u[k] * inverse_h[size];
-    for (int k = 0; k <= size; ++k) w2[k] = u2[k] * inverse_h[size + 1];
-    const Vec<T> inner = dot(w, u2, size);
+    E *u = z + size * stride, *u2 = u + stride;
+    for (int k = 0; k < size; ++k) w[k] = conj(u[k]) * inverse_h[size];
+    for (int k = 0; k <= size; ++k) w2[k] = conj(u2[k]) * inverse_h[size + 1];
+    const E inner = dot(w, u2, size);
     int r = 0;
-    for (; r + 4 <= size - 1; r += 4) reflect_rows<T, 4>(z + r * stride, stride, size, u, w, u2, w2, inner);
+    for (; r + most <= size - 1; r += most) reflect_rows<S, most>(z + r * stride, stride, size, u, w, u2, w2, inner);
     switch (size - 1 - r) {
-      case 3: reflect_rows<T, 3>(z + r * stride, stride, size, u, w, u2, w2, inner); break;
-      case 2: reflect_rows<T, 2>(z + r * stride, stride, size, u, w, u2, w2, inner); break;
-      case 1: reflect_rows<T, 1>(z + r * stride, stride, size, u, w, u2, w2, inner); break;
+      case 3: reflect_rows<S, 3>(z + r * stride, stride, size, u, w, u2, w2, inner); break;
+      case 2: reflect_rows<S, 2>(z + r * stride, stride, size, u, w, u2, w2, inner); break;
+      case 1: reflect_rows<S, 1>(z + r * stride, stride, size, u, w, u2, w2, inner); break;
     }
     // Two rows that were the identity's; the second is where u was.
-    Vec<T>* row = u - stride;
-    const Vec<T> first = -u[size - 1], second = fma(-first, inner, -u2[size - 1]), third = -u2[size];
+    E* row = u - stride;
+    const E first = -u[size - 1], second = fma(-first, inner, -u2[size - 1]), third = -u2[size];
     for (int k = 0; k < size; ++k) row[k] = fma(second, w2[k], k < size - 1 ? first * w[k] : fma(first, w[k], one));
     row[size] = second * w2[size];
     for (int k = 0; k < size; ++k) u[k] = third * w2[k];
@@ -288,53 +334,93 @@ void form_q(Vec<T>* z, int stride, int runtime_n, const Vec<T>* inverse_h) {
   }
 }
 
-// z, lower triangle of A, becomes Q^T (rows; unless !Vectors) with A = Q T Q^T; T to column `block` of d and e.
-template <class T, int N, int Blocks, bool Vectors>
-void tridiagonalise(Workspace<T, N, Blocks>& w, int block, int runtime_n) {
-  using W = Workspace<T, N, Blocks>;
+// T = Q^H A Q for the lower triangle a of A, which comes to hold the reflectors: see `form_q`.
+template <class S, int N>
+struct Tridiagonal {
+  static constexpr int kN = kSize<N>;
+  Vec<RealOf<S>> diagonal[kN], inverse_h[kN];
+  Element<S> couplings[kN];  // T_(i+1)i
+};
+
+template <class S, int N>
+SK_NOINLINE void tridiagonalise(Element<S>* a, int runtime_n, Tridiagonal<S, N>& t, Prefetcher& upcoming) {
+  using T = RealOf<S>;
+  using E = Element<S>;
   const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = W::kStride;
-  Vec<T>* a = w.z[block];
-  Vec<T> inverse_h[W::kN], buffer[2][W::kN];
-  Vec<T>* q = buffer[0];       // of the reflector whose update is still due
-  Vec<T>* p = buffer[1];
+  constexpr int stride = kStride<N>;
+  E buffer[2][kSize<N>];
+  E* q = buffer[0];  // of the reflector whose update is still due
+  E* p = buffer[1];
   const Vec<T> zero{}, one = zero + T(1);
 
   for (int i = n - 1; i > 0; --i) {
-    Vec<T>* row = a + i * stride;
+    upcoming.advance(2 * kParts<S> * n);  // an n-th of a block, or two if the lanes are narrow
+    E* row = a + i * stride;
     if (i < n - 1) {
-      const Vec<T>* u = row + stride;
-      const Vec<T> minus_u = -u[i], minus_q = -q[i];
+      const E* u = row + stride;
+      const E minus_u = -conj(u[i]), minus_q = -conj(q[i]);
       for (int k = 0; k <= i; ++k) row[k] = fma(minus_q, u[k], fma(minus_u, q[k], row[k]));
     }
-    w.d[i][block] = row[i];
+    t.diagonal[i] = real_part(row[i]);
     if (i == 1) {
-      w.e[0][block] = row[0];
+      t.couplings[0] = row[0];
       break;
     }
-    const Vec<T> rest = dot(row, row, i - 1), alpha = row[i - 1];
+    const Vec<T> rest = sum_squares<S>(row, i - 1);
+    const E alpha = row[i - 1];
     const Mask<T> reduced = less(rest, splat(kSquareFloor<T>));  // nothing to eliminate
-    const Vec<T> norm = sqrt(fma(alpha, alpha, rest)), size = abs(alpha);
-    const Vec<T> beta = flip_sign(-norm, sign_of(alpha));
-    w.e[i - 1][block] = select(reduced, alpha, beta);
+    const Vec<T> norm = sqrt(add_square(alpha, rest)), size = modulus(alpha);
+    const E beta = toward(alpha, -norm);
+    t.couplings[i - 1] = select(reduced, alpha, beta);
     row[i - 1] = alpha - beta;
-    inverse_h[i] = select(reduced, zero, one / select(reduced, one, norm * (norm + size)));
+    const Vec<T> inverse_h = select(reduced, zero, one / select(reduced, one, norm * (norm + size)));
+    t.inverse_h[i] = inverse_h;
 
     if (i < n - 1)
-      update_and_multiply_all<T, true>(a, stride, i, row + stride, q, row, p);
+      update_and_multiply_all<S, true>(a, stride, i, row + stride, q, row, p);
     else
-      update_and_multiply_all<T, false>(a, stride, i, nullptr, nullptr, row, p);
-    // u^T A u / h is of A's size; 1 / h^2 might overflow.
-    const Vec<T> minus_half = (dot(p, row, i) * inverse_h[i]) * (inverse_h[i] * T(-0.5));
-    for (int k = 0; k < i; ++k) p[k] = fma(minus_half, row[k], p[k] * inverse_h[i]);
-    Vec<T>* next = q;
+      update_and_multiply_all<S, false>(a, stride, i, nullptr, nullptr, row, p);
+    // u A u^H / h is of A's size; 1 / h^2 might overflow.
+    const Vec<T> minus_half = (real_dot<S>(p, row, i) * inverse_h) * (inverse_h * T(-0.5));
+    for (int k = 0; k < i; ++k) p[k] = fma(minus_half, row[k], p[k] * inverse_h);
+    E* next = q;
     q = p;
     p = next;
   }
-  w.d[0][block] = n > 2 ? fma(a[2 * stride] * T(-2), q[0], a[0]) : a[0];
-  w.e[n - 1][block] = zero;
+  if (n > 2) a[0] = fma(-conj(q[0]), a[2 * stride], fma(-conj(a[2 * stride]), q[0], a[0]));
+  t.diagonal[0] = real_part(a[0]);
+}
 
-  if constexpr (Vectors) form_q<T, N>(a, stride, n, inverse_h);
+// The rows of z become Q^T (unless !Vectors) with A = Q T Q^H and real T, which goes to column `block` of d and e.
+template <class S, int N, int Blocks, bool Vectors>
+void reduce_block(Workspace<S, N, Blocks>& w, int block, int runtime_n) {
+  using T = RealOf<S>;
+  const int n = N > 0 ? N : runtime_n;
+  Element<S>* z = w.z[block];
+  Tridiagonal<S, N> t;
+  tridiagonalise<S, N>(z, n, t, w.upcoming);
+  if constexpr (Vectors) form_q<S, N>(z, n, t.inverse_h);
+  const Vec<T> zero{};
+  for (int i = 0; i < n; ++i) w.d[i][block] = t.diagonal[i];
+  w.e[n - 1][block] = zero;
+  if constexpr (!kIsComplex<S>) {
+    for (int i = 0; i < n - 1; ++i) w.e[i][block] = t.couplings[i];
+  } else {
+    // T = D |T| D^H with a unitary diagonal D: Q takes D.
+    const Vec<T> floor = zero + kSquareFloor<T>, half = zero + T(0.5), three_halves = zero + T(1.5);
+    Element<S> phase = element<S>(zero + T(1));
+    for (int i = n - 2; i >= 0; --i) {
+      const Vec<T> square = add_square(t.couplings[i], zero), inverse = reciprocal_sqrt(max(square, floor));
+      const Mask<T> negligible = less(square, floor);
+      w.e[i][block] = select(negligible, zero, square * inverse);
+      if constexpr (Vectors) {
+        phase = select(negligible, phase, phase * (conj(t.couplings[i]) * inverse));
+        // One of Newton's steps to modulus 1: rounding would add up over the chain.
+        phase = phase * fnma(add_square(phase, zero), half, three_halves);
+        for (int k = 0; k < n; ++k) z[i * kStride<N> + k] = z[i * kStride<N> + k] * phase;
+      }
+    }
+  }
 }
 
 // ---- QL -----------------------------------------------------------------------------------------------------------
@@ -361,15 +447,16 @@ void apply_sweeps(Vec<T>* z, int stride, const Sweep* sweeps, int count, const R
   }
 }
 
-template <class T, int N, int Blocks>
-void apply_recorded(Workspace<T, N, Blocks>& w, int runtime_n) {
-  const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = Workspace<T, N, Blocks>::kStride, widest = 8;
-  const int slabs = (n + widest - 1) / widest;
+template <class S, int N, int Blocks>
+void apply_recorded(Workspace<S, N, Blocks>& w, int runtime_n) {
+  using T = RealOf<S>;
+  const int columns = kParts<S> * (N > 0 ? N : runtime_n);  // rotations are real: parts are columns of their own
+  constexpr int stride = kParts<S> * Workspace<S, N, Blocks>::kStride, widest = 8;
+  const int slabs = (columns + widest - 1) / widest;
   for (int block = 0; block < Blocks; ++block) {
     for (int slab = 0, column = 0; slab < slabs; ++slab) {
-      const int width = (n - column + slabs - slab - 1) / (slabs - slab);
-      Vec<T>* z = w.z[block] + column;
+      const int width = (columns - column + slabs - slab - 1) / (slabs - slab);
+      Vec<T>* z = reinterpret_cast<Vec<T>*>(w.z[block]) + column;
       const Sweep* sweeps = w.sweeps[block];
       const Rotation<T>* rotations = w.rotations[block];
       const int count = w.sweep_count[block];
@@ -394,9 +481,10 @@ void apply_recorded(Workspace<T, N, Blocks>& w, int runtime_n) {
 //
 // In each round a lane takes one sweep over its own lowest unreduced block l..m (e[l..m-1] are not negligible), so a
 // lane that needs more sweeps for one eigenvalue does not hold up the others; the loop runs over all lanes' blocks.
-template <class T, int N, int Blocks, bool Record>
-void implicit_ql(Workspace<T, N, Blocks>& w, int runtime_n, Vec<T> (*d)[Blocks], Vec<T> (*e)[Blocks]) {
-  using W = Workspace<T, N, Blocks>;
+template <class S, int N, int Blocks, bool Record>
+void implicit_ql(Workspace<S, N, Blocks>& w, int runtime_n, Vec<RealOf<S>> (*d)[Blocks], Vec<RealOf<S>> (*e)[Blocks]) {
+  using W = Workspace<S, N, Blocks>;
+  using T = RealOf<S>;
   using Integer = typename VecTypes<T>::integer;
   const int n = N > 0 ? N : runtime_n;
   const Vec<T> zero{}, one = zero + T(1), floor = zero + kSquareFloor<T>;
@@ -453,9 +541,9 @@ void implicit_ql(Workspace<T, N, Blocks>& w, int runtime_n, Vec<T> (*d)[Blocks],
       g[b] = d_m - shift;
       s[b] = c[b] = one;
       started[b] = none_set<T>();
-      if (round == kMaxSweeps * n) w.not_converged[b] = w.not_converged[b] | active;
+      if (round == w.max_rounds) w.not_converged[b] = w.not_converged[b] | active;
     }
-    if (last == 0 || round == kMaxSweeps * n) return;
+    if (last == 0 || round == w.max_rounds) return;
 
     Rotation<T>* out[Blocks];
     if constexpr (Record) {
@@ -523,14 +611,14 @@ void rank_values(const Vec<T> (*values)[Blocks], int block, int n, IVec<T>* rank
 
 // One block's eigenvalues in ascending order and its `info`; values are NaN where a lane failed. Returns what to add to
 // the other results of the block (NaN for those lanes, 0 for the others), and in `rank` the place of each value.
-template <class T, int N, int Blocks>
-Vec<T> store_values(const Workspace<T, N, Blocks>& w, const Vec<T> (*values)[Blocks], int block, int n, int count,
+template <class S, int N, int Blocks, class T = RealOf<S>>
+Vec<T> store_values(const Workspace<S, N, Blocks>& w, const Vec<T> (*values)[Blocks], int block, int n, int count,
                     typename VecTypes<T>::integer (*rank)[kLanes<T>], T* eigenvalues, int32_t* info) {
   constexpr int lanes = kLanes<T>;
   const Mask<T> failed = w.non_finite[block] | w.not_converged[block];
   const Vec<T> poison = select(failed, splat(std::numeric_limits<T>::quiet_NaN()), Vec<T>{});
   {
-    IVec<T> ranks[Workspace<T, N, Blocks>::kN];
+    IVec<T> ranks[Workspace<S, N, Blocks>::kN];
     rank_values<T, Blocks>(values, block, n, ranks);
     std::memcpy(rank, ranks, sizeof(ranks[0]) * static_cast<std::size_t>(n));
   }
@@ -545,25 +633,51 @@ Vec<T> store_values(const Workspace<T, N, Blocks>& w, const Vec<T> (*values)[Blo
   return poison;
 }
 
-// One block's eigenvectors, signs fixed and `poison` added: n values to `place(lane, rank)` each, for all lanes.
-template <class T, int N, int Blocks, class Place>
-void store_vectors(const Workspace<T, N, Blocks>& w, int block, int runtime_n,
+// The sign bits that make the largest of n components positive, the first of equal ones.
+template <class T>
+SK_INLINE Vec<T> fix_gauge(Vec<T>* vector, int n, T) {
+  Vec<T> largest = abs(vector[0]), pivot = vector[0];
+  for (int k = 1; k < n; ++k) {
+    const Vec<T> size = abs(vector[k]);
+    pivot = select(greater(size, largest), vector[k], pivot);
+    largest = max(size, largest);
+  }
+  return sign_of(pivot);
+}
+// Makes the component of largest modulus real and positive, in place; no sign is left to change.
+template <class T>
+SK_INLINE Vec<T> fix_gauge(ComplexVec<T>* vector, int n, std::complex<T>) {
+  const Vec<T> zero{};
+  Vec<T> largest = add_square(vector[0], zero);
+  ComplexVec<T> pivot = vector[0];
+  IVec<T> at{};
+  for (int k = 1; k < n; ++k) {
+    const Vec<T> square = add_square(vector[k], zero);
+    const Mask<T> larger = greater(square, largest);
+    pivot = select(larger, vector[k], pivot);
+    largest = max(square, largest);
+    at = select_int(larger, IVec<T>{} + static_cast<typename VecTypes<T>::integer>(k), at);
+  }
+  const Vec<T> size = sqrt(largest);
+  const ComplexVec<T> turn = conj(pivot) / size, fixed = {size, zero};
+  for (int k = 0; k < n; ++k)
+    vector[k] = select(equal_to<T>(at, static_cast<typename VecTypes<T>::integer>(k)), fixed, vector[k] * turn);
+  return zero;
+}
+
+// One block's eigenvectors, gauge fixed and `poison` added: n components to `place(lane, rank)` each, for all lanes.
+template <class S, int N, int Blocks, class Place, class T = RealOf<S>>
+void store_vectors(Workspace<S, N, Blocks>& w, int block, int runtime_n,
                    const typename VecTypes<T>::integer (*rank)[kLanes<T>], Vec<T> poison, const Place& place) {
-  constexpr int lanes = kLanes<T>, stride = Workspace<T, N, Blocks>::kStride;
-  const int n = N > 0 ? N : runtime_n;
+  constexpr int lanes = kLanes<T>, stride = Workspace<S, N, Blocks>::kStride;
+  const int n = N > 0 ? N : runtime_n, length = kParts<S> * n;
   for (int i = 0; i < n; ++i) {
-    const Vec<T>* vector = w.z[block] + i * stride;
-    Vec<T> largest = abs(vector[0]), pivot = vector[0];
-    for (int k = 1; k < n; ++k) {
-      const Vec<T> size = abs(vector[k]);
-      pivot = select(greater(size, largest), vector[k], pivot);
-      largest = max(size, largest);
-    }
-    const Vec<T> sign = sign_of(pivot);
-    // Windows of `lanes` components, the last one moved back to end with the vector.
+    const Vec<T> sign = fix_gauge<T>(w.z[block] + i * stride, n, S{});
+    const Vec<T>* vector = reinterpret_cast<const Vec<T>*>(w.z[block] + i * stride);
+    // Windows of `lanes` reals, the last one moved back to end with the vector.
     for (int start = 0;; start += lanes) {
-      const int width = n < lanes ? n : lanes;
-      if (start + lanes > n) start = n - width;
+      const int width = length < lanes ? length : lanes;
+      if (start + lanes > length) start = length - width;
       Vec<T> tile[lanes];
       // Adding zero makes -0 a +0: its sign would tell of rotations that only neighbours needed.
       for (int k = 0; k < lanes; ++k) tile[k] = flip_sign(vector[start + (k < width ? k : width - 1)], sign) + poison;
@@ -572,7 +686,7 @@ void store_vectors(const Workspace<T, N, Blocks>& w, int block, int runtime_n,
         T* to = place(lane, static_cast<int>(rank[i][lane])) + start;
         width == lanes ? store(to, tile[lane]) : store_first(to, tile[lane], width);
       }
-      if (start + width == n) break;
+      if (start + width == length) break;
     }
   }
 }
@@ -580,22 +694,23 @@ void store_vectors(const Workspace<T, N, Blocks>& w, int block, int runtime_n,
 // ---- all of it -----------------------------------------------------------------------------------------------------
 
 // `count` matrices from `item` on, at most Blocks * kLanes of them.
-template <class T, int N, int Blocks, bool Vectors, class Load, class Store>
-void solve_group(int n, int64_t item, int count, const Load& load_block, const Store& store_block) {
-  constexpr int lanes = kLanes<T>;
-  auto& w = workspace<Workspace<T, N, Blocks>>();
+template <class S, int N, int Blocks, bool Vectors, class Load, class Store>
+void solve_group(int n, int64_t item, int count, int sweeps, const Load& load_block, const Store& store_block) {
+  constexpr int lanes = kLanes<RealOf<S>>;
+  auto& w = workspace<Workspace<S, N, Blocks>>();
+  w.max_rounds = sweeps * n;
   for (int b = 0; b < Blocks; ++b) {
     const int first = b * lanes < count ? b * lanes : 0;
     load_block(w, b, item + first, std::min(count - first, lanes));
-    tridiagonalise<T, N, Blocks, Vectors>(w, b, n);
-    w.not_converged[b] = none_set<T>();
+    reduce_block<S, N, Blocks, Vectors>(w, b, n);
+    w.not_converged[b] = none_set<RealOf<S>>();
     w.used[b] = w.sweep_count[b] = 0;
   }
   std::memcpy(w.values, w.d, sizeof(w.d[0]) * static_cast<std::size_t>(n));
   std::memcpy(w.couplings, w.e, sizeof(w.e[0]) * static_cast<std::size_t>(n));
-  implicit_ql<T, N, Blocks, false>(w, n, w.values, w.couplings);
+  implicit_ql<S, N, Blocks, false>(w, n, w.values, w.couplings);
   if constexpr (Vectors) {
-    implicit_ql<T, N, Blocks, true>(w, n, w.d, w.e);
+    implicit_ql<S, N, Blocks, true>(w, n, w.d, w.e);
     apply_recorded(w, n);
   }
   for (int b = 0; b * lanes < count; ++b) store_block(w, b, item + b * lanes, std::min(count - b * lanes, lanes));
@@ -603,18 +718,19 @@ void solve_group(int n, int64_t item, int count, const Load& load_block, const S
 
 // `batch` matrices, in parallel. `load_block(workspace, block, item, count)` fills the block's lower triangles of z,
 // `up` and `non_finite` from `count` <= kLanes items (it may be asked for some of them twice); `store_block`, of the
-// same arguments, writes what came of them. Streamed stores are complete when this returns.
-template <class T, int N, bool Vectors, class Load, class Store>
-void solve_lanes(int64_t batch, int n, const Load& load_block, const Store& store_block) {
-  constexpr int lanes = kLanes<T>;
+// same arguments, writes what came of them. Streamed stores are complete when this returns. A matrix has not converged
+// after more than `sweeps` sweeps per eigenvalue.
+template <class S, int N, bool Vectors, class Load, class Store>
+void solve_lanes(int64_t batch, int n, const Load& load_block, const Store& store_block, int sweeps = kMaxSweeps) {
+  constexpr int lanes = kLanes<RealOf<S>>;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
     const int64_t stop = std::min(end * lanes, batch);
     for (int64_t item = begin * lanes; item < stop;) {
       const int count = static_cast<int>(std::min<int64_t>(stop - item, kBlocks * lanes));
       if (count > lanes)
-        solve_group<T, N, kBlocks, Vectors>(n, item, count, load_block, store_block);
+        solve_group<S, N, kBlocks, Vectors>(n, item, count, sweeps, load_block, store_block);
       else
-        solve_group<T, N, 1, Vectors>(n, item, count, load_block, store_block);
+        solve_group<S, N, 1, Vectors>(n, item, count, sweeps, load_block, store_block);
       item += count;
     }
     stream_fence();
@@ -631,72 +747,94 @@ struct GapRule {
   double noise_kappa;  // num_ij is rounding up to so many eps of the longest column of M
 };
 
+enum class Conjugate { kNone, kFirst, kSecond };  // of the factors of a product
+
 // out[i][j] = sum_k x[i * x_row + k * x_sum] y[j * y_column + k * y_sum], Rows x Columns of them, `length` terms each.
-template <class T, int Rows, int Columns>
-SK_INLINE void product_tile(int length, const Vec<T>* x, int x_row, int x_sum, const Vec<T>* y, int y_column,
-                            int y_sum, Vec<T> (*out)[Columns]) {
-  Vec<T> sum[Rows][Columns];
+template <class S, Conjugate Which, int Rows, int Columns>
+SK_INLINE void product_tile(int length, const Element<S>* x, int x_row, int x_sum, const Element<S>* y, int y_column,
+                            int y_sum, Element<S> (*out)[Columns]) {
+  Element<S> sum[Rows][Columns];
   for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) sum[r][c] = Vec<T>{};
-  for (int k = 0; k < length; ++k, x += x_sum, y += y_sum)
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Columns; ++c) sum[r][c] = fma(x[r * x_row], y[c * y_column], sum[r][c]);
+    for (int c = 0; c < Columns; ++c) sum[r][c] = Element<S>{};
+  for (int k = 0; k < length; ++k, x += x_sum, y += y_sum) {
+    for (int r = 0; r < Rows; ++r) {
+      for (int c = 0; c < Columns; ++c) {
+        const Element<S> left = x[r * x_row], right = y[c * y_column];
+        if constexpr (Which == Conjugate::kNone)
+          sum[r][c] = fma(left, right, sum[r][c]);
+        else if constexpr (Which == Conjugate::kFirst)
+          sum[r][c] = fma_conj(left, right, sum[r][c]);
+        else
+          sum[r][c] = fma_conj(right, left, sum[r][c]);
+      }
+    }
+  }
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Columns; ++c) out[r][c] = sum[r][c];
 }
 
-// The whole product, height x width, to rows `out_row` apart; or, if square, its lower triangle mirrored. The last
-// tiles are moved back to end with the matrix.
-template <class T, bool Symmetric>
-SK_INLINE void product(int height, int width, int length, const Vec<T>* x, int x_row, int x_sum, const Vec<T>* y,
-                       int y_column, int y_sum, Vec<T>* out, int out_row) {
-  constexpr int rows = 4, columns = kVectorBytes == 64 ? 5 : 2;
-  const auto put = [&](int i, int j, Vec<T> value) {
-    if (!Symmetric || j <= i) out[i * out_row + j] = value;
-    if (Symmetric && j < i) out[j * out_row + i] = value;
+// The whole product, height x width, to rows `out_row` apart; or, if square, its lower triangle and that conjugated
+// above a real diagonal. The last tiles are moved back to end with the matrix.
+template <class S, bool Hermitian, Conjugate Which = Conjugate::kNone>
+SK_INLINE void product(int height, int width, int length, const Element<S>* x, int x_row, int x_sum,
+                       const Element<S>* y, int y_column, int y_sum, Element<S>* out, int out_row,
+                       Prefetcher upcoming = {}, int lines = 0) {
+  constexpr int rows = kIsComplex<S> ? (kVectorBytes == 64 ? 3 : 2) : 4;
+  constexpr int columns = kVectorBytes != 64 ? (kIsComplex<S> ? 1 : 2) : kIsComplex<S> ? 4 : 5;
+  const auto put = [&](int i, int j, Element<S> value) {
+    if constexpr (Hermitian) {
+      if (j < i) out[j * out_row + i] = conj(value);
+      if (j == i) value = element<S>(real_part(value));
+      if (j <= i) out[i * out_row + j] = value;
+    } else {
+      out[i * out_row + j] = value;
+    }
   };
   if (height < rows || width < columns) {
     for (int i = 0; i < height; ++i) {
       for (int j = 0; j < width; ++j) {
-        Vec<T> tile[1][1];
-        product_tile<T, 1, 1>(length, x + i * x_row, x_row, x_sum, y + j * y_column, y_column, y_sum, tile);
+        Element<S> tile[1][1];
+        product_tile<S, Which, 1, 1>(length, x + i * x_row, x_row, x_sum, y + j * y_column, y_column, y_sum, tile);
         put(i, j, tile[0][0]);
       }
     }
     return;
   }
-  for (int i0 = 0; i0 < height; i0 += rows) {
-    const int i = i0 + rows <= height ? i0 : height - rows;
-    for (int j0 = 0; j0 < width && (!Symmetric || j0 < i + rows); j0 += columns) {
-      const int j = j0 + columns <= width ? j0 : width - columns;
-      Vec<T> tile[rows][columns];
-      product_tile<T, rows, columns>(length, x + i * x_row, x_row, x_sum, y + j * y_column, y_column, y_sum, tile);
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < columns; ++c) put(i + r, j + c, tile[r][c]);
+  // Panels of y that stay in the first-level cache while x passes.
+  constexpr int cached = kL1Bytes / 2 / static_cast<int>(sizeof(Element<S>));
+  const int panel = std::max(1, cached / (columns * length)) * columns;
+  for (int start = 0; start < width; start += panel) {
+    const int stop = std::min(start + panel, width);
+    for (int i0 = 0; i0 < height; i0 += rows) {
+      const int i = i0 + rows <= height ? i0 : height - rows;
+      for (int j0 = start; j0 < stop && (!Hermitian || j0 < i + rows); j0 += columns) {
+        const int j = j0 + columns <= width ? j0 : width - columns;
+        Element<S> tile[rows][columns];
+        product_tile<S, Which, rows, columns>(length, x + i * x_row, x_row, x_sum, y + j * y_column, y_column, y_sum,
+                                              tile);
+        for (int r = 0; r < rows; ++r)
+          for (int c = 0; c < columns; ++c) put(i + r, j + c, tile[r][c]);
+        upcoming.advance(lines);
+      }
     }
   }
 }
 
-// The length of the longest column of a square matrix; the squares are of numbers scaled to a largest one near 1.
-template <class T>
-SK_INLINE Vec<T> longest_column(int n, const Vec<T>* m) {
-  Vec<T> largest{}, longest{};
-  for (int i = 0; i < n * n; ++i) largest = max(abs(m[i]), largest);
-  const PowerOfTwo<T> unit = power_of_two<T>(largest);
+// The length of the longest column of a square matrix times `shrink`, with which no square leaves the range.
+template <class S, class T = RealOf<S>>
+SK_INLINE Vec<T> longest_column(int n, const Element<S>* m, Vec<T> shrink) {
+  Vec<T> longest{};
   for (int j = 0; j < n; ++j) {
     Vec<T> sum{};
-    for (int i = 0; i < n; ++i) {
-      const Vec<T> entry = m[i * n + j] * unit.down;
-      sum = fma(entry, entry, sum);
-    }
+    for (int i = 0; i < n; ++i) sum = add_square(m[i * n + j] * shrink, sum);
     longest = max(sum, longest);
   }
-  return sqrt(longest) * unit.up;
+  return sqrt(longest);
 }
 
 // M to S, in place: S_ij = num_ij F(w_j - w_i) / 2 off the diagonal, `diagonal` (zero if null) on it.
-template <class T>
-SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, const Vec<T>* diagonal, Vec<T>* m) {
+template <class S, class T = RealOf<S>>
+SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, const Vec<T>* diagonal, Element<S>* m) {
   const Vec<T> zero{}, smallest = zero + std::numeric_limits<T>::min();
   // Gaps are measured in units of a power of two near max|w|: no square of theirs over- or underflows harmfully.
   Vec<T> largest{};
@@ -705,24 +843,56 @@ SK_INLINE void weigh_pairs(int n, const GapRule& rule, const Vec<T>* values, con
   const Vec<T> floor = largest * unit.down * static_cast<T>(rule.gap_floor), floor_square = floor * floor;
   const Vec<T> scale = unit.down * T(0.5);
   const T kappa = static_cast<T>(rule.noise_kappa) * std::numeric_limits<T>::epsilon();
-  const Vec<T> limit = rule.mode == kAuto ? longest_column<T>(n, m) * kappa : zero;
+  // Sizes of complex elements are taken in units in which squares are in range.
+  Vec<T> part{};
+  for (int i = 0; i < n * n; ++i) part = max(part_size(m[i]), part);
+  const Vec<T> shrink = power_of_two<T>(part).down, limit = longest_column<S>(n, m, shrink) * kappa;
   for (int i = 0; i < n; ++i) {
     const Vec<T> wi = values[i] * unit.down;
     for (int j = 0; j < i; ++j) {
-      const Vec<T> upper = m[i * n + j], lower = m[j * n + i], gap = values[j] * unit.down - wi;
-      Vec<T> numerator = upper - lower, weighed;
+      const Vec<T> gap = values[j] * unit.down - wi;
+      const Element<S> upper = m[i * n + j], lower = conj(m[j * n + i]);
+      Element<S> numerator = upper - lower, weighed;
       if (rule.mode == kRaw) {
         weighed = numerator / gap;
       } else {
-        if (rule.mode == kAuto) numerator = select(less_equal(abs(numerator), limit), zero, numerator);
+        if (rule.mode == kAuto)
+          numerator = select(less_equal(modulus(numerator * shrink), limit), Element<S>{}, numerator);
         // `smallest` keeps 0/0 away: an implicit floor of its root, far below any gap that rounding leaves.
         Vec<T> inverse = gap / max(fma(gap, gap, rule.mode == kMask ? zero : floor_square), smallest);
         if (rule.mode == kMask) inverse = select(greater(abs(gap), floor), inverse, zero);
         weighed = numerator * inverse;
       }
-      m[i * n + j] = m[j * n + i] = weighed * scale;
+      m[i * n + j] = weighed * scale;
+      m[j * n + i] = conj(m[i * n + j]);
     }
-    m[i * n + i] = diagonal ? diagonal[i] : zero;
+    m[i * n + i] = element<S>(diagonal ? diagonal[i] : zero);
+  }
+}
+
+// Complex eigenvectors, n each: the gradient with the effect of the gauge, which makes each one's M_jj real by turning
+// it until its pivot is real. The pivot is the largest of the components that are real and positive: by their moduli
+// alone rounding could take another one for it.
+template <class T>
+SK_INLINE void fix_phase(int n, const ComplexVec<T>* vectors, ComplexVec<T>* gradient) {
+  const Vec<T> zero{};
+  for (int j = 0; j < n; ++j) {
+    const ComplexVec<T>* v = vectors + j * n;
+    ComplexVec<T> product[4] = {};
+    Vec<T> pivot{};
+    IVec<T> at{};
+    for (int a = 0; a < n; ++a) {
+      product[a % 4] = fma_conj(v[a], gradient[j * n + a], product[a % 4]);
+      const Mask<T> larger = greater(v[a].re, pivot) & equal(v[a].im, zero);
+      pivot = select(larger, v[a].re, pivot);
+      at = select_int(larger, IVec<T>{} + static_cast<typename VecTypes<T>::integer>(a), at);
+    }
+    const Vec<T> moved = ((product[0] + product[1]) + (product[2] + product[3])).im;
+    const Vec<T> turn = select(greater(pivot, zero), moved / pivot, zero);
+    for (int a = 0; a < n; ++a) {
+      const Mask<T> here = equal_to<T>(at, static_cast<typename VecTypes<T>::integer>(a));
+      gradient[j * n + a].im -= select(here, turn, zero);
+    }
   }
 }
 
