@@ -20,7 +20,7 @@ export -f test_op
 ls stablekern/ops/*.py | xargs -n 1 basename -s .py | grep -v __init__ |
   xargs -P "$(nproc)" -I '{}' bash -c 'test_op "$0" "$1" "$2"' "$python" '{}' "$out"
 tests=$?
-for op in $(ls bench/cases/*.py | xargs -n 1 basename -s .py | grep -v __init__); do
+for op in $("$python" -c 'from bench.cases import all_cases; print(*dict.fromkeys(case.op for case in all_cases()))'); do
   timeout 60 "$python" -m bench.run --device cuda --op "$op" --seconds 2 --save 2>&1 | tee -a "$out/bench.log"
 done
 cp -r bench/results/cuda-* "$out/" 2>/dev/null

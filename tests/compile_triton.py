@@ -112,11 +112,11 @@ LAUNCHES = {
         selective("fp64", 1, 16, 2, HAS_CLAMP=True, FULL=True),
     ),
     "linear_scan_fwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, REAL, 1),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1),
     ),
     "linear_scan_bwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, REAL, 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
         Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1),
     ),
     "focal_loss_fwd_kernel": (

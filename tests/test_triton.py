@@ -24,7 +24,7 @@ def rows(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["STABLEKERN_COMPILE_SCRATCH"] = str(tmp_path_factory.mktemp("cubin"))
     program = [sys.executable, str(HERE / "compile_triton.py")]
-    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
