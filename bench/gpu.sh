@@ -20,6 +20,8 @@ export -f test_op
 ls stablekern/ops/*.py | xargs -n 1 basename -s .py | grep -v __init__ |
   xargs -P "$(nproc)" -I '{}' bash -c 'test_op "$0" "$1" "$2"' "$python" '{}' "$out"
 tests=$?
+timeout 60 "$python" -m pytest tests/test_eigh_cuda.py -q -m gpu -p no:cacheprovider >"$out/tests-eigh_cuda.log" 2>&1 || tests=1
+tail -n 1 "$out/tests-eigh_cuda.log"
 for op in $("$python" -c 'from bench.cases import all_cases; print(*dict.fromkeys(case.op for case in all_cases()))'); do
   timeout 60 "$python" -m bench.run --device cuda --op "$op" --seconds 2 --save 2>&1 | tee -a "$out/bench.log"
 done
