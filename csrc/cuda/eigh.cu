@@ -23,8 +23,8 @@
 // 8 sweeps converge: 29 000 at n = 19. Here 2 takes 206 instructions per column, 3 takes 70, and 4 takes 37 for each of
 // 1.7 n^2 / 2 rotations (counted in the binary for sm_90, float, n = 19): 17 000 in all. The recurrence of 4 is a chain
 // of some 100 cycles per rotation, hidden by other warps: at n = 19 in float a matrix needs 1.6 KB of shared memory and
-// 64 registers per thread, so that 32 warps take turns on a multiprocessor. Its vectors are read and written once per
-// rotation, without bank conflicts (odd row strides).
+// 64 to 66 registers per thread, so that 28 or 32 warps take turns on a multiprocessor. Its vectors are read and
+// written once per rotation, without bank conflicts (odd row strides).
 //
 // Every result is a function of its own matrix alone, whichever lanes and block computed it: the sums are in a fixed
 // order, there are no atomics, and where groups of one warp part ways the others are masked.
@@ -406,22 +406,22 @@ SK_DEVICE Element dot(const Element* row, const Element* mine) {
 // What fixing the phase of the pivot of row `lane` of the eigenvectors does to its gradient.
 SK_DEVICE void fix_phase(const Element* row, Element* gradient) {
   if constexpr (kComplex) {
-    Real turn = 0, largest = 0, pivot = 1;
+    Real turn = 0, largest = 0;
     int at = 0;
 #pragma unroll
     for (int c = 0; c < kN; ++c) {
       const Element x = row[c];
       turn += imaginary_part(conj_multiply_add(x, gradient[c], Element{}));
-      const Real size = modulus(x);
+      // The largest component that is real: by the moduli alone rounding could take another one for the pivot.
+      const Real size = imaginary_part(x) == 0 ? real_part(x) : Real(0);
       if (size > largest) {
         largest = size;
-        pivot = real_part(x);
         at = c;
       }
     }
 #pragma unroll
     for (int c = 0; c < kN; ++c)
-      if (c == at) gradient[c] = add_imaginary(gradient[c], -turn / pivot);
+      if (c == at) gradient[c] = add_imaginary(gradient[c], -turn / largest);
   }
 }
 

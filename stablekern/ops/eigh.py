@@ -50,7 +50,7 @@ from stablekern.errors import message
 __all__ = ["eigh", "eigh_ex", "eigvalsh"]
 
 _NOT_CONVERGED, _NON_FINITE, _WRONG = 1, 2, 4  # bits of `info`
-_NATIVE_SIZE = 32  # the native kernels keep whole matrices in SIMD lanes
+_NATIVE_SIZE = 32  # the kernels keep whole matrices in SIMD lanes, or a column of one in each lane of a warp
 _MODES = ("auto", "lorentz", "mask", "raw")  # their places are the codes of the op's `mode`
 _GAP_FLOORS = {
     "auto": numerics.EIGH_AUTO_GAP_ULPS,
@@ -116,9 +116,16 @@ _bwd = define(
 )
 
 
-def native_reason(matrices: Tensor) -> str | None:
-    """Why the native kernels cannot take these (b, n, n) matrices, or None."""
+def lanes_reason(matrices: Tensor) -> str | None:
+    """Why the kernels of small matrices, native and CUDA, cannot take these (b, n, n), or None."""
     return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
+
+
+def native_reason(matrices: Tensor) -> str | None:
+    """Why no native kernel can decompose these (b, n, n) matrices, or None."""
+    if (reason := lanes_reason(matrices)) is None or _load.native_reason() is not None:
+        return None  # whether the library is there at all is the registry's question
+    return None if _load.native_module().lapack else f"{reason}, and this torch exports no LAPACK"
 
 
 @launcher("eigh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
@@ -128,7 +135,8 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
+# Larger ones are torch's: without vectors there is little left to gain over its loop through LAPACK.
+@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: lanes_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
     outputs = _fake_values(A, upper)
     _load.native().eigvalsh_fwd(A.contiguous(), upper, *outputs)
@@ -154,11 +162,6 @@ def cuda_macros(dtype: torch.dtype, n: int) -> dict[str, object]:
     return {"SK_REAL": real, "SK_COMPLEX": int(dtype.is_complex), "SK_N": n, "SK_LANES": lanes, "SK_WARPS": warps}
 
 
-def cuda_reason(matrices: Tensor) -> str | None:
-    """Why the CUDA kernels cannot take these (b, n, n) matrices, or None."""
-    return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
-
-
 def _launch(function: str, matrices: Tensor, arguments: list) -> None:
     """Launch a kernel of `csrc/cuda/eigh.cu` for as many items as `matrices` (b, n, n) has."""
     batch, n = matrices.shape[:2]
@@ -178,21 +181,21 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.resolve_conj().resolve_neg().contiguous() for x in tensors]
 
 
-@launcher("eigh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: cuda_reason(A))
+@launcher("eigh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: lanes_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _fake_fwd(A, upper)
     _launch("eigh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), *outputs])
     return outputs
 
 
-@launcher("eigvalsh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: cuda_reason(A))
+@launcher("eigvalsh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: lanes_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
     values, info = _fake_values(A, upper)
     _launch("eigvalsh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), values, info])
     return values, info
 
 
-@launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: cuda_reason(rows))
+@launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: lanes_reason(rows))
 def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
     inputs = _dense(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows)
     result = torch.empty_like(inputs[1])
@@ -507,8 +510,10 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Matrices up to n = 32 run in native kernels on a CPU and in CUDA kernels on a GPU (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later
-    ones can), all others in LAPACK or cuSOLVER. The latter synchronises with the host; its results are checked.
+    returned is a finite stand-in. Up to n = 32 matrices run in kernels of the package's own: natively on a CPU, in
+    CUDA on a GPU (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later
+    ones can). Larger ones run in LAPACK, one matrix per thread, or cuSOLVER, which synchronises with the host; its
+    results are checked.
     **Sources:** see the module's text.
     """
     return Eigh(*eigh_ex(A, UPLO, grad=grad, gap_floor=gap_floor)[:2])

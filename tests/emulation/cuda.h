@@ -2,8 +2,9 @@
 //
 // The 32 lanes of a warp are fibers of one thread. Each runs until it meets the others in a shuffle, a vote or a
 // `__syncwarp`; there all must arrive, with the same call, before any goes on. In between they run one after another,
-// in an order that the caller chooses: a missing `__syncwarp` gives other results in another order (unless a shuffle or a
-// vote stands in its place, which orders memory here, but not on the device). Shared memory holds NaN when a block starts.
+// in an order that the caller chooses: a missing `__syncwarp` gives other results in another order, unless a shuffle or
+// a vote stands in its place (which orders memory here, but not on the device). Shared memory holds NaN when a block
+// starts.
 #pragma once
 
 #include <setjmp.h>
