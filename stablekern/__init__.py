@@ -15,6 +15,7 @@ from types import ModuleType
 from stablekern import errors
 from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
+from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.chol_solve_safe import chol_solve_safe
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.covariance_blend import covariance_blend, covariance_blend_ex
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "assemble_adjacency",
     "available_backends",
+    "causal_conv1d",
     "chol_solve_safe",
     "cosine_edges",
     "covariance_blend",

@@ -34,6 +34,7 @@ except ImportError:  # loaded by path from setup.py
 
 SOURCES = (
     "bindings.cpp",
+    "cpu/causal_conv1d.cpp",
     "cpu/complex_adamw.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/eigh.cpp",

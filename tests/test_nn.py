@@ -148,6 +148,15 @@ def test_mamba2_initial_values():
     assert unmarked == {"in_proj.weight", "conv1d.weight", "conv1d.bias", "norm.weight", "out_proj.weight"}
 
 
+@pytest.mark.parametrize("forced", ["0", "1"])
+def test_mamba2_reverse_is_the_flipped_block(monkeypatch, forced):
+    """What a bidirectional layer did with two flipped copies."""
+    monkeypatch.setenv(FALLBACK, forced)
+    monkeypatch.setattr(mamba2, "_told_fallback", True)
+    block, x = snn.Mamba2(8, 4, headdim=4, ngroups=2).double(), torch.randn(2, 70, 8, dtype=torch.float64)
+    torch.testing.assert_close(block(x, reverse=True), block(x.flip(1)).flip(1))
+
+
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [

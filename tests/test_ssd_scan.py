@@ -52,6 +52,22 @@ def test_same_bits_for_any_number_of_threads(backend, sizes, clamp):
 
 
 @pytest.mark.parametrize("clamp", [None, 0.5])
+def test_reverse_is_the_scan_of_flipped_inputs(backend, clamp):
+    """The same bits; the gradients of parameters, sums over time, but for their rounding."""
+    (x, dt, A, B, C), optional = case(2, 70, 4, 8, 2, 16)
+    optional["state_clamp"] = clamp
+    ours = with_gradients((x, dt, A, B, C), optional | {"reverse": True})
+    flipped = [t.flip(1) for t in (x, dt)] + [A] + [t.flip(1) for t in (B, C)]
+    theirs = with_gradients(flipped, optional | {"z": optional["z"].flip(1)})
+    in_time = (0, 2, 3, 5, 6, 8)  # y, and the gradients of x, dt, B, C and z
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if index in in_time:
+            torch.testing.assert_close(a, b.flip(1), rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
 @pytest.mark.parametrize("cut", [1, 31, 32, 50])
 def test_a_sequence_may_be_cut_anywhere(backend, cut, clamp):
     """The last state carries over: the same bits, and the same gradients, as in one piece."""
@@ -169,7 +185,7 @@ def test_only_what_is_asked_for_gets_a_gradient_and_is_kept(backend):
     y.sum().backward()
     assert args[2].grad is not None and all(args[i].grad is None for i in (0, 1, 3, 4))
     args = [a.detach() for a in args]
-    kept = [_fwd(*args, None, None, None, None, chunk)[2] for chunk in (_CHUNK, 70)]
+    kept = [_fwd(*args, None, None, None, None, False, chunk)[2] for chunk in (_CHUNK, 70)]
     assert [tuple(states.shape) for states in kept] == [(2, 3, 4, 2, 3), (2, 1, 4, 2, 3)], "one every _CHUNK steps"
 
 

@@ -42,6 +42,7 @@ constexpr int kBlockSteps = 16;           // of the forward pass
 constexpr int64_t kThreadWork = 1 << 16;  // updates of a state, some 20 microseconds; less is done by one thread
 constexpr int64_t kSumGrain = 1 << 14;    // sums of a few numbers, likewise
 constexpr int64_t kTasks = 32;      // fewer batch items and groups than this are split into slabs of channels,
+constexpr int kExtreme = 1 << 20;   // exponents from here on take the exponential that bounds its argument
 constexpr int64_t kSlabBlocks = 4;  // of no less than this many blocks of lanes, which share the reductions of dB, dC
 
 template <class T>
@@ -93,8 +94,6 @@ template <int kTile, class F>
 SK_INLINE void for_tiles(int64_t states, const F& f) {
   int64_t first = 0;
   for (; first + kTile <= states; first += kTile) f(std::integral_constant<int, kTile>{}, first);
-  if constexpr (kTile > 8)
-    if (states - first >= 8) f(std::integral_constant<int, 8>{}, first), first += 8;
   if constexpr (kTile > 4)
     if (states - first >= 4) f(std::integral_constant<int, 4>{}, first), first += 4;
   if (states - first >= 2) f(std::integral_constant<int, 2>{}, first), first += 2;
@@ -121,6 +120,14 @@ void states_out(const Vec<T>* inside, int64_t count, int64_t states, T* outside)
   }
 }
 
+template <class T>
+void split_rates(const Vec<T>* rate, int64_t count, Vec<T>* high, Vec<T>* low) {
+  for (int64_t k = 0; k < count; ++k) {
+    const Exponent<T> exponent(rate[k]);
+    high[k] = exponent.high, low[k] = exponent.low;
+  }
+}
+
 // B and C of one block of steps, as rows of states.
 template <class T>
 struct Projections {
@@ -141,7 +148,7 @@ struct Projections {
     for (int64_t t = 0; t < steps; t += kLanes<T>) {
       Vec<T> turned[kLanes<T>];
       const int64_t here = std::min<int64_t>(kLanes<T>, steps - t);
-      load_turned(from + t, length, rows, here, turned);
+      load_turned(from + t, length, rows, here, kLanes<T>, turned);
       for (int64_t k = 0; k < here; ++k) store(to + (t + k) * stride, turned[k]);
     }
   }
@@ -153,6 +160,7 @@ struct Strip {
   int64_t steps;
   int64_t lanes;                    // that are channels
   const Vec<T> *rate, *lower, *upper;  // [states]
+  const Vec<T> *high, *low;         // [states], the rates as `Exponent`
   Vec<T>* step;                     // [steps]
   Vec<T>* token;                    // [steps], step u
   const T *enter, *leave;           // B and C of the first step
@@ -166,11 +174,15 @@ SK_INLINE Vec<T> sigmoid(Vec<T> x) {
   return select(less(x, Vec<T>{}), e, one) / (one + e);
 }
 
-// Step sizes and tokens of a strip; `slope`, unless null, becomes the derivative of the steps. u is left in `u`.
+// Step sizes and tokens of a strip; `slope`, unless null, becomes the derivative of the steps. u is left in `u`. True if
+// no exponent is extreme (or NaN).
 template <class T>
-SK_NOINLINE void prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel, int64_t offset, Vec<T>* u, Vec<T>* slope) {
-  load_turned(p.u + offset, p.length, s.lanes, s.steps, u);
-  load_turned(p.delta + offset, p.length, s.lanes, s.steps, s.step);
+SK_NOINLINE bool prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel, int64_t offset, int64_t ahead, Vec<T>* u,
+                         Vec<T>* slope) {
+  load_turned(p.u + offset, p.length, s.lanes, s.steps, ahead, u);
+  load_turned(p.delta + offset, p.length, s.lanes, s.steps, ahead, s.step);
+  Vec<T> most_step{}, most_rate{};
+  for (int64_t i = 0; i < p.states; ++i) most_rate = max(most_rate, abs(s.rate[i]));
   const Vec<T> bias = p.bias ? load_first(p.bias + channel, static_cast<int>(s.lanes)) : Vec<T>{};
   for (int64_t t = 0; t < s.steps; ++t) {
     Vec<T> step = s.step[t] + bias;
@@ -181,7 +193,18 @@ SK_NOINLINE void prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel
     }
     s.step[t] = step;
     s.token[t] = step * u[t];
+    most_step = max(most_step, abs(step));
   }
+  return !any(!less(most_step * most_rate, splat<T>(kExtreme)));
+}
+
+// e^(step A) of one state.
+template <bool kTame, class T>
+SK_INLINE Vec<T> decay_of(const Strip<T>& s, Vec<T> step, int64_t state) {
+#if defined(SK_AVX512)
+  if constexpr (kTame && sizeof(T) == 4) return exp_of_product(step, s.high[state], s.low[state]);
+#endif
+  return exp<T>(step * s.rate[state]);
 }
 
 template <class T, bool kClamp>
@@ -198,7 +221,7 @@ SK_INLINE Vec<T> advance(const Strip<T>& s, int64_t state, Vec<T> h, Vec<T> deca
 // ---- forward ------------------------------------------------------------------------------------------------------
 
 // Tile of N states: `state` goes on by the strip's steps, y += h C.
-template <class T, bool kClamp, int N>
+template <class T, bool kClamp, bool kTame, int N>
 SK_NOINLINE void forward_tile(const Strip<T>& s, int64_t first, Vec<T>* state, Vec<T>* y) {
   Vec<T> h[N];
 #pragma GCC unroll 16
@@ -209,7 +232,7 @@ SK_NOINLINE void forward_tile(const Strip<T>& s, int64_t first, Vec<T>* state, V
     Vec<T> sum = y[t];
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-      const Vec<T> decay = exp<T>(step * s.rate[first + i]);
+      const Vec<T> decay = decay_of<kTame>(s, step, first + i);
       h[i] = advance<T, kClamp>(s, first + i, h[i], decay, token * splat(enter[i]), nullptr);
       sum = fma(h[i], splat(leave[i]), sum);
     }
@@ -225,12 +248,12 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
   torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
     const int64_t block_steps = std::min<int64_t>(kBlockSteps, p.chunk), padded = padded_to_lanes<T>(block_steps);
     const int64_t stride = padded_to_lanes<T>(p.states), all_states = p.states * slabs.blocks();
-    Vec<T> *state, *rate, *lower = nullptr, *upper = nullptr, *step, *token, *u, *out;
+    Vec<T> *state, *rate, *high, *low, *lower = nullptr, *upper = nullptr, *step, *token, *u, *out;
     T *enter, *leave;
     Arena arena;
     const auto each = [&](const auto& visit) {
       visit(state, all_states);
-      visit(rate, all_states);
+      for (auto* rates : {&rate, &high, &low}) visit(*rates, all_states);
       if (kClamp) visit(lower, all_states), visit(upper, all_states);
       for (auto* row : {&step, &token, &u, &out}) visit(*row, padded);
       visit(enter, block_steps * stride);
@@ -245,6 +268,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
       const int64_t boundary = (at.item * p.channels + at.channel) * p.states;
       states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, state);
       states_in(p.A + at.channel * p.states, at.count, p.states, rate);
+      split_rates<T>(rate, at.blocks() * p.states, high, low);
       if (kClamp) {
         states_in(p.lower + at.channel * p.states, at.count, p.states, lower);
         states_in(p.upper + at.channel * p.states, at.count, p.states, upper);
@@ -255,22 +279,26 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
         for (int64_t b = 0; b < at.blocks(); ++b) {
           const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
           const int64_t offset = (at.item * p.channels + channel) * p.length + start;
-          const Strip<T> s{steps, lanes, rate + here, lower + here, upper + here, step, token, enter, leave, stride};
+          const Strip<T> s{steps,      lanes, rate + here, lower + here, upper + here, high + here,
+                           low + here, step,  token,       enter,        leave,        stride};
           if (start % p.chunk == 0) {
             T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
             for (int64_t i = 0; i < p.states; ++i) store_block(save + i * p.channels, state[here + i], 0, lanes);
           }
-          prepare(p, s, channel, offset, u, static_cast<Vec<T>*>(nullptr));
+          const bool tame = prepare(p, s, channel, offset, kBlockSteps, u, static_cast<Vec<T>*>(nullptr));
           const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(lanes)) : Vec<T>{};
           for (int64_t t = 0; t < steps; ++t) out[t] = p.D ? skip * u[t] : Vec<T>{};
-          for_tiles<kForwardTile>(p.states, [&](auto size, int64_t first) {
-            forward_tile<T, kClamp, decltype(size)::value>(s, first, state + here, out);
-          });
+          if (tame)
+            for_tiles<kForwardTile>(p.states, [&](auto size, int64_t first) {
+              forward_tile<T, kClamp, true, decltype(size)::value>(s, first, state + here, out);
+            });
+          else
+            for (int64_t i = 0; i < p.states; ++i) forward_tile<T, kClamp, false, 1>(s, i, state + here, out);
           if (p.z) {
-            load_turned(p.z + offset, p.length, lanes, steps, u);
+            load_turned(p.z + offset, p.length, lanes, steps, kBlockSteps, u);
             for (int64_t t = 0; t < steps; ++t) out[t] *= u[t] * sigmoid<T>(u[t]);
           }
-          store_turned(out, lanes, steps, y + offset, p.length);
+          store_turned(out, lanes, steps, kBlockSteps, y + offset, p.length);
         }
       }
       states_out(state, at.count, p.states, last_state + boundary);
@@ -282,7 +310,8 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
 
 template <class T>
 struct Scratch {
-  Vec<T> *rate, *lower, *upper;        // [blocks][states]
+  Vec<T> *rate, *high, *low;           // [blocks][states]
+  Vec<T> *lower, *upper;               // [blocks][states]
   Vec<T> *carry, *grad_rate;           // [blocks][states]
   Vec<T> *grad_skip, *grad_bias;       // [blocks]
   Vec<T> *u, *step, *token, *slope;    // [steps]
@@ -299,7 +328,7 @@ struct Scratch {
   template <class Visit>
   void each(int64_t steps, int64_t states, int64_t blocks, bool clamped, const Visit& visit) {
     padded = padded_to_lanes<T>(steps);
-    for (auto* all : {&rate, &carry, &grad_rate}) visit(*all, blocks * states);
+    for (auto* all : {&rate, &high, &low, &carry, &grad_rate}) visit(*all, blocks * states);
     if (clamped) visit(lower, blocks * states), visit(upper, blocks * states), visit(inside, steps * kBackwardTile);
     visit(grad_skip, blocks), visit(grad_bias, blocks);
     for (auto* row : {&u, &step, &token, &slope, &grad_y, &grad_out, &z, &y, &by_token, &by_decay}) visit(*row, padded);
@@ -310,22 +339,9 @@ struct Scratch {
   }
 };
 
-// Where sums over channels are kept: read from `from` (a single zero at the first block), written to `to`.
-template <class T>
-struct Sums {
-  const Vec<T>* from;
-  Vec<T>* to;
-  int64_t padded, keep;  // keep: 0 where the sums begin, else 1
-
-  SK_INLINE void add(int64_t state, int64_t t, Vec<T> a, Vec<T> b) const {
-    const int64_t k = state * padded + t;
-    to[k] = fma(a, b, from[k * keep]);
-  }
-};
-
 // The states of a tile from the chunk's start on, and sums of grad_y h and, with a gate, of h C.
-template <class T, bool kClamp, bool kGate, int N>
-SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, const T* saved, int64_t row, Sums<T> grad_leave) {
+template <class T, bool kClamp, bool kGate, bool kTame, int N>
+SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, const T* saved, int64_t row, Vec<T>* grad_leave) {
   Vec<T> h[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) z.trail[i] = h[i] = load_block(saved + (first + i) * row, 0, s.lanes);
@@ -336,12 +352,13 @@ SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t 
     Vec<T>*trail = z.trail + (t + 1) * N, *decays = z.decay + t * N;
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      const Vec<T> decay = exp<T>(step * s.rate[first + i]);
+      const Vec<T> decay = decay_of<kTame>(s, step, first + i);
       Mask<T>* inside = kClamp ? z.inside + t * N + i : nullptr;
       h[i] = advance<T, kClamp>(s, first + i, h[i], decay, token * splat(enter[i]), inside);
       decays[i] = decay;
       trail[i] = h[i];
-      grad_leave.add(first + i, t, grad_y, h[i]);
+      Vec<T>& sum = grad_leave[(first + i) * z.padded + t];
+      sum = fma(grad_y, h[i], sum);
       if constexpr (kGate) y = fma(h[i], splat(leave[i]), y);
     }
     if constexpr (kGate) z.y[t] = y;
@@ -350,7 +367,7 @@ SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t 
 
 // The sweep back over the steps of a chunk.
 template <class T, bool kClamp, int N>
-SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, Vec<T>* carry, Vec<T>* grad_rate, Sums<T> grad_enter) {
+SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, Vec<T>* carry, Vec<T>* grad_rate, Vec<T>* grad_enter) {
   Vec<T> r[N], by_rate[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) r[i] = carry[first + i], by_rate[i] = Vec<T>{};
@@ -363,7 +380,8 @@ SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t fi
     for (int i = 0; i < N; ++i) {
       Vec<T> grad = fma(grad_y, splat(leave[i]), r[i]);
       if constexpr (kClamp) grad = select(z.inside[t * N + i], grad, Vec<T>{});
-      grad_enter.add(first + i, t, grad, token);
+      Vec<T>& sum = grad_enter[(first + i) * z.padded + t];
+      sum = fma(grad, token, sum);
       by_token = fma(grad, splat(enter[i]), by_token);
       r[i] = decays[i] * grad;
       const Vec<T> by_exponent = r[i] * before[i];
@@ -383,13 +401,15 @@ struct Gradients {
 
 template <class T, bool kClamp, bool kGate>
 void backward_strip(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z, int64_t block, int64_t channel,
-                    int64_t offset, const T* grad_out, const T* saved, Sums<T> grad_enter, Sums<T> grad_leave,
+                    int64_t offset, const T* grad_out, const T* saved, Vec<T>* grad_enter, Vec<T>* grad_leave,
                     const Gradients<T>& out) {
-  prepare(p, s, channel, offset, z.u, z.slope);
-  load_turned(grad_out + offset, p.length, s.lanes, s.steps, z.grad_y);
+  const int64_t ahead = -p.chunk;
+  for (int64_t i = 0; i < p.states; ++i) __builtin_prefetch(saved + (i - p.states) * p.channels, 0, 2);
+  const bool tame = prepare(p, s, channel, offset, ahead, z.u, z.slope);
+  load_turned(grad_out + offset, p.length, s.lanes, s.steps, ahead, z.grad_y);
   const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
   if constexpr (kGate) {
-    load_turned(p.z + offset, p.length, s.lanes, s.steps, z.z);
+    load_turned(p.z + offset, p.length, s.lanes, s.steps, ahead, z.z);
     for (int64_t t = 0; t < s.steps; ++t) {
       z.grad_out[t] = z.grad_y[t];
       z.grad_y[t] *= z.z[t] * sigmoid<T>(z.z[t]);
@@ -399,11 +419,18 @@ void backward_strip(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z,
   std::fill_n(z.by_token, s.steps, Vec<T>{});
   std::fill_n(z.by_decay, s.steps, Vec<T>{});
   const int64_t here = block * p.states;
-  for_tiles<kBackwardTile>(p.states, [&](auto size, int64_t first) {
-    constexpr int N = decltype(size)::value;
-    recompute_tile<T, kClamp, kGate, N>(s, z, first, saved, p.channels, grad_leave);
-    adjoint_tile<T, kClamp, N>(s, z, first, z.carry + here, z.grad_rate + here, grad_enter);
-  });
+  Vec<T>*carry = z.carry + here, *grad_rate = z.grad_rate + here;
+  if (tame)
+    for_tiles<kBackwardTile>(p.states, [&](auto size, int64_t first) {
+      constexpr int N = decltype(size)::value;
+      recompute_tile<T, kClamp, kGate, true, N>(s, z, first, saved, p.channels, grad_leave);
+      adjoint_tile<T, kClamp, N>(s, z, first, carry, grad_rate, grad_enter);
+    });
+  else
+    for (int64_t i = 0; i < p.states; ++i) {
+      recompute_tile<T, kClamp, kGate, false, 1>(s, z, i, saved, p.channels, grad_leave);
+      adjoint_tile<T, kClamp, 1>(s, z, i, carry, grad_rate, grad_enter);
+    }
   Vec<T> by_skip{}, by_bias{};
   for (int64_t t = 0; t < s.steps; ++t) {
     const Vec<T> grad_y = z.grad_y[t], u = z.u[t], by_token = z.by_token[t];
@@ -420,18 +447,18 @@ void backward_strip(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z,
     z.by_token[t] = grad_u, z.by_decay[t] = grad_delta;
   }
   z.grad_skip[block] += by_skip, z.grad_bias[block] += by_bias;
-  store_turned(z.by_token, s.lanes, s.steps, out.u + offset, p.length);
-  store_turned(z.by_decay, s.lanes, s.steps, out.delta + offset, p.length);
-  if constexpr (kGate) store_turned(z.y, s.lanes, s.steps, out.z + offset, p.length);
+  store_turned(z.by_token, s.lanes, s.steps, ahead, out.u + offset, p.length);
+  store_turned(z.by_decay, s.lanes, s.steps, ahead, out.delta + offset, p.length);
+  if constexpr (kGate) store_turned(z.y, s.lanes, s.steps, ahead, out.z + offset, p.length);
 }
 
 // sums += rest, without the lanes of `rest` that are no channels.
 template <class T>
-void add_rest(const Vec<T>* rest, int64_t lanes, int64_t count, bool first, Vec<T>* sums) {
+void add_rest(const Vec<T>* rest, int64_t lanes, int64_t count, Vec<T>* sums) {
   IVec<T> lane;
   for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<typename VecTypes<T>::integer>(lanes - k);
   const Mask<T> channel = greater_than<T>(lane, 0);
-  for (int64_t k = 0; k < count; ++k) sums[k] = (first ? Vec<T>{} : sums[k]) + select(channel, rest[k], Vec<T>{});
+  for (int64_t k = 0; k < count; ++k) sums[k] += select(channel, rest[k], Vec<T>{});
 }
 
 template <class T, bool kClamp, bool kGate>
@@ -459,6 +486,7 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
       T* grad_C = slabs.count > 1 ? grad_B + projections : out.C;
       states_in(grad_last_state ? grad_last_state + boundary : nullptr, at.count, p.states, z.carry);
       states_in(p.A + own, at.count, p.states, z.rate);
+      split_rates<T>(z.rate, at.blocks() * p.states, z.high, z.low);
       if (kClamp) states_in(p.lower + own, at.count, p.states, z.lower), states_in(p.upper + own, at.count, p.states, z.upper);
       std::fill_n(z.grad_rate, at.blocks() * p.states, zero);
       std::fill_n(z.grad_skip, at.blocks(), zero);
@@ -466,20 +494,22 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
       for (int64_t start = (p.chunks() - 1) * p.chunk; start >= 0; start -= p.chunk) {
         const int64_t steps = std::min(p.chunk, p.length - start);
         shared.fill(p, at, start, steps);
+        for (auto* sums : {z.grad_enter, z.grad_leave}) std::fill_n(sums, z.padded * p.states, zero);
+        if (at.count % kLanes<T>)
+          for (auto* sums : {z.rest_enter, z.rest_leave}) std::fill_n(sums, z.padded * p.states, zero);
         for (int64_t b = 0; b < at.blocks(); ++b) {
           const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
-          const Strip<T> s{steps,  lanes,   z.rate + here, z.lower + here, z.upper + here,
-                           z.step, z.token, z.enter,       z.leave,        stride};
-          const bool whole = lanes == kLanes<T>, fresh = b == 0 || !whole;
+          const Strip<T> s{steps,        lanes,  z.rate + here, z.lower + here, z.upper + here, z.high + here,
+                           z.low + here, z.step, z.token,       z.enter,        z.leave,        stride};
+          const bool whole = lanes == kLanes<T>;
           Vec<T>*enter = whole ? z.grad_enter : z.rest_enter, *leave = whole ? z.grad_leave : z.rest_leave;
           backward_strip<T, kClamp, kGate>(
               p, s, z, b, channel, (at.item * p.channels + channel) * p.length + start, grad_out,
               chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel,
-              {fresh ? &zero : enter, enter, z.padded, fresh ? 0 : 1}, {fresh ? &zero : leave, leave, z.padded, fresh ? 0 : 1},
-              out);
+              enter, leave, out);
           if (!whole) {
-            add_rest<T>(enter, lanes, z.padded * p.states, b == 0, z.grad_enter);
-            add_rest<T>(leave, lanes, z.padded * p.states, b == 0, z.grad_leave);
+            add_rest<T>(enter, lanes, z.padded * p.states, z.grad_enter);
+            add_rest<T>(leave, lanes, z.padded * p.states, z.grad_leave);
           }
         }
         const int64_t to = (at.item * p.groups + at.group) * p.states * p.length + start;

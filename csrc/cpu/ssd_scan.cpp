@@ -44,11 +44,15 @@ constexpr int64_t kTasks = 32;   // fewer batch items and groups than this are s
 template <class T>
 struct Problem {
   int64_t batch, length, heads, width, groups, states, chunk;
+  bool reverse;  // step 0 is the last one in memory
   const T *x, *dt, *A, *B, *C;
   const T *D, *lower, *upper;  // (heads, width) or null
 
   int64_t channels() const { return heads * width; }
   int64_t chunks() const { return (length + chunk - 1) / chunk; }
+  // Where a step lies in memory, in steps, and how far the next one is from it.
+  int64_t place(int64_t item, int64_t step) const { return item * length + (reverse ? length - 1 - step : step); }
+  int64_t direction() const { return reverse ? -1 : 1; }
 };
 
 // Channels of a group in slabs of whole heads and whole pairs of lane blocks.
@@ -110,7 +114,7 @@ struct HeadSteps {
 
   void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps) const {
     for (int64_t t = 0; t < steps; ++t) {
-      const T* row = p.dt + (at.item * p.length + start + t) * p.heads + at.head;
+      const T* row = p.dt + p.place(at.item, start + t) * p.heads + at.head;
       for (int64_t head = 0; head < at.heads; head += kLanes<T>) {
         const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, at.heads - head));
         const Vec<T> step = load_first(row + head, here), rate = load_first(p.A + at.head + head, here);
@@ -138,10 +142,10 @@ struct Strip {
   Strip(const Problem<T>& p, const Place<T>& at, int64_t channel, int64_t start, int64_t block_steps, Vec<T>* decay_,
         Vec<T>* token_)
       : steps(block_steps), count(std::min<int64_t>(at.count - channel, W * kLanes<T>)), decay(decay_), token(token_) {
-    const int64_t row = (at.item * p.length + start) * p.groups + at.group;
+    const int64_t row = p.place(at.item, start) * p.groups + at.group;
     enter = p.B + row * p.states;
     leave = p.C + row * p.states;
-    stride = p.groups * p.states;
+    stride = p.direction() * p.groups * p.states;
     const int64_t everywhere = at.channel + channel;
     for (int w = 0; w < W; ++w) {
       heads[w] = (channel + w * kLanes<T>) / p.width;
@@ -157,7 +161,7 @@ struct Strip {
 
   SK_INLINE Vec<T> spread(const T* of_heads, int w) const { return permute<T>(load(of_heads + heads[w]), to_head[w]); }
 
-  // x is the row of the first step, at the strip's first channel.
+  // x is the row of the first step, at the strip's first channel; `row` leads to the next step.
   SK_INLINE void prepare(const HeadSteps<T>& per_head, const T* x, int64_t row) const {
     for (int64_t t = 0; t < steps; ++t)
       for (int w = 0; w < W; ++w) {
@@ -182,7 +186,8 @@ SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Ve
 
 // Tile of N states: `state` [states][blocks], y += h C, and the start state to `save` unless null.
 template <class T, int W, bool kClamp, int N>
-void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t blocks, T* save, T* y, int64_t row) {
+void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t blocks, T* save, int64_t save_row, T* y,
+                  int64_t row) {
   Vec<T> h[N][W];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
@@ -190,7 +195,7 @@ void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t bl
     for (int w = 0; w < W; ++w) h[i][w] = state[(first + i) * blocks + w];
   if (save)
     for (int i = 0; i < N; ++i)
-      for (int w = 0; w < W; ++w) store_block(save + (first + i) * row, state[(first + i) * blocks + w], w, s.count);
+      for (int w = 0; w < W; ++w) store_block(save + (first + i) * save_row, state[(first + i) * blocks + w], w, s.count);
   for (int64_t t = 0; t < s.steps; ++t) {
     const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
     Vec<T> sum[W], decay[W], token[W];  // copies: stores might alias what the strip points to
@@ -221,8 +226,8 @@ template <class T, int W, bool kClamp>
 void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& per_head, int64_t channel, int64_t start,
                    int64_t steps, Vec<T>* decay, Vec<T>* token, Vec<T>* state, T* y, T* chunk_states) {
   const Strip<T, W> s(p, at, channel, start, steps, decay, token);
-  const int64_t row = p.channels(), everywhere = at.channel + channel;
-  const int64_t offset = (at.item * p.length + start) * row + everywhere;
+  const int64_t channels = p.channels(), row = p.direction() * channels, everywhere = at.channel + channel;
+  const int64_t offset = p.place(at.item, start) * channels + everywhere;
   s.prepare(per_head, p.x + offset, row);
   for (int w = 0; w < W; ++w) {
     const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
@@ -230,9 +235,9 @@ void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& 
       store_block(y + offset + t * row, p.D ? skip * load_block(p.x + offset + t * row, w, s.count) : Vec<T>{}, w, s.count);
   }
   T* save = nullptr;
-  if (start % p.chunk == 0) save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * row + everywhere;
+  if (start % p.chunk == 0) save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
   for_tiles(p.states, [&](auto size, int64_t first) {
-    forward_tile<T, W, kClamp, decltype(size)::value>(s, first, state, at.blocks(), save, y + offset, row);
+    forward_tile<T, W, kClamp, decltype(size)::value>(s, first, state, at.blocks(), save, channels, y + offset, row);
   });
 }
 
@@ -429,9 +434,9 @@ template <class T, int W, bool kClamp>
 void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z, int64_t channel, int64_t start,
                     int64_t steps, const T* grad_y, const T* chunk_states, T* grad_x) {
   const Strip<T, W> s(p, at, channel, start, steps, z.decay, z.token);
-  const int64_t row = p.channels(), everywhere = at.channel + channel;
-  const int64_t offset = (at.item * p.length + start) * row + everywhere;
-  const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * row + everywhere;
+  const int64_t channels = p.channels(), row = p.direction() * channels, everywhere = at.channel + channel;
+  const int64_t offset = p.place(at.item, start) * channels + everywhere;
+  const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
   s.prepare(z.per_head, p.x + offset, row);
   for (int64_t t = 0; t < steps; ++t)
     for (int w = 0; w < W; ++w) z.grad_y[t * W + w] = load_block(grad_y + offset + t * row, w, s.count);
@@ -439,7 +444,7 @@ void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z
   Vec<T>* carry = z.carry + channel / kLanes<T>;
   for_tiles(p.states, [&](auto size, int64_t first) {
     constexpr int N = decltype(size)::value;
-    recompute_tile<T, W, kClamp, N>(s, z, first, p.states, saved, row, channel == 0);
+    recompute_tile<T, W, kClamp, N>(s, z, first, p.states, saved, channels, channel == 0);
     adjoint_tile<T, W, kClamp, N>(s, z, first, p.states, carry, at.blocks(), channel == 0);
   });
   for (int w = 0; w < W; ++w) {
@@ -509,12 +514,14 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
           const auto strip = b + 1 < at.blocks() ? backward_strip<T, 2, kClamp> : backward_strip<T, 1, kClamp>;
           strip(p, at, z, b * kLanes<T>, start, steps, grad_y, chunk_states, out.x);
         }
-        const int64_t row = (at.item * p.length + start) * p.groups + at.group;
-        reduce_lanes(z.grad_enter, steps, p.states, z.sums, grad_B + row * p.states, p.groups * p.states);
-        reduce_lanes(z.grad_leave, steps, p.states, z.sums, grad_C + row * p.states, p.groups * p.states);
-        T* grad_dt = out.dt + (at.item * p.length + start) * p.heads + at.head;
+        const int64_t first = p.place(at.item, start), row = first * p.groups + at.group;
+        const int64_t to_next = p.direction() * p.groups * p.states;
+        reduce_lanes(z.grad_enter, steps, p.states, z.sums, grad_B + row * p.states, to_next);
+        reduce_lanes(z.grad_leave, steps, p.states, z.sums, grad_C + row * p.states, to_next);
+        T* grad_dt = out.dt + first * p.heads + at.head;
         for (int64_t t = 0; t < steps; ++t)
-          for (int64_t head = 0; head < at.heads; ++head) grad_dt[t * p.heads + head] = z.head_sums[head * padded + t];
+          for (int64_t head = 0; head < at.heads; ++head)
+            grad_dt[p.direction() * t * p.heads + head] = z.head_sums[head * padded + t];
       }
       states_out(z.carry, at.count, p.states, at.blocks(), out.initial_state + boundary);
       for (int64_t c = 0; c < at.count; ++c) rates[at.item * p.heads + at.head + c / p.width] += z.rate[c];
@@ -550,16 +557,16 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
 template <class T>
 Problem<T> problem(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                    const std::optional<Tensor>& D, const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
-                   int64_t chunk) {
-  return {x.size(0),  x.size(1),  x.size(2),  x.size(3),  B.size(2),  B.size(3),      chunk,          data<T>(x),
+                   bool reverse, int64_t chunk) {
+  return {x.size(0),   x.size(1),  x.size(2),  x.size(3),  B.size(2),  B.size(3),      chunk,         reverse, data<T>(x),
           data<T>(dt), data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(lower), data<T>(upper)};
 }
 
 void ssd_scan_fwd(const Tensor x, const Tensor dt, const Tensor A, const Tensor B, const Tensor C,
                   const std::optional<Tensor> D, const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
-                  const std::optional<Tensor> upper, int64_t chunk, Tensor y, Tensor last_state, Tensor chunk_states) {
+                  const std::optional<Tensor> upper, bool reverse, int64_t chunk, Tensor y, Tensor last_state, Tensor chunk_states) {
   for_dtype(x, [&]<class T>(T) {
-    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, chunk);
+    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse, chunk);
     if (p.batch * p.channels() == 0) return;
     const auto run = p.lower ? forward<T, true> : forward<T, false>;
     run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states));
@@ -569,10 +576,10 @@ void ssd_scan_fwd(const Tensor x, const Tensor dt, const Tensor A, const Tensor 
 void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_state, const Tensor x, const Tensor dt,
                   const Tensor A, const Tensor B, const Tensor C, const std::optional<Tensor> D,
                   const std::optional<Tensor> lower, const std::optional<Tensor> upper, const Tensor chunk_states,
-                  int64_t chunk, Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,
+                  bool reverse, int64_t chunk, Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,
                   Tensor grad_initial_state) {
   for_dtype(x, [&]<class T>(T) {
-    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, chunk);
+    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse, chunk);
     if (p.batch * p.channels() == 0) {
       for (Tensor* empty_sum : {&grad_dt, &grad_A, &grad_B, &grad_C, &grad_D})
         std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
@@ -591,10 +598,10 @@ void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_sta
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
-      " Tensor? upper, int chunk, Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
+      " Tensor? upper, bool reverse, int chunk, Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
   m.def(
       "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
-      " Tensor? lower, Tensor? upper, Tensor chunk_states, int chunk, Tensor(a!) grad_x, Tensor(b!) grad_dt,"
+      " Tensor? lower, Tensor? upper, Tensor chunk_states, bool reverse, int chunk, Tensor(a!) grad_x, Tensor(b!) grad_dt,"
       " Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C, Tensor(f!) grad_D, Tensor(g!) grad_initial_state) -> ()");
 }
 

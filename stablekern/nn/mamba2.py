@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from stablekern import _check, numerics, settings
 from stablekern.errors import message
 from stablekern.nn.norms import LayerScale, RMSNormGated
+from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.ssd_scan import ssd_scan
 
 __all__ = ["BiMamba2", "Mamba2", "drop_fallback_entries"]
@@ -55,15 +56,6 @@ def _forced_fallback() -> bool:
             stacklevel=3,
         )
     return True
-
-
-def _causal_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Each channel of x (b, l, c) convolved along time with its own filter (c, 1, k), seeing no later step."""
-    padded = nn.functional.pad(x, (0, 0, weight.shape[-1] - 1, 0))
-    # (b, l, c) is a channels-last image of height 1. As such it needs no transposed copy, and takes half the time of a
-    # conv1d over (b, c, l) on a CPU.
-    image = padded.transpose(1, 2).unsqueeze(2)
-    return nn.functional.conv2d(image, weight.unsqueeze(2), bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
 
 
 class Mamba2(nn.Module):
@@ -135,11 +127,13 @@ class Mamba2(nn.Module):
         self.norm = RMSNormGated(self.d_inner, groups=ngroups)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
+        """`reverse` runs the block backwards in time: the same as flipping its input and output."""
         _check.shapes("nn.Mamba2", x=(x, f"b l {self.d_model}"))
         fallback = _forced_fallback()
         z, channels, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * self._states, self.nheads), dim=-1)
-        channels = nn.functional.silu(_causal_depthwise_conv(channels, self.conv1d.weight, self.conv1d.bias))
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        channels = causal_conv1d(channels.mT, weight, bias, activation="silu", reverse=reverse).mT
         inner, B, C = channels.split((self.d_inner, self._states, self._states), dim=-1)
         inner = inner.unflatten(-1, (self.nheads, self.headdim))
         if fallback:
@@ -156,6 +150,7 @@ class Mamba2(nn.Module):
                 dt_softplus=True,
                 dt_limit=self.dt_limit,
                 state_clamp=self.state_clamp,
+                reverse=reverse,
             )
         return self.out_proj(self.norm(y.flatten(-2), z))
 
@@ -180,7 +175,7 @@ def drop_fallback_entries(module: nn.Module, state_dict: dict[str, Any], *_: Any
 
 
 class _BiMamba2Layer(nn.Module):
-    """(b, l, d) -> (b, l, d): norm(x + dropout(layerscale(W [f(x); flip(g(flip(x)))] + b)))."""
+    """(b, l, d) -> (b, l, d): norm(x + dropout(layerscale(W [f(x); g(x)] + b))), g backwards in time."""
 
     def __init__(self, d_model: int, dropout: float, layerscale: float | None, **mamba: Any) -> None:
         super().__init__()
@@ -193,7 +188,7 @@ class _BiMamba2Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ahead = self.forward_mamba_real(x)
-        back = self.backward_mamba_real(x.flip(1)).flip(1)
+        back = self.backward_mamba_real(x, reverse=True)
         mixed = self.output_proj(torch.cat((ahead, back), dim=-1))
         return self.layer_norm(x + self.dropout(self.layerscale(mixed)))
 

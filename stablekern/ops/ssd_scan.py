@@ -63,6 +63,7 @@ def reference(
     state_clamp: StateClamp = None,
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition: a loop over time in plain torch, differentiable, in the dtype of its arguments."""
     heads, width = x.shape[2:]
@@ -81,12 +82,12 @@ def reference(
     enter, leave = (M.repeat_interleave(per_head, dim=2)[:, :, :, None].unbind(1) for M in (B, C))
     state = x.new_zeros(x.shape[0], heads, width, B.shape[3]) if initial_state is None else initial_state
     outputs = []
-    for t in range(x.shape[1]):
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
         state = decay[t] * state + token[t] * enter[t]
         if bounds:
             state = torch.clamp(state, *bounds)
         outputs.append((state * leave[t]).sum(-1))
-    y = torch.stack(outputs, 1) if outputs else x * 0
+    y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x * 0
     if D is not None:
         y = y + (D[:, None] if D.dim() == 1 else D) * x
     if z is not None:
@@ -104,6 +105,7 @@ def _fake_fwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
+    reverse: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, width = x.shape
@@ -128,6 +130,7 @@ def _fake_bwd(
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
+    reverse: bool,
     chunk: int,
 ) -> tuple[Tensor, ...]:
     batch, _, heads, width = x.shape
@@ -137,13 +140,13 @@ def _fake_bwd(
 
 _fwd = define(
     "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
-    " Tensor? upper, int chunk) -> (Tensor y, Tensor last_state, Tensor chunk_states)",
+    " Tensor? upper, bool reverse, int chunk) -> (Tensor y, Tensor last_state, Tensor chunk_states)",
     fake=_fake_fwd,
 )
 _bwd = define(
     "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
-    " Tensor? lower, Tensor? upper, Tensor chunk_states, int chunk) -> (Tensor grad_x, Tensor grad_dt, Tensor grad_A,"
-    " Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_initial_state)",
+    " Tensor? lower, Tensor? upper, Tensor chunk_states, bool reverse, int chunk) -> (Tensor grad_x, Tensor grad_dt,"
+    " Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_initial_state)",
     fake=_fake_bwd,
 )
 
@@ -155,15 +158,41 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 @launcher("ssd_scan_fwd", device="cpu", backend="native")
 def _(*arguments):
     outputs = _fake_fwd(*arguments)
-    _load.native().ssd_scan_fwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    _load.native().ssd_scan_fwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
     return outputs
 
 
 @launcher("ssd_scan_bwd", device="cpu", backend="native")
 def _(*arguments):
     outputs = _fake_bwd(*arguments)
-    _load.native().ssd_scan_bwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    _load.native().ssd_scan_bwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
     return outputs
+
+
+def _flipped(function, steps: tuple[int, ...], results: tuple[int, ...]):
+    """A launcher for both directions, by one that only knows the forward one: it gets (and returns) flipped copies.
+
+    `steps` and `results` are the positions of the arguments and outputs that have a time axis.
+    """
+
+    def both(*arguments):
+        *tensors, reverse, chunk = arguments
+        if not reverse:
+            return function(*tensors, chunk)
+        outputs = function(*(t.flip(1) if i in steps else t for i, t in enumerate(tensors)), chunk)
+        return tuple(t.flip(1) if i in results else t for i, t in enumerate(outputs))
+
+    return both
+
+
+def _forward_launcher(function):
+    """For `ssd_scan_fwd`: x, dt, B, C; y."""
+    return _flipped(function, (0, 1, 3, 4), (0,))
+
+
+def _backward_launcher(function):
+    """For `ssd_scan_bwd`: grad_y, x, dt, B, C; grad_x, grad_dt, grad_B, grad_C."""
+    return _flipped(function, (0, 2, 3, 5, 6), (0, 1, 3, 4))
 
 
 def _per_head(M: Tensor, heads: int) -> Tensor:
@@ -185,8 +214,9 @@ def _advance(
 
 @launcher("ssd_scan_fwd", device="cuda", backend="torch")
 @launcher("ssd_scan_fwd", device="cpu", backend="torch")
+@_forward_launcher
 def _(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
-    outputs = y, last_state, chunk_states = _fake_fwd(x, dt, A, B, C, D, initial_state, lower, upper, chunk)
+    outputs = y, last_state, chunk_states = _fake_fwd(x, dt, A, B, C, D, initial_state, lower, upper, False, chunk)
     heads = x.shape[2]
     decay, token = torch.exp(dt * A), dt[..., None] * x
     enter, leave = _per_head(B, heads), _per_head(C, heads)
@@ -204,6 +234,7 @@ def _(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
 
 @launcher("ssd_scan_bwd", device="cuda", backend="torch")
 @launcher("ssd_scan_bwd", device="cpu", backend="torch")
+@_backward_launcher
 def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, chunk):
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
@@ -246,12 +277,12 @@ def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, ch
 
 class _SsdScan(torch.autograd.Function):
     @staticmethod
-    def forward(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
-        return _fwd(x, dt, A, B, C, D, initial_state, lower, upper, chunk)
+    def forward(x, dt, A, B, C, D, initial_state, lower, upper, reverse, chunk):
+        return _fwd(x, dt, A, B, C, D, initial_state, lower, upper, reverse, chunk)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, dt, A, B, C, D, initial_state, lower, upper, ctx.chunk = inputs
+        x, dt, A, B, C, D, initial_state, lower, upper, ctx.reverse, ctx.chunk = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, A, B, C, D, lower, upper, output[2])
@@ -260,12 +291,12 @@ class _SsdScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_last_state, _):
         _check.first_order(_OP)
         if grad_y is None and grad_last_state is None:
-            return (None,) * 10
+            return (None,) * 11
         if grad_y is None:
             grad_y = torch.zeros_like(ctx.saved_tensors[0])
-        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.chunk)
+        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.reverse, ctx.chunk)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
-        return *wanted, None, None, None
+        return *wanted, None, None, None, None
 
 
 def ssd_scan(
@@ -283,6 +314,7 @@ def ssd_scan(
     state_clamp: StateClamp = None,
     initial_state: Tensor | None = None,  # (b, h, p, n)
     return_last_state: bool = False,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (b, l, h, p), and (b, h, p, n)
     r"""The Mamba-2 scan, linear in the length, with gradients to every tensor and an optional exact state clamp.
 
@@ -305,6 +337,8 @@ def ssd_scan(
         bounds themselves get no gradient and must not ask for one.
     - `initial_state`: the state before the first step, (b, h, p, n); zero if None. It is not clamped.
     - `return_last_state`: also return the last state.
+    - `reverse`: from the last step to the first, so that $h_t$ comes from $h_{t+1}$; the initial state stands after
+        step l - 1, and the last one is that of step 0. The native kernels walk backwards, without flipped copies.
 
     **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$, (b, h, p, n), in
     float32 for half precision; differentiable like $y$. States, sums and gates are computed in float32 or float64.
@@ -362,7 +396,7 @@ def ssd_scan(
     tracked = (x, dt, A, B, C, D, dt_bias, initial_state)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
     chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
-    y, last_state, _ = _SsdScan.apply(x_wide, step, A, B, C, D, initial_state, lower, upper, chunk)
+    y, last_state, _ = _SsdScan.apply(x_wide, step, A, B, C, D, initial_state, lower, upper, reverse, chunk)
     if z is not None:
         y = y * torch.nn.functional.silu(z.to(wide))
     y = y.to(dtype)

@@ -38,7 +38,10 @@ def samples(g: torch.Generator) -> list[Sample]:
     def bounds(args, optional):
         return -per_channel(args, optional).abs(), 0.5 * torch.ones(args[2].shape, dtype=torch.float64)
 
-    softplus = {"dt_softplus": lambda args, optional: True}
+    def yes(args, optional):
+        return True
+
+    softplus = {"dt_softplus": yes}
     extreme, _ = inputs(g, 2, 70, 3, 4, 1, 5)
     x, dt, A, B, C = extreme
     graded = torch.logspace(-30, 30, 70, dtype=torch.float64).view(1, -1, 1, 1)
@@ -66,6 +69,8 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("permuted", permuted, optional),
         Sample("strided", strided, optional | {"z": optional["z"][:, ::2]}),
         Sample("extreme", extreme, dtypes=FLOATS),
+        sample("reverse", 2, 6, 4, 3, 2, 5, changes=softplus | {"reverse": yes}, gradcheck=True),
+        sample("reverse-clamped", 2, 71, 3, 11, 1, 7, changes={"state_clamp": lambda *_: 0.6, "reverse": yes}),
     ]
 
 

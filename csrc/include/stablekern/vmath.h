@@ -44,13 +44,39 @@ SK_INLINE Vec<T> exp(Vec<T> x) {
     g = splat<T>(c[9]);
     for (int k = 8; k >= 0; --k) g = fma(g, r, splat<T>(c[k]));
   }
-  const Vec<T> p = fma(fma(g, r, splat<T>(1)), r, splat<T>(1));
+  const Vec<T> p = fma(g * r, r, r) + splat<T>(1);
 #if defined(SK_AVX512)
   return scale<T>(p, n);
 #else
   return scale_by_power<T>(p, (IVec<T>)shifted - (IVec<T>)shift);
 #endif
 }
+
+// The factor b of e^(a b), for many a: b log2(e) in two parts.
+template <class T>
+struct Exponent {
+  Vec<T> high, low;
+
+  explicit Exponent(Vec<T> b) {
+    const Vec<T> log2e = splat<T>(1.4426950408889634);
+    constexpr double rest = sizeof(T) == 4 ? 1.925963033500411e-8 : 2.0355273740931033e-17;
+    high = b * log2e;
+    low = fma(b, splat<T>(rest), fma(b, log2e, -high));
+  }
+};
+#if defined(SK_AVX512)
+// e^(a b) within 2 ulp for |a b| < 2^20, with the product unrounded: f = a b log2(e) - n, |f| <= 1/2, and a minimax
+// polynomial (Remez) for 2^f with p(0) = 1 and the relative error 2e-9.
+SK_INLINE Vec<float> exp_of_product(Vec<float> a, Vec<float> high, Vec<float> low) {
+  constexpr float c[] = {0.6931471824645996f,   0.24022647738456726f,  0.055503323674201965f,
+                         0.00961843691766262f,  0.0013398875016719103f, 0.00015353361959569156f};
+  const Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)(a * high), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> f = fma(a, low, fma(a, high, -n));
+  Vec<float> p = splat<float>(c[5]);
+  for (int k = 4; k >= 0; --k) p = fma(p, f, splat<float>(c[k]));
+  return scale<float>(fma(p, f, splat<float>(1)), n);
+}
+#endif
 
 // log(1 + e) for e in [0, 1], within 3 ulp and without losing small e: 2 atanh(s) with s = e / (2 + e) <= 1/3, an odd
 // series whose interpolation at the Chebyshev nodes of s^2 has the relative error 1e-10 for float, 2e-20 for double.

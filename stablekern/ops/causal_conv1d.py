@@ -1,0 +1,231 @@
+r"""The depthwise convolution in front of a Mamba scan: each channel with its own few taps, seeing no later step.
+
+With k taps, a bias and an activation $\sigma$ (SiLU or none), for every channel
+
+$$v_t = b + \sum_{j=0}^{k-1} w_j\, x_{t-(k-1)+j}, \qquad y_t = \sigma(v_t),$$
+
+where the $x$ before step 0 are the initial state, or 0. Backwards in time the same, of the flipped sequence:
+$v_t = b + \sum_j w_j\, x_{t+(k-1)-j}$, which is the first form with the taps in reverse order and moved by k - 1 steps.
+
+**Adjoint.** With $s = 1 / (1 + e^{-v})$ and $G_t = \bar y_t\, s_t (1 + v_t (1 - s_t))$ (or $\bar y_t$),
+
+$$\bar x_t = \sum_j w_j\, G_{t+(k-1)-j}, \qquad \bar w_j = \sum_t G_t\, x_{t-(k-1)+j}, \qquad \bar b = \sum_t G_t.$$
+
+$v$ is recomputed: k multiplications are cheaper than keeping another tensor as large as $x$. $e^{-v}$ may overflow;
+then $v / (1 + e^{-v})$ is -0, its limit.
+
+Sources: Gu & Dao 2023, arXiv:2312.00752, sec. 3.4 (the convolution in the block).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablekern import _check, _load
+from stablekern._registry import define, launcher
+from stablekern.errors import message
+
+__all__ = ["causal_conv1d"]
+
+_OP = "causal_conv1d"
+_NATIVE_WIDTH = 4  # most taps that the native kernels keep in registers
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor:
+    """The definition: torch's grouped convolution of the padded sequence, and its SiLU."""
+    before = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if initial_state is None else initial_state
+    padded = torch.cat((x, before) if reverse else (before, x), -1)
+    taps = (weight.flip(-1) if reverse else weight)[:, None]
+    if 0 in x.shape:
+        return x * weight.sum() * (1 if bias is None else bias.sum())
+    y = torch.nn.functional.conv1d(padded, taps, bias, groups=x.shape[1])
+    return torch.nn.functional.silu(y) if activation else y
+
+
+def _like(x: Tensor) -> Tensor:
+    """New memory of the shape of x, (b, d, l), channel after channel as the kernels walk it: (b, l, d) turned."""
+    batch, channels, length = x.shape
+    return x.new_empty((batch, length, channels)).transpose(1, 2)
+
+
+def _fake_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    return _like(x)
+
+
+def _fake_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+_fwd = define(
+    "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse) -> Tensor",
+    fake=_fake_fwd,
+)
+_bwd = define(
+    "causal_conv1d_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    fake=_fake_bwd,
+)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(b, l, d) with the channels of a step side by side; steps and items may lie anywhere."""
+    rows = x.resolve_neg().transpose(1, 2)
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def _taps(weight: Tensor, reverse: bool) -> Tensor:
+    """(k, d), in the order in which they meet the sequence."""
+    return (weight.flip(-1) if reverse else weight).resolve_neg().T.contiguous()
+
+
+def _few_taps(*arguments) -> str | None:
+    width = arguments[-4].shape[1]
+    return None if width <= _NATIVE_WIDTH else f"{width} taps, more than {_NATIVE_WIDTH}"
+
+
+@launcher("causal_conv1d_fwd", device="cpu", backend="native", supports=_few_taps)
+def _(x, weight, bias, silu, reverse):
+    y = _fake_fwd(x, weight, bias, silu, reverse)
+    bias = None if bias is None else bias.resolve_neg().contiguous()
+    _load.native().causal_conv1d_fwd(_rows(x), _taps(weight, reverse), bias, silu, reverse, y.transpose(1, 2))
+    return y
+
+
+@launcher("causal_conv1d_bwd", device="cpu", backend="native", supports=_few_taps)
+def _(grad, x, weight, bias, silu, reverse):
+    grad_x, grad_weight, grad_bias = _fake_bwd(grad, x, weight, bias, silu, reverse)
+    taps = _taps(weight, reverse)
+    grad_taps = torch.empty_like(taps)
+    bias = None if bias is None else bias.resolve_neg().contiguous()
+    results = grad_x.transpose(1, 2), grad_taps, grad_bias
+    _load.native().causal_conv1d_bwd(_rows(grad), _rows(x), taps, bias, silu, reverse, *results)
+    grad_weight.copy_(grad_taps.T.flip(-1) if reverse else grad_taps.T)
+    return grad_x, grad_weight, grad_bias
+
+
+def _windows(x: Tensor, width: int, ahead: bool) -> list[Tensor]:
+    """x[t - (k - 1) + j] for each j < k (x[t + j] if `ahead`), 0 beyond the ends."""
+    padded = torch.nn.functional.pad(x, (0, width - 1) if ahead else (width - 1, 0))
+    return [padded[..., j : j + x.shape[2]] for j in range(width)]
+
+
+def _sum_of_taps(windows: list[Tensor], weight: Tensor) -> Tensor:
+    total = windows[0] * weight[:, :1]
+    for j in range(1, len(windows)):
+        total = total + windows[j] * weight[:, j : j + 1]
+    return total
+
+
+@launcher("causal_conv1d_fwd", device="cuda", backend="torch")
+@launcher("causal_conv1d_fwd", device="cpu", backend="torch")
+def _(x, weight, bias, silu, reverse):
+    weight = weight.flip(-1) if reverse else weight
+    free = _sum_of_taps(_windows(x, weight.shape[1], reverse), weight)
+    if bias is not None:
+        free = free + bias[:, None]
+    return _fake_fwd(x, weight, bias, silu, reverse).copy_(torch.nn.functional.silu(free) if silu else free)
+
+
+@launcher("causal_conv1d_bwd", device="cuda", backend="torch")
+@launcher("causal_conv1d_bwd", device="cpu", backend="torch")
+def _(grad, x, weight, bias, silu, reverse):
+    outputs = grad_x, grad_weight, grad_bias = _fake_bwd(grad, x, weight, bias, silu, reverse)
+    width = weight.shape[1]
+    weight = weight.flip(-1) if reverse else weight
+    windows = _windows(x, width, reverse)
+    if silu:
+        free = _sum_of_taps(windows, weight)
+        if bias is not None:
+            free = free + bias[:, None]
+        sigmoid = torch.sigmoid(free)
+        grad = grad * sigmoid * (1 + free * (1 - sigmoid))
+    grad_x.copy_(_sum_of_taps(_windows(grad, width, not reverse), weight.flip(-1)))
+    taps = torch.stack([(grad * window).sum((0, 2)) for window in windows], -1)
+    grad_weight.copy_(taps.flip(-1) if reverse else taps)
+    grad_bias.copy_(grad.sum((0, 2)))
+    return outputs
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, silu, reverse):
+        return _fwd(x, weight, bias, silu, reverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, bias, ctx.silu, ctx.reverse = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _check.first_order(_OP)
+        grads = _bwd(grad, *ctx.saved_tensors, ctx.silu, ctx.reverse)
+        wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None
+
+
+def causal_conv1d(
+    x: Tensor,  # (b, d, l)
+    weight: Tensor,  # (d, k)
+    bias: Tensor | None = None,  # (d)
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,  # (b, d, k - 1)
+    reverse: bool = False,
+) -> Tensor:  # (b, d, l)
+    r"""The causal depthwise convolution along time, with bias and SiLU in the same pass, and its gradients.
+
+    $y_t = \sigma(b + \sum_j w_j x_{t-(k-1)+j})$ for every channel; the function of causal_conv1d's `causal_conv1d_fn`.
+
+    **Arguments:** any strides; b, d and l may be 0. Each tensor has the dtype of `x`, or float32 where `x` is float16
+    or bfloat16.
+
+    - `x`: (b, d, l); float16, bfloat16, float32 or float64. Fastest where the channels of a step lie side by side, as
+        in the transpose of (b, l, d): it is then read where it is.
+    - `weight`: (d, k), k >= 1 taps, the last one for the step itself. `bias`: (d).
+    - `activation`: "silu", the same as "swish", or None.
+    - `initial_state`: the k - 1 steps before the first one (after the last one if `reverse`, then in the same order in
+        time), (b, d, k - 1); zeros if None.
+    - `reverse`: see no earlier step instead of no later one: the convolution of the flipped sequence, flipped back.
+
+    **Returns:** $y$, a new tensor like `x`, the transpose of a contiguous (b, l, d). Half precision is computed in
+    float32 and rounded once.
+
+    **Raises:** `ValueError` for sizes that disagree or an unknown activation; `TypeError` for dtypes; `RuntimeError`
+    when second derivatives are asked for. More than 4 taps run in plain torch on a CPU.
+
+    **Accuracy:** output and gradients at most twice the error of torch's convolution (`tests/test_ops.py`); the same
+    bits for any number of threads (`tests/test_causal_conv1d.py`).
+    **Sources:** Gu & Dao 2023, arXiv:2312.00752.
+    """
+    sizes = _check.shapes(_OP, x=(x, "b d l"), weight=(weight, "d k"), bias=(bias, "d"))
+    if sizes["k"] < 1:
+        raise ValueError(message(_OP, "`weight` must have at least one tap", sizes["k"]))
+    _check.shapes(_OP, initial_state=(initial_state, f"{sizes['b']} {sizes['d']} {sizes['k'] - 1}"))
+    _check.choice(_OP, "activation", activation, (None, "silu", "swish"))
+    dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, x=x)
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, tensor in {"weight": weight, "bias": bias, "initial_state": initial_state}.items():
+        if tensor is not None:
+            _check.dtypes(_OP, tuple({dtype, wide}), **{name: tensor})
+            if tensor.device != x.device:
+                raise ValueError(message(_OP, f"`{name}` and `x` must be on one device", tensor.device, x.device))
+    x, weight = x.to(wide), weight.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    length, known = sizes["l"], 0
+    if initial_state is not None:
+        initial_state, known = initial_state.to(wide), sizes["k"] - 1
+        x = torch.cat((x, initial_state) if reverse else (initial_state, x), -1)
+    y = _CausalConv1d.apply(x, weight, bias, activation is not None, reverse)
+    return y.narrow(-1, 0 if reverse else known, length).to(dtype)
