@@ -31,6 +31,7 @@ from stablekern.ops.normalized_laplacian import normalized_laplacian
 from stablekern.ops.ridge_lstsq import ridge_lstsq
 from stablekern.ops.sample_covariance import sample_covariance
 from stablekern.ops.selective_scan import selective_scan
+from stablekern.ops.selective_state_update import selective_state_update
 from stablekern.ops.spectral_function import spectral_function
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.subspace_residual import subspace_residual
@@ -62,13 +63,14 @@ __all__ = [
     "ridge_lstsq",
     "sample_covariance",
     "selective_scan",
+    "selective_state_update",
     "spectral_function",
     "ssd_scan",
     "subspace_residual",
     "use_backend",
 ]
 
-_SUBPACKAGES = ("eeg", "health", "nn", "optim", "training")
+_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -37,12 +37,16 @@ SOURCES = (
     "cpu/causal_conv1d.cpp",
     "cpu/complex_adamw.cpp",
     "cpu/cosine_edges.cpp",
+    "cpu/eigenprojector.cpp",
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
     "cpu/grad_guard.cpp",
     "cpu/laplacian_pe.cpp",
     "cpu/linear_scan.cpp",
+    "cpu/normalized_laplacian.cpp",
     "cpu/selective_scan.cpp",
+    "cpu/selective_state_update.cpp",
+    "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
 )
 

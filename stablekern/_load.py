@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stablekern import _build, settings
+from stablekern import _build, _nvrtc, settings
 from stablekern.errors import BackendUnavailableError, BuildError, message
 
 __all__ = ["cuda_reason", "native", "native_module", "native_reason", "triton_reason"]
@@ -92,6 +92,9 @@ def cuda_reason() -> str | None:
     """None if CUDA C++ kernels can be compiled (NVRTC) and run."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if importlib.util.find_spec("cuda") is None:
-        return "cuda-bindings is not installed"
-    return None
+    return _nvrtc_reason()
+
+
+@functools.cache
+def _nvrtc_reason() -> str | None:
+    return _nvrtc.version()[1]

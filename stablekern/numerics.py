@@ -19,6 +19,7 @@ __all__ = [
     "EDGE_THRESHOLD",
     "EIGENPROJECTOR_GAP_ULPS",
     "EIGH_AUTO_GAP_ULPS",
+    "EIGH_CHECK_ULPS",
     "EIGH_LORENTZ_GAP_FLOOR",
     "EIGH_MASK_GAP_ULPS",
     "EIGH_NOISE_KAPPA",
@@ -62,6 +63,13 @@ EIGH_MASK_GAP_ULPS = Constant(
     16.0,
     "pairs closer than the accuracy of the eigenvalues count as one eigenvalue",
     "as EIGH_AUTO_GAP_ULPS, with room for the accumulated rounding of n <= 32 sweeps",
+    ulps=True,
+)
+EIGH_CHECK_ULPS = Constant(
+    64.0,
+    "times n: a decomposition whose residual or loss of orthogonality is larger is wrong, not inaccurate; solvers stay "
+    "below 5 n eps, a corrupted one is off by 1",
+    "as EIGH_AUTO_GAP_ULPS, an order of magnitude wider",
     ulps=True,
 )
 EIGH_NOISE_KAPPA = Constant(

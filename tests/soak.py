@@ -1,4 +1,4 @@
-"""Long randomised runs against float64: `python tests/soak.py [eigh|ssd_scan] [--cases 10000]`, or `make soak`.
+"""Long randomised runs against float64: `python tests/soak.py [eigh|selective_scan|ssd_scan] [--cases 10000]`.
 
 Case number i of a soak is a pure function of (name, i), so a run can stop anywhere and go on: what is done stands in
 bench/results/soak/<name>.json. `tests/test_soak.py` runs the first one per cent.
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import stablekern
+from stablekern.ops import selective_scan as selective_spine
 from stablekern.ops import ssd_scan as ssd_spine
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "soak"
@@ -126,7 +127,53 @@ def ssd_scan_case(case: int) -> dict[str, float]:
     return {"error over that of the loop": worst}
 
 
-SOAKS: dict[str, Callable[[int], dict[str, float]]] = {"eigh": eigh_case, "ssd_scan": ssd_scan_case}
+def selective_scan_case(case: int) -> dict[str, float]:
+    """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2)."""
+    g = _generator("selective_scan", case)
+    b, length, d, n = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 40), _integer(g, 1, 20)
+    groups = 2 if d % 2 == 0 and _integer(g, 0, 1) else 1
+    spread = 10.0 ** _integer(g, -2, 2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).float()
+
+    inputs = [
+        normal(b, d, length), normal(b, d, length).abs() * 0.1 * spread, -normal(d, n).abs() - 0.01,
+        normal(b, groups, n, length), normal(b, groups, n, length), normal(d), normal(b, d, length), normal(d).abs(),
+    ]  # fmt: skip
+    if _integer(g, 0, 1):
+        inputs[6] = None
+    softplus, clamp = bool(_integer(g, 0, 1)), 0.5 if _integer(g, 0, 3) == 0 else None
+    weight = normal(b, d, length)
+
+    def run(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
+        y = function(*leaves, softplus, state_clamp=clamp)
+        return [y.detach(), *torch.autograd.grad((y * weight.to(dtype)).sum(), [x for x in leaves if x is not None])]
+
+    plain, ours = run(selective_spine.reference, torch.float32), run(stablekern.selective_scan, torch.float32)
+    exact = run(selective_spine.reference, torch.float64)
+    worst = 0.0
+    for index, (mine, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
+        scale = truth.abs().max().clamp_min(1e-30)
+        if index not in (0, 1, 2, 7 if inputs[6] is not None else -1):  # sums, whose terms may cancel
+            scale = scale + 1e-3 * sum(gradient.abs().max() for gradient in exact[1:])
+        error = float((mine.double() - truth).abs().max() / scale)
+        allowed = float((theirs.double() - truth).abs().max() / scale) + 16 * torch.finfo(torch.float32).eps
+        if not error <= 2 * allowed:
+            raise AssertionError(
+                f"selective_scan case {case}: b={b} l={length} d={d} n={n} g={groups} clamp={clamp}"
+                f" softplus={softplus}, result {index}: {error} for {allowed}"
+            )
+        worst = max(worst, error / allowed)
+    return {"error over that of the loop": worst}
+
+
+SOAKS: dict[str, Callable[[int], dict[str, float]]] = {
+    "eigh": eigh_case,
+    "selective_scan": selective_scan_case,
+    "ssd_scan": ssd_scan_case,
+}
 
 
 def _write(path: Path, state: dict) -> None:

@@ -16,7 +16,7 @@ from stablekern import _registry, numerics
 ROOT = Path(__file__).resolve().parent.parent
 SPINES = sorted(p for p in (ROOT / "stablekern" / "ops").glob("*.py") if p.stem != "__init__")
 TRITON = sorted(p for p in (ROOT / "triton_kernels").glob("*.py") if p.stem != "__init__")
-NATIVE = sorted((ROOT / "csrc").glob("cpu/*.cpp"))
+NATIVE = sorted([*(ROOT / "csrc").glob("cpu/*.cpp"), *(ROOT / "csrc").glob("cuda/*.cu")])
 PACKAGE = sorted((ROOT / "stablekern").rglob("*.py"))
 
 

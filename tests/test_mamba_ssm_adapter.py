@@ -56,7 +56,9 @@ def same_with_gradients(ours, theirs, leaves: list[Tensor]) -> None:
 
 
 def test_signatures_are_theirs():
-    names = {function: list(inspect.signature(getattr(mamba_ssm, function)).parameters) for function in mamba_ssm.__all__}
+    names = {
+        function: list(inspect.signature(getattr(mamba_ssm, function)).parameters) for function in mamba_ssm.__all__
+    }
     assert names == {
         "selective_scan_fn": ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus",
                               "return_last_state"],
@@ -202,7 +204,9 @@ def test_what_is_absent_is_refused():
     index = torch.zeros(1, 4, dtype=torch.int32)
     x, dt, A, B = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2), -torch.ones(2), torch.zeros(1, 4, 1, 2)
     for name, value in {"seq_idx": index, "cu_seqlens": index, "return_varlen_states": True}.items():
-        with pytest.raises(ValueError, match=f"adapters.mamba_ssm.mamba_chunk_scan_combined: `{name}` is not available"):
+        with pytest.raises(
+            ValueError, match=f"adapters.mamba_ssm.mamba_chunk_scan_combined: `{name}` is not available"
+        ):
             mamba_ssm.mamba_chunk_scan_combined(x, dt, A, B, B, 4, **{name: value})
     with pytest.raises(ValueError, match="`chunk_size` must be >= 1: got 0"):
         mamba_ssm.mamba_chunk_scan_combined(x, dt, A, B, B, 0)

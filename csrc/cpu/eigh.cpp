@@ -1,8 +1,11 @@
-// Batched eigendecomposition of small Hermitian matrices (n <= 32), and its backward.
+// Batched eigendecomposition of Hermitian matrices, and its backward.
 //
-// Each matrix is scaled by a power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a
-// SIMD lane of its own, as "stablekern/eigh_lanes.h" tells.
+// Up to n = 32 they are solved here, larger ones by LAPACK ("stablekern/eigh_large.h"). Each small matrix is scaled by a
+// power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a SIMD lane of its own, as
+// "stablekern/eigh_lanes.h" tells.
 #include "stablekern/eigh_lanes.h"
+#include "stablekern/eigh_large.h"
+#include "stablekern/symmetric_lanes.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,44 +20,6 @@ namespace stablekern {
 namespace {
 
 using torch::stable::Tensor;
-
-// Complex items are moved as twice as many reals.
-template <class T, class E>
-void gather_elements(const T* items, int length, int count, E* out) {
-  constexpr int parts = sizeof(E) / sizeof(Vec<T>);
-  gather_items(items, parts * length, parts * length, count, reinterpret_cast<Vec<T>*>(out));
-}
-
-// One triangle of up to kLanes matrices, scaled to size 1, to the lower triangle of z.
-template <class S, int N, int Blocks, class T = RealOf<S>>
-void load_block(Workspace<S, N, Blocks>& w, int block, const T* matrices, int runtime_n, int count, bool upper) {
-  const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = Workspace<S, N, Blocks>::kStride;
-  Element<S>* full = w.staging;
-  gather_elements(matrices, n * n, count, full);
-  const Vec<T> zero{};
-  Vec<T> largest{}, probe{};  // probe: NaN once an entry is not finite
-  const int row = upper ? 1 : n, column = upper ? n : 1;
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < i; ++j) {
-      largest = max(part_size(full[i * row + j * column]), largest);
-      probe = probe_finite(full[i * n + j], probe_finite(full[j * n + i], probe));
-    }
-    largest = max(abs(real_part(full[i * n + i])), largest);
-    probe = probe_finite(full[i * n + i], probe);
-  }
-  const Mask<T> finite = equal(probe, zero);
-  const PowerOfTwo<T> power = power_of_two<T>(largest);
-  w.non_finite[block] = !finite;
-  w.up[block] = power.up;
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const Element<S> scaled = full[i * row + j * column] * power.down;
-      w.z[block][i * stride + j] = select(finite, upper ? conj(scaled) : scaled, Element<S>{});
-    }
-    w.z[block][i * stride + i] = element<S>(select(finite, real_part(full[i * n + i]) * power.down, zero));
-  }
-}
 
 template <class S, int N, int Blocks, bool Vectors, class T = RealOf<S>>
 void store_block(Workspace<S, N, Blocks>& w, int block, int n, int count, bool past_caches, T* eigenvalues,
@@ -77,7 +42,7 @@ void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, int swe
   const int64_t size = static_cast<int64_t>(kParts<S>) * n * n;
   const bool past_caches = batch * size * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto load_lanes = [&](auto& w, int block, int64_t item, int count) {
-    load_block(w, block, matrices + item * size, n, count, upper);
+    load_triangles(w, block, matrices + item * size, n, count, upper);
     w.upcoming.aim(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };
   const auto store_lanes = [&]<int Blocks>(Workspace<S, N, Blocks>& w, int block, int64_t item, int count) {
@@ -136,18 +101,6 @@ void backward(const T* eigenvalues, const T* eigenvectors, const T* grad_values,
 
 // ---- launchers ----------------------------------------------------------------------------------------------------
 
-// `run` for the tensor's scalar type. No size gets loops of known length: that gains nothing here.
-template <class Run>
-void dispatch(const Tensor& tensor, const Run& run) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return run.template operator()<double>();
-    case ScalarType::ComplexFloat: return run.template operator()<std::complex<float>>();
-    case ScalarType::ComplexDouble: return run.template operator()<std::complex<double>>();
-    default: return run.template operator()<float>();
-  }
-}
-
 template <class T>
 const T* data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
@@ -159,13 +112,14 @@ void solve_tensor(const Tensor& A, bool upper, int sweeps, const Tensor& eigenva
   const int64_t batch = A.size(0);
   const int n = static_cast<int>(A.size(1));
   if (batch == 0 || n == 0) return;
-  STD_TORCH_CHECK(n <= kMaxN, "eigh: n must be at most ", kMaxN);
-  dispatch(A, [&]<class S>() {
+  dispatch(A, [&]<class S>(S) {
     using T = RealOf<S>;
     T* vectors = eigenvectors ? static_cast<T*>(eigenvectors->mutable_data_ptr()) : nullptr;
     auto* values = static_cast<T*>(eigenvalues.mutable_data_ptr());
     auto* flags = static_cast<int32_t*>(info.mutable_data_ptr());
-    solve_matrices<S, 0, Vectors>(data<T>(A), batch, n, upper, sweeps, values, vectors, flags);
+    if (n <= kMaxN) return solve_matrices<S, 0, Vectors>(data<T>(A), batch, n, upper, sweeps, values, vectors, flags);
+    STD_TORCH_CHECK(Vectors, "eigvalsh: n must be at most ", kMaxN);
+    solve_large(data<S>(A), batch, n, upper, values, reinterpret_cast<S*>(vectors), flags);
   });
 }
 
@@ -184,17 +138,20 @@ void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional
   const int64_t batch = eigenvalues.size(0);
   const int n = static_cast<int>(eigenvalues.size(1));
   if (batch == 0 || n == 0) return;
-  STD_TORCH_CHECK(n <= kMaxN, "eigh_bwd: n must be at most ", kMaxN);
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "eigh_bwd: unknown mode ", mode);
   const GapRule rule{mode, gap_floor, noise_kappa};
   if (!grad_eigenvalues && !grad_eigenvectors) {
     std::memset(grad_A.mutable_data_ptr(), 0, static_cast<std::size_t>(grad_A.numel() * grad_A.element_size()));
     return;
   }
-  dispatch(eigenvectors, [&]<class S>() {
+  dispatch(eigenvectors, [&]<class S>(S) {
     using T = RealOf<S>;
-    backward<S, 0>(data<T>(eigenvalues), data<T>(eigenvectors), data<T>(grad_eigenvalues), data<T>(grad_eigenvectors),
-                   batch, n, rule, static_cast<T*>(grad_A.mutable_data_ptr()));
+    if (n <= kMaxN)
+      backward<S, 0>(data<T>(eigenvalues), data<T>(eigenvectors), data<T>(grad_eigenvalues), data<T>(grad_eigenvectors),
+                     batch, n, rule, static_cast<T*>(grad_A.mutable_data_ptr()));
+    else
+      backward_large(data<T>(eigenvalues), data<S>(eigenvectors), data<T>(grad_eigenvalues), data<S>(grad_eigenvectors),
+                     batch, n, rule, static_cast<S*>(grad_A.mutable_data_ptr()));
   });
 }
 

@@ -20,6 +20,7 @@ import torch
 
 import stablekern
 from stablekern import _build, _load, _registry, settings
+from stablekern._nvrtc import version as nvrtc_version
 from stablekern.errors import BuildError, SettingError
 
 __all__ = ["collect", "run", "summary", "text"]
@@ -198,18 +199,9 @@ def _triton() -> dict[str, Any]:
 
 
 def _nvrtc() -> dict[str, Any]:
-    """NVIDIA's run-time compiler, as cuda-bindings finds it: asking for its version loads the library."""
-    try:
-        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    except ImportError:
-        return {"version": None, "reason": "cuda-bindings is not installed; it comes with the CUDA builds of torch"}
-    try:
-        error, major, minor = nvrtc.nvrtcVersion()
-    except RuntimeError as cause:  # cuda-bindings raises it where it cannot load the library
-        return {"version": None, "reason": f"the NVRTC library cannot be loaded: {cause}"}
-    if int(error) != 0:
-        return {"version": None, "reason": f"the NVRTC library does not answer: {error}"}
-    return {"version": f"{major}.{minor}", "reason": None}
+    """NVIDIA's run-time compiler, as cuda-bindings finds it."""
+    version, reason = nvrtc_version()
+    return {"version": version, "reason": reason}
 
 
 def _settings(problems: list[str]) -> list[dict[str, Any]]:

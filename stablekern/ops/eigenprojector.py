@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablekern import _check, numerics
+from stablekern import _check, _load, numerics
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
@@ -80,6 +80,22 @@ _bwd = define(
     " float gap_floor) -> Tensor grad_A",
     fake=_fake_bwd,
 )
+
+
+@launcher("eigenprojector_fwd", device="cpu", backend="native", supports=lambda A, *_: eigh.native_reason(A))
+def _(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
+    outputs = _fake_fwd(A, k, largest, gap_floor)
+    _load.native().eigenprojector_fwd(A.contiguous(), k, largest, gap_floor, *outputs)
+    return outputs
+
+
+@launcher("eigenprojector_bwd", device="cpu", backend="native", supports=lambda w, rows, *_: eigh.native_reason(rows))
+def _(values: Tensor, rows: Tensor, grad: Tensor, *cut) -> Tensor:
+    grad = grad.contiguous()
+    result = _fake_bwd(values, rows, grad, *cut)
+    _load.native().eigenprojector_bwd(values, rows, grad, *cut, result)
+    eigh.settle_failed(result, values, grad)
+    return result
 
 
 @launcher("eigenprojector_fwd", device="cuda", backend="torch")

@@ -37,19 +37,20 @@ noise-floor test is this package's.
 from __future__ import annotations
 
 import math
+from ctypes import c_double, c_int, c_longlong
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablekern import _check, _load, numerics
+from stablekern import _check, _load, _nvrtc, numerics
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 
 __all__ = ["eigh", "eigh_ex", "eigvalsh"]
 
-_NOT_CONVERGED, _NON_FINITE = 1, 2  # bits of `info`
-_NATIVE_SIZE = 32  # the native kernels keep whole matrices in SIMD lanes
+_NOT_CONVERGED, _NON_FINITE, _WRONG = 1, 2, 4  # bits of `info`
+_NATIVE_SIZE = 32  # the kernels keep whole matrices in SIMD lanes, or a column of one in each lane of a warp
 _MODES = ("auto", "lorentz", "mask", "raw")  # their places are the codes of the op's `mode`
 _GAP_FLOORS = {
     "auto": numerics.EIGH_AUTO_GAP_ULPS,
@@ -66,7 +67,7 @@ class Eigh(NamedTuple):
 
 
 class EighEx(NamedTuple):
-    """`Eigh` with a status per matrix: bit 0 not converged, bit 1 a non-finite entry."""
+    """`Eigh` with a status per matrix: bit 0 not converged, bit 1 a non-finite entry, bit 2 a wrong result."""
 
     eigenvalues: Tensor
     eigenvectors: Tensor
@@ -115,9 +116,16 @@ _bwd = define(
 )
 
 
-def native_reason(matrices: Tensor) -> str | None:
-    """Why the native kernels cannot take these (b, n, n) matrices, or None."""
+def lanes_reason(matrices: Tensor) -> str | None:
+    """Why the kernels of small matrices, native and CUDA, cannot take these (b, n, n), or None."""
     return None if matrices.shape[-1] <= _NATIVE_SIZE else f"n > {_NATIVE_SIZE}"
+
+
+def native_reason(matrices: Tensor) -> str | None:
+    """Why no native kernel can decompose these (b, n, n) matrices, or None."""
+    if (reason := lanes_reason(matrices)) is None or _load.native_reason() is not None:
+        return None  # whether the library is there at all is the registry's question
+    return None if _load.native_module().lapack else f"{reason}, and this torch exports no LAPACK"
 
 
 @launcher("eigh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
@@ -127,7 +135,8 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: native_reason(A))
+# Larger ones are torch's: without vectors there is little left to gain over its loop through LAPACK.
+@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: lanes_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
     outputs = _fake_values(A, upper)
     _load.native().eigvalsh_fwd(A.contiguous(), upper, *outputs)
@@ -140,6 +149,58 @@ def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mo
     result = _fake_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule)
     _load.native().eigh_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule, result)
     settle_failed(result, eigenvalues, *grads)
+    return result
+
+
+def cuda_macros(dtype: torch.dtype, n: int) -> dict[str, object]:
+    """How `csrc/cuda/eigh.cu` is compiled for (b, n, n) matrices: its macros."""
+    lanes = max(4, 1 << (n - 1).bit_length())
+    row = n * dtype.itemsize
+    # As many warps as share at most 40 KiB of shared memory in a block, and four at most.
+    warps = 4 if row <= 128 else 2 if row <= 256 else 1
+    real = "double" if dtype.to_real() == torch.float64 else "float"
+    return {"SK_REAL": real, "SK_COMPLEX": int(dtype.is_complex), "SK_N": n, "SK_LANES": lanes, "SK_WARPS": warps}
+
+
+def _launch(function: str, matrices: Tensor, arguments: list) -> None:
+    """Launch a kernel of `csrc/cuda/eigh.cu` for as many items as `matrices` (b, n, n) has."""
+    batch, n = matrices.shape[:2]
+    if matrices.numel() == 0:
+        return
+    macros = cuda_macros(matrices.dtype, n)
+    warps = macros["SK_WARPS"]
+    items = 32 // macros["SK_LANES"] * warps
+    _nvrtc.launch(
+        "eigh.cu", function, macros, device=matrices.device, blocks=-(-batch // items), threads=32 * warps,
+        arguments=arguments,
+    )  # fmt: skip
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As kernels read them: contiguous, and no conjugate or negative view."""
+    return [None if x is None else x.resolve_conj().resolve_neg().contiguous() for x in tensors]
+
+
+@launcher("eigh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: lanes_reason(A))
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake_fwd(A, upper)
+    _launch("eigh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), *outputs])
+    return outputs
+
+
+@launcher("eigvalsh_fwd", device="cuda", backend="cuda", supports=lambda A, upper: lanes_reason(A))
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+    values, info = _fake_values(A, upper)
+    _launch("eigvalsh_fwd", A, [*_dense(A), c_longlong(len(A)), c_int(upper), values, info])
+    return values, info
+
+
+@launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: lanes_reason(rows))
+def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
+    inputs = _dense(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows)
+    result = torch.empty_like(inputs[1])
+    numbers = [c_longlong(len(result)), c_int(mode), *(c_double(number) for number in rule)]
+    _launch("eigh_bwd", result, [*inputs, *numbers, result])
     return result
 
 
@@ -191,27 +252,95 @@ def _lapack(function, A: Tensor, upper: bool) -> tuple[tuple[Tensor, ...], Tenso
     return results, bad | lost, info
 
 
-@launcher("eigvalsh_fwd", device="cuda", backend="torch")
-@launcher("eigvalsh_fwd", device="cpu", backend="torch")
-def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
-    (values,), failed, info = _lapack(torch.linalg.eigvalsh, A, upper)
-    return values.masked_fill(failed[:, None], torch.nan), info
+def solver_part(n: int) -> int:
+    """How many (n, n) matrices cuSOLVER is given at once.
+
+    Its batched solvers count entries, and those of a workspace of several times the matrices, in 32 bits, and refuse
+    some 32 thousand matrices or more.
+    """
+    return max(1, min(1 << 14, (1 << 28) // (n * n)))
 
 
-@launcher("eigh_fwd", device="cuda", backend="torch")
-@launcher("eigh_fwd", device="cpu", backend="torch")
-def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (values, vectors), failed, info = _lapack(torch.linalg.eigh, A, upper)
+def _probe(n: int, like: Tensor) -> Tensor:
+    """A vector (n) with components between 1/2 and 3/2 in no order: no structured error is orthogonal to it."""
+    golden = (math.sqrt(5) - 1) / 2
+    return (torch.arange(1, n + 1, dtype=torch.float64, device=like.device) * golden).frac().add(0.5).to(like.dtype)
+
+
+def wrong_results(A: Tensor, upper: bool, values: Tensor, vectors: Tensor | None) -> Tensor:
+    r"""Which items (b) are no decomposition of `A` (b, n, n): true where rounding does not explain a deviation.
+
+    With a fixed vector $x$: $V V^H x = x$ and $A V x = V \Lambda x$; without vectors, $\sum w = \mathrm{tr} A$ and
+    $\sum w^2 = \|A\|_F^2$. That costs a few passes over the matrices instead of two products, and stays in the full
+    precision of the dtype, which products of matrices need not do on a GPU (TF32).
+    """
+    n = A.shape[-1]
+    largest = values.abs().amax(-1, keepdim=True)
+    unit = torch.where(largest < torch.finfo(values.dtype).tiny, 1.0, largest)[..., None]
+    triangle = (A.triu() if upper else A.tril()) / unit
+    strict = triangle.triu(1) if upper else triangle.tril(-1)
+    H, w = triangle + strict.mH, values / unit[..., 0]
+    bound = numerics.EIGH_CHECK_ULPS.of(values.dtype) * n
+    if vectors is None:
+        trace = H.diagonal(dim1=-2, dim2=-1).real.sum(-1) - w.sum(-1)
+        square = H.abs().square().sum((-2, -1)) - w.square().sum(-1)
+        return ~((trace.abs() <= bound * n) & (square.abs() <= bound * n))
+    x = _probe(n, values)
+    times = lambda matrices, columns: (matrices * columns[:, None, :]).sum(-1)  # noqa: E731
+    back = times(vectors, times(vectors.mH, x.expand_as(values))) - x
+    residual = times(H, times(vectors, x.expand_as(values))) - times(vectors, w * x)
+    limit = bound * x.norm()
+    return ~((back.abs().amax(-1) <= limit) & (residual.abs().amax(-1) <= limit))
+
+
+def _checked(function, A: Tensor, upper: bool) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """`_lapack` for a GPU: in parts, each item checked. Some cuSOLVER releases return wrong vectors and say nothing."""
+    found = []
+    for part in A.split(solver_part(A.shape[-1])):
+        results, failed, info = _lapack(function, part, upper)
+        wrong = ~failed & wrong_results(part, upper, results[0], results[1] if len(results) > 1 else None)
+        found.append((*results, failed | wrong, info + wrong.to(torch.int32) * _WRONG))
+    *results, failed, info = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return tuple(results), failed, info
+
+
+def _poisoned_values(results: tuple[Tensor, ...], failed: Tensor, info: Tensor) -> tuple[Tensor, Tensor]:
+    return results[0].masked_fill(failed[:, None], torch.nan), info
+
+
+def _gauged(results: tuple[Tensor, ...], failed: Tensor, info: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvectors as rows in the gauge of the op, and NaN for failed items."""
+    values, vectors = results
     rows = vectors.mT.contiguous()
     at = rows.abs().argmax(-1, keepdim=True)
     pivot = rows.gather(-1, at)
-    if A.is_complex():
+    if rows.is_complex():
         size = pivot.abs()
-        rows = (rows * (pivot.conj() / size)).scatter_(-1, at, size.to(A.dtype))
+        rows = (rows * (pivot.conj() / size)).scatter_(-1, at, size.to(rows.dtype))
     else:
         rows = torch.where(pivot < 0, -rows, rows)
     nan = torch.nan
     return values.masked_fill(failed[:, None], nan), rows.masked_fill(failed[:, None, None], nan), info
+
+
+@launcher("eigvalsh_fwd", device="cpu", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+    return _poisoned_values(*_lapack(torch.linalg.eigvalsh, A, upper))
+
+
+@launcher("eigvalsh_fwd", device="cuda", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+    return _poisoned_values(*_checked(torch.linalg.eigvalsh, A, upper))
+
+
+@launcher("eigh_fwd", device="cpu", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _gauged(*_lapack(torch.linalg.eigh, A, upper))
+
+
+@launcher("eigh_fwd", device="cuda", backend="torch")
+def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _gauged(*_checked(torch.linalg.eigh, A, upper))
 
 
 def _phase_fixed(rows: Tensor, grad_rows: Tensor) -> Tensor:
@@ -336,8 +465,8 @@ def eigh_ex(
     """`eigh` with a status: `(eigenvalues, eigenvectors, info)`.
 
     `info` (int32, one per matrix) is 0 for success; bit 0: no convergence, bit 1: an entry of the matrix, in either
-    triangle, is not finite. The results of a matrix whose `info` is not 0 are NaN; no other item is touched. All else
-    is as in `eigh`.
+    triangle, is not finite, bit 2: cuSOLVER returned something else than a decomposition of the matrix. The results of
+    a matrix whose `info` is not 0 are NaN; no other item is touched. All else is as in `eigh`.
     """
     flat, upper = _ready("eigh", A, UPLO)
     mode, floor = gap_rule("eigh", grad, gap_floor, flat.dtype)
@@ -381,8 +510,10 @@ def eigh(
 
     **Accuracy:** backward stable: $\|A V - V \Lambda\|$ and $\|V^H V - I\|$ at most $5 n \epsilon$ times $\|A\|$ and 1
     (`tests/test_eigh.py`). A loss that depends on the basis inside a repeated eigenvalue has no gradient there; what is
-    returned is a finite stand-in. Matrices up to n = 32 run in native kernels on a CPU, all others in LAPACK or
-    cuSOLVER; the latter synchronises with the host.
+    returned is a finite stand-in. Up to n = 32 matrices run in kernels of the package's own: natively on a CPU, in
+    CUDA on a GPU (compiled at the first call of a size and dtype, which cannot be captured into a CUDA graph; later
+    ones can). Larger ones run in LAPACK, one matrix per thread, or cuSOLVER, which synchronises with the host; its
+    results are checked.
     **Sources:** see the module's text.
     """
     return Eigh(*eigh_ex(A, UPLO, grad=grad, gap_floor=gap_floor)[:2])

@@ -112,14 +112,14 @@ _align = define(
 )
 
 
-@launcher("laplacian_pe_fwd", device="cpu", backend="native", supports=lambda A, *_: eigh.native_reason(A))
+@launcher("laplacian_pe_fwd", device="cpu", backend="native", supports=lambda A, *_: eigh.lanes_reason(A))
 def _(adjacency: Tensor, first: int, k: int, canonical: bool, cluster_gap: float) -> tuple[Tensor, ...]:
     outputs = _fake_fwd(adjacency, first, k, canonical, cluster_gap)
     _load.native().laplacian_pe_fwd(adjacency.contiguous(), first, canonical, cluster_gap, *outputs)
     return outputs
 
 
-@launcher("laplacian_pe_bwd", device="cpu", backend="native", supports=lambda A, *_: eigh.native_reason(A))
+@launcher("laplacian_pe_bwd", device="cpu", backend="native", supports=lambda A, *_: eigh.lanes_reason(A))
 def _(adjacency, values, pe_rows, other_rows, inverse_root, grad_values, grad_pe, *rule) -> Tensor:
     result = _fake_bwd(adjacency)
     # The gradient of the encoding often comes as columns, (b, n, k) in memory, the layout of what the caller sees.

@@ -31,7 +31,7 @@ import math
 import torch
 from torch import Tensor
 
-from stablekern import _check
+from stablekern import _check, _load
 from stablekern._registry import define, launcher
 from stablekern.ops.eigh import settle_failed
 
@@ -63,6 +63,22 @@ _bwd = define(
     "normalized_laplacian_bwd(Tensor grad, Tensor laplacian, Tensor inverse_root) -> Tensor grad_adjacency",
     fake=_fake_bwd,
 )
+
+
+@launcher("normalized_laplacian_fwd", device="cpu", backend="native")
+def _(adjacency: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = _fake_fwd(adjacency)
+    _load.native().normalized_laplacian_fwd(adjacency.contiguous(), *outputs)
+    return outputs
+
+
+@launcher("normalized_laplacian_bwd", device="cpu", backend="native")
+def _(grad: Tensor, laplacian: Tensor, inverse_root: Tensor) -> Tensor:
+    grad = grad.contiguous()
+    result = _fake_bwd(grad, laplacian, inverse_root)
+    _load.native().normalized_laplacian_bwd(grad, laplacian, inverse_root, result)
+    settle_failed(result, inverse_root, grad)
+    return result
 
 
 @launcher("normalized_laplacian_fwd", device="cuda", backend="torch")

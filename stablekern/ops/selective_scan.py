@@ -198,6 +198,27 @@ def _unsupported(A: Tensor, B: Tensor, C: Tensor) -> str | None:
     return "constant B or C" if B.dim() == 2 or C.dim() == 2 else None
 
 
+def _fake_saturation(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    lower: Tensor | None,
+    upper: Tensor,
+    delta_softplus: bool,
+) -> Tensor:
+    return u.new_empty(u.shape[:2], dtype=upper.dtype)
+
+
+_saturation = define(
+    "selective_scan_saturation(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, Tensor? initial_state,"
+    " Tensor? lower, Tensor upper, bool delta_softplus) -> Tensor",
+    fake=_fake_saturation,
+)
+
+
 def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in _widened(A, *tensors)]
 
@@ -363,6 +384,22 @@ def _(
     return grads
 
 
+@launcher("selective_scan_saturation", device="cuda", backend="torch")
+@launcher("selective_scan_saturation", device="cpu", backend="torch")
+def _(u, delta, A, B, delta_bias, initial_state, lower, upper, delta_softplus):
+    u, delta, B = _widened(A, u, delta, B)
+    batch, channels, length = u.shape
+    step, _ = _step(delta, delta_bias, delta_softplus)
+    state = A.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
+    changed = torch.zeros_like(u[..., :0].sum(-1))
+    for t in range(length):
+        decay, enter = torch.exp(step[..., t, None] * A), (step * u)[..., t, None] * _at(B, t, channels)
+        state, free = _advance(state, decay, enter, lower, upper)
+        outside = free.abs() > upper if lower is None else (free < lower) | (free > upper)
+        changed += outside.sum(-1)
+    return changed / max(length * A.shape[1], 1)
+
+
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk):
@@ -419,13 +456,14 @@ def selective_scan(
     *,
     state_clamp: StateClamp = None,
     initial_state: Tensor | None = None,  # (b, d, n)
-) -> Tensor | tuple[Tensor, Tensor]:  # (b, d, l), and (b, d, n)
+    return_saturation: bool = False,
+) -> Tensor | tuple[Tensor, ...]:  # (b, d, l), (b, d, n), (b, d)
     r"""The Mamba-1 scan, linear in the length, with gradients to every tensor and an optional exact state clamp.
 
     $h_t = \mathrm{clamp}(e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t,\ lo,\ hi)$ and
     $y_t = (C_t \cdot h_t + D u_t)\,\mathrm{silu}(z_t)$ for every batch item and channel, with
     $\Delta_t = \mathrm{softplus}(\delta_t + delta\_bias)$. Arguments and their order are those of mamba_ssm's
-    `selective_scan_fn`, plus the two behind the star; the last state has a gradient here.
+    `selective_scan_fn`, plus those behind the star; the last state has a gradient here.
 
     **Arguments:** any strides; every size may be 0. Each tensor has the dtype of `u`, or float32 where `u` is float16
     or bfloat16.
@@ -442,6 +480,9 @@ def selective_scan(
         at every step, exactly as a loop would; the gradient is that of `torch.clamp`: 0 outside, 1 on a bound. The
         bounds themselves get no gradient and must not ask for one.
     - `initial_state`: the state before the first step, (b, d, n); zero if None. It is not clamped.
+
+    - `return_saturation`: a diagnostic, at the cost of a second, slow scan: also return which share of a channel's
+        states, over all steps, the clamp has changed; (b, d), in [0, 1], without a gradient. Needs `state_clamp`.
 
     **Complex `A`:** the states are complex, and $y_t = 2\,\mathrm{Re}(C_t \cdot h_t) + D u_t$: each state stands for a
     conjugate pair. `B` and `C` are complex, or real with l pairs (re, im) as their last axis of size 2 l, as in
@@ -492,6 +533,9 @@ def selective_scan(
     bound = _state_clamp.radius if is_complex else _state_clamp.bounds
     lower, upper = bound(_OP, state_clamp, u.new_empty((), dtype=wide), d=sizes["d"], n=sizes["n"])
 
+    if return_saturation and upper is None:
+        raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
+
     A = A.to(deep)
     enter, leave = (M.to(deep) if is_complex or M.dim() == 2 else M for M in (enter, leave))
     D, delta_bias = (None if v is None else v.to(wide) for v in (D, delta_bias))
@@ -512,4 +556,9 @@ def selective_scan(
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
     chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
     y, last_state, _ = _SelectiveScan.apply(*tracked, lower, upper, delta_softplus, chunk)
-    return (y, last_state) if return_last_state else y
+    outputs = (y, last_state) if return_last_state else (y,)
+    if return_saturation:
+        parts = (u, delta, A, enter, delta_bias, initial_state)
+        parts = (None if part is None else part.detach() for part in parts)
+        outputs += (_saturation(*parts, lower, upper, delta_softplus),)
+    return outputs if len(outputs) > 1 else y

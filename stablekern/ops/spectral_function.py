@@ -34,7 +34,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stablekern import _check
+from stablekern import _check, _load
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
@@ -70,6 +70,22 @@ _bwd = define(
     " -> Tensor grad_A",
     fake=_fake_bwd,
 )
+
+
+@launcher("spectral_function_fwd", device="cpu", backend="native", supports=lambda A, _: eigh.native_reason(A))
+def _(A: Tensor, function: int) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake_fwd(A, function)
+    _load.native().spectral_function_fwd(A.contiguous(), function, *outputs)
+    return outputs
+
+
+@launcher("spectral_function_bwd", device="cpu", backend="native", supports=lambda w, V, *_: eigh.native_reason(V))
+def _(values: Tensor, rows: Tensor, grad: Tensor, function: int) -> Tensor:
+    grad = grad.contiguous()
+    result = _fake_bwd(values, rows, grad, function)
+    _load.native().spectral_function_bwd(values, rows, grad, function, result)
+    eigh.settle_failed(result, values, grad)
+    return result
 
 
 def _values_of(name: str, w: Tensor) -> Tensor:
