@@ -27,6 +27,7 @@ from stablekern.nn import mamba_parts
 from stablekern.nn.mamba_parts import MambaCache
 from stablekern.nn.norms import wide
 from stablekern.ops.selective_scan import selective_scan
+from stablekern.ops.selective_state_update import selective_state_update
 
 __all__ = ["Mamba"]
 
@@ -115,11 +116,20 @@ class Mamba(nn.Module):
         return self.out_proj(y.mT)
 
     def _scan(self, inner: Tensor, z: Tensor, cache: MambaCache | None) -> Tensor:
-        step, B, C = self.x_proj(inner.mT).mT.split((self.dt_rank, self.d_state, self.d_state), dim=1)
+        low, B, C = self.x_proj(inner.mT).mT.split((self.dt_rank, self.d_state, self.d_state), dim=1)
+        step = self.dt_proj.weight.to(low.dtype) @ low
+        A = -torch.exp(wide(self.A_log))
+        if cache is not None and inner.shape[2] == 1 and not torch.is_grad_enabled():
+            now, dt, enter, leave, gate = (v.squeeze(2) for v in (inner, step, B, C, z))
+            bias, clamp = self.dt_proj.bias, self.state_clamp
+            y = selective_state_update(
+                cache.ssm_state, now, dt, A, enter, leave, self.D, gate, bias, True, state_clamp=clamp
+            )
+            return y[..., None]
         y = selective_scan(
             inner,
-            self.dt_proj.weight.to(step.dtype) @ step,
-            -torch.exp(wide(self.A_log)),
+            step,
+            A,
             B,
             C,
             self.D,
