@@ -1,4 +1,4 @@
-"""Long randomised runs against float64: `python tests/soak.py [eigh|selective_scan|ssd_scan] [--cases 10000]`.
+"""Long randomised runs against float64: `python tests/soak.py [names of soaks] [--cases 10000]`, or `make soak`.
 
 Case number i of a soak is a pure function of (name, i), so a run can stop anywhere and go on: what is done stands in
 bench/results/soak/<name>.json. `tests/test_soak.py` runs the first one per cent.
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import stablekern
+from stablekern.ops import linear_scan as linear_spine
 from stablekern.ops import selective_scan as selective_spine
 from stablekern.ops import ssd_scan as ssd_spine
 
@@ -127,6 +128,42 @@ def ssd_scan_case(case: int) -> dict[str, float]:
     return {"error over that of the loop": worst}
 
 
+def linear_scan_case(case: int) -> dict[str, float]:
+    """As `ssd_scan_case`; real or complex, in either direction, gates up to 1.2, clamps from rare to constant."""
+    g = _generator("linear_scan", case)
+    shape = _integer(g, 1, 3), _integer(g, 1, 24), _integer(g, 1, 90)
+    if _integer(g, 0, 3) == 0:  # a few long rows, which are composed
+        shape = 1, _integer(g, 1, 5), _integer(g, 1000, 1500)
+    complex_ = bool(_integer(g, 0, 1))
+    dtypes = (torch.complex64, torch.complex128) if complex_ else (torch.float32, torch.float64)
+    options = {"reverse": bool(_integer(g, 0, 1)), "state_clamp": (None, 0.5, 3.0)[_integer(g, 0, 2)]}
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=g, dtype=dtypes[1])
+
+    gate = normal(*shape)
+    gate = gate / gate.abs() * 1.2 * torch.rand(shape, generator=g, dtype=torch.float64)
+    inputs = [t.to(dtypes[0]) for t in (gate, normal(*shape), normal(*shape[:2]))]
+    weight = normal(*shape)
+
+    def run(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        states = function(leaves[0], leaves[1], initial_state=leaves[2], **options)
+        return [states.detach(), *torch.autograd.grad(states, leaves, weight.to(dtype))]
+
+    plain, ours = run(linear_spine.reference, dtypes[0]), run(stablekern.linear_scan, dtypes[0])
+    exact = run(linear_spine.reference, dtypes[1])
+    worst = 0.0
+    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
+        scale, floor = truth.abs().max().clamp_min(1e-30), 16 * torch.finfo(torch.float32).eps
+        error = float((mine.to(dtypes[1]) - truth).abs().max() / scale)
+        allowed = float((theirs.to(dtypes[1]) - truth).abs().max() / scale) + floor
+        if not error <= 2 * allowed:
+            raise AssertionError(f"linear_scan case {case}: {shape} {dtypes[0]} {options}: {error} for {allowed}")
+        worst = max(worst, error / allowed)
+    return {"error over that of the loop": worst}
+
+
 def selective_scan_case(case: int) -> dict[str, float]:
     """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2)."""
     g = _generator("selective_scan", case)
@@ -171,6 +208,7 @@ def selective_scan_case(case: int) -> dict[str, float]:
 
 SOAKS: dict[str, Callable[[int], dict[str, float]]] = {
     "eigh": eigh_case,
+    "linear_scan": linear_scan_case,
     "selective_scan": selective_scan_case,
     "ssd_scan": ssd_scan_case,
 }

@@ -504,6 +504,40 @@ def test_state_is_exchanged_with_torch(dtype):
     assert coupled.state[crossed_back[0]]["exp_avg"].data_ptr() != foreign.state[theirs[0]]["exp_avg"].data_ptr()
 
 
+def test_moments_kept_as_real_views_are_folded():
+    """An optimizer that shares |g|^2 keeps it in both places of (..., 2), and once for the two halves of a pair."""
+    z = nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+    re, im = parameters([(5,), (5,)], torch.float32)
+    m, v = torch.randn(3, 4, 2), torch.rand(3, 4)
+    shared = torch.rand(5)
+    moments = [
+        {"step": 7, "exp_avg": m, "exp_avg_sq": v[..., None].expand(3, 4, 2).clone()},
+        {"step": 7, "exp_avg": torch.randn(5), "exp_avg_sq": shared},
+        {"step": 7, "exp_avg": torch.randn(5), "exp_avg_sq": shared},
+    ]
+    group = {
+        "lr": 2e-3,
+        "betas": (0.8, 0.9),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "temperature": 1e-4,
+        "params": [0, 1, 2],
+    }
+    saved = {"state": dict(enumerate(moments)), "param_groups": [group]}
+    ours = ComplexAdamW([z, re, im], pairs=[(re, im)])
+    ours.load_state_dict(saved)
+    assert torch.equal(ours.state[z]["exp_avg"], torch.view_as_complex(m))
+    assert torch.equal(ours.state[z]["exp_avg_sq"], v)
+    assert torch.equal(ours.state[re]["exp_avg_sq"], shared)
+    assert ours.state[im]["exp_avg_sq"] is ours.state[re]["exp_avg_sq"]
+    assert ours.param_groups[0]["temperature"] == 1e-4 and float(ours.state[z]["step"]) == 7
+    moments[0]["exp_avg_sq"][0, 0, 1] += 1
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match=r"must hold \|g\|\^2 twice: got different entries"):
+        ours.load_state_dict(saved)
+    torch.testing.assert_close(ours.state_dict()["state"], before["state"], rtol=0, atol=0)
+
+
 def test_torch_state_of_a_pair_is_folded_and_ours_is_not_shared():
     re, im = parameters([(4,), (4,)], torch.float32)
     foreign = torch.optim.AdamW([re, im])

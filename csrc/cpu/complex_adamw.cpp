@@ -28,6 +28,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;  // elements of one piece of work, a multiple of kTile
+constexpr int kAhead = 4;          // tiles
+constexpr int kLine = 64;          // bytes of a cache line
 constexpr int kQuietTile = 256;    // elements at a time where no normals are drawn
 
 // As stablekern/optim/complex_adamw.py numbers them.
@@ -98,11 +100,26 @@ SK_INLINE void put_pairs(T* p, Vec<T> even, Vec<T> odd, int count) {
   if (2 * count > lanes) put(p + lanes, second, 2 * count - lanes);
 }
 
+// sqrt(v) and 1 / s for v, s >= 0. In float by estimates with a Newton step, within an ulp: a root and two divisions of
+// whole vectors take as long as all other arithmetic of a step. Infinities, of which the estimates make NaN, apart.
 template <class T>
-SK_INLINE Vec<T> gain_of(Vec<T> square, Vec<T> denominator, const Rule<T>& rule) {
-  // The largest number in place of inf, of which the estimate behind reciprocal_sqrt would make NaN.
-  const Vec<T> r = reciprocal_sqrt(min(splat<T>(std::numeric_limits<T>::max()), denominator));
-  const Vec<T> gain = r * reciprocal(fma(splat<T>(rule.noise_eps), r, splat<T>(1)));
+SK_INLINE Vec<T> root_of(Vec<T> v) {
+  if constexpr (sizeof(T) == 8) return sqrt(v);
+  const Vec<T> above_zero = max(splat<T>(std::numeric_limits<T>::denorm_min()), v);
+  const auto finite = less_equal(v, splat<T>(std::numeric_limits<T>::max()));
+  return select<T>(finite, v * reciprocal_sqrt(above_zero), v);
+}
+template <class T>
+SK_INLINE Vec<T> inverse_of(Vec<T> s) {
+  if constexpr (sizeof(T) == 8) return splat<T>(1) / s;
+  return select<T>(greater(s, splat<T>(std::numeric_limits<T>::max())), Vec<T>{}, reciprocal(s));
+}
+
+// The gain of the noise, from s and 1 / s.
+template <class T>
+SK_INLINE Vec<T> gain_of(Vec<T> square, Vec<T> inverse, const Rule<T>& rule) {
+  const Vec<T> r = root_of<T>(inverse);
+  const Vec<T> gain = r * inverse_of<T>(fma(splat<T>(rule.noise_eps), r, splat<T>(1)));
   const Vec<T> cap = select<T>(equal(square, Vec<T>{}), splat<T>(rule.dead_cap), splat<T>(rule.cap));
   return splat<T>(rule.noise_scale) * min(cap, gain);
 }
@@ -137,13 +154,13 @@ SK_INLINE void update(const Pointers<T>& at, int count, const Rule<T>& rule, T s
       v = max(take(at.largest + i, here), v);
       put(at.largest + i, v, here);
     }
-    const Vec<T> s = fma(sqrt(v), splat<T>(inverse_root), splat<T>(rule.eps));
+    const Vec<T> inverse = inverse_of<T>(fma(root_of<T>(v), splat<T>(inverse_root), splat<T>(rule.eps)));
     for (int part = 0; part < parts; ++part) {
       m[part] = fma(splat<T>(rule.take_first), g[part] - m[part], m[part]);
-      p[part] = fma(m[part] / s, splat<T>(-step_size), p[part] * splat<T>(rule.decay));
+      p[part] = fma(m[part] * inverse, splat<T>(-step_size), p[part] * splat<T>(rule.decay));
     }
     if (rule.noisy) {
-      const Vec<T> gain = gain_of(v, s, rule);
+      const Vec<T> gain = gain_of(v, inverse, rule);
       if constexpr (kKind == Kind::kReal) {
         p[0] = fma(gain, take(at.normals + i, here), p[0]);
       } else {
@@ -187,6 +204,11 @@ void round_to(const float* from, S* to, int count) {
   for (int i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
 }
 
+template <bool kWritten>
+SK_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(p) + at, kWritten);
+}
+
 template <class T, Kind kKind>
 void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
   constexpr int width = kKind == Kind::kReal ? 1 : 2;  // normals per element
@@ -200,6 +222,18 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
     if (draws) {
       const int64_t first = (unit.offset + e) * width, tile = first / kTile;
       stop = std::min(end, (tile + 1) * (kTile / width) - unit.offset);
+      // Drawing touches no memory for long enough that the hardware forgets the streams: ask for what comes after.
+      constexpr int64_t elements = kTile / width;
+      const int64_t next = stop + kAhead * elements;
+      if (next + elements <= end) {
+        constexpr int64_t bytes = elements * sizeof(T);
+        for (int part = 0; part < unit.members; ++part) {
+          prefetch<true>(static_cast<T*>(unit.value[part]) + next * step, bytes * step);
+          prefetch<false>(static_cast<const T*>(unit.grad[part]) + next * step, bytes * step);
+          prefetch<true>(static_cast<T*>(unit.exp_avg[part]) + next * step, bytes * step);
+        }
+        prefetch<true>(static_cast<T*>(unit.square) + next, bytes);
+      }
       draw_tile(tile, unit.stream, drawn);
       normals = drawn + (first - tile * kTile);
     } else if (rule.noisy) {

@@ -223,9 +223,10 @@ def causal_conv1d(
                 raise ValueError(message(_OP, f"`{name}` and `x` must be on one device", tensor.device, x.device))
     x, weight = x.to(wide), weight.to(wide)
     bias = None if bias is None else bias.to(wide)
-    length, known = sizes["l"], 0
     if initial_state is not None:
-        initial_state, known = initial_state.to(wide), sizes["k"] - 1
+        initial_state = initial_state.to(wide)
         x = torch.cat((x, initial_state) if reverse else (initial_state, x), -1)
     y = _CausalConv1d.apply(x, weight, bias, activation is not None, reverse)
-    return y.narrow(-1, 0 if reverse else known, length).to(dtype)
+    if initial_state is not None:
+        y = y.narrow(-1, 0 if reverse else sizes["k"] - 1, sizes["l"])
+    return y.to(dtype)

@@ -72,6 +72,11 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
+def _is_coupled(saved_group: dict[str, Any]) -> bool:
+    """Whether re and im shared |g|^2. Without the option: one that has a temperature, and is not ours, shares it."""
+    return saved_group.get("coupled", "temperature" in saved_group)
+
+
 def _check_scalar(name: str, value: Any) -> None:
     """A finite number >= 0, or a 0-d real tensor; tensors on a GPU are not read."""
     if isinstance(value, Tensor):
@@ -196,7 +201,8 @@ class ComplexAdamW(Optimizer):
     float16 and bfloat16, where one step is often less than half an ulp, all are float32 and `master` is a float32 copy
     that takes the steps; where the parameter is no longer its rounded copy (it was written from outside), the copy
     follows it. `seed`, `temperature` and all other options are in `state_dict`, and loading restores them. Loading also
-    takes a `torch.optim.AdamW` state (its two real second moments of a complex parameter are added up if `coupled`) and
+    takes a `torch.optim.AdamW` state (its two real second moments of a complex parameter are added up if `coupled`)
+    and one whose moments of complex parameters are real tensors (..., 2), with a shared |g|^2 in both places; it
     never shares memory with what was loaded.
 
     **Skipping.** `step(found_inf=flag)`, or an attribute `optimizer.found_inf` (as `torch.amp.GradScaler` and torch's
@@ -321,6 +327,7 @@ class ComplexAdamW(Optimizer):
         incoming: dict[str, Any] = {}
 
         def checked(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            final = self._without_real_views(final)
             self._check_saved(final)
             incoming.update(final)
             return {
@@ -346,7 +353,7 @@ class ComplexAdamW(Optimizer):
                 re, im = (self.state.get(group["params"][k]) for k in (i, j))
                 for key in _SQUARES if re else ():
                     if key in re:
-                        if not saved_group.get("coupled", False):
+                        if not _is_coupled(saved_group):
                             re[key] += im[key]
                         im[key] = re[key]
 
@@ -356,9 +363,33 @@ class ComplexAdamW(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
-    def _check_saved(self, saved: dict[str, Any]) -> None:
+    def _without_real_views(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The moments of complex parameters that were kept as real tensors (..., 2), in our form.
+
+        An optimizer that works on real views and shares |g|^2 between re and im keeps it twice.
+        """
         if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
             raise ValueError(message(_WHERE, "`state_dict` must have the keys `state` and `param_groups`"))
+        state = dict(saved["state"])
+        for saved_group, group in zip(saved["param_groups"], self.param_groups, strict=False):
+            for key, p in zip(saved_group["params"], group["params"], strict=False):
+                own = state.get(key) or {}
+                for name, value in own.items():
+                    if name not in _MOMENTS or not p.is_complex() or value.is_complex():
+                        continue
+                    if tuple(value.shape) != (*p.shape, 2):
+                        continue
+                    if name == "exp_avg" or not _is_coupled(saved_group):
+                        value = torch.view_as_complex(value.contiguous())
+                    elif torch.equal(value[..., 0], value[..., 1]):
+                        value = value[..., 0]
+                    else:
+                        rule = f"the saved `{name}` of a complex parameter must hold |g|^2 twice"
+                        raise ValueError(message(_WHERE, rule, "different entries for re and im"))
+                    state[key] = {**state[key], name: value}
+        return {**saved, "state": state}
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
         sizes = [len(group["params"]) for group in saved["param_groups"]]
         own_sizes = [len(group["params"]) for group in self.param_groups]
         if sizes != own_sizes:

@@ -802,7 +802,7 @@ SK_INLINE void product(int height, int width, int length, const Element<S>* x, i
   }
   // Panels of y that stay in the first-level cache while x passes.
   constexpr int cached = kL1Bytes / 2 / static_cast<int>(sizeof(Element<S>));
-  const int panel = std::max(1, cached / (columns * length)) * columns;
+  const int panel = std::max(1, cached / (columns * std::max(length, 1))) * columns;
   for (int start = 0; start < width; start += panel) {
     const int stop = std::min(start + panel, width);
     for (int i0 = 0; i0 < height; i0 += rows) {

@@ -15,24 +15,17 @@ typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 constexpr int kWordLanes = kVectorBytes / 4;
 constexpr double kAngle = 1.4629180792671596e-09;  // 2 pi / 2^32: of one unit of a word
 
-// High and low halves of the products of 32-bit lanes with one factor.
-SK_INLINE void multiply_words(Words a, uint32_t factor, Words& high, Words& low) {
+// Words in the low halves of 64-bit lanes: what a 32 x 32 product needs. The high halves are ignored throughout, so that
+// a product is at once the low word of the next round, and shifted the high one.
+typedef uint64_t WideWords __attribute__((vector_size(kVectorBytes)));
+
+SK_INLINE WideWords multiply_words(WideWords a, uint32_t factor) {
 #if defined(SK_AVX512)
-  const __m512i m = _mm512_set1_epi32(static_cast<int>(factor));
-  const __m512i even = _mm512_mul_epu32((__m512i)a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
-  high = (Words)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-  low = (Words)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
 #elif defined(SK_AVX2)
-  const __m256i m = _mm256_set1_epi32(static_cast<int>(factor));
-  const __m256i even = _mm256_mul_epu32((__m256i)a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), m);
-  high = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  low = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  return (WideWords)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(factor));
 #else
-  for (int i = 0; i < kWordLanes; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a[i]) * factor;
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
-  }
+  return (a & 0xffffffffu) * factor;
 #endif
 }
 
@@ -43,28 +36,30 @@ struct Stream {
 
 // Several sets of blocks at a time, so that one's multiplications hide the latency of another's.
 template <int kSets>
-SK_INLINE void philox4x32(const Words (&block_low)[kSets], Words block_high, const Stream& stream,
+SK_INLINE void philox4x32(const Words (&block_low)[kSets], uint32_t block_high, const Stream& stream,
                           Words (&word)[kSets][4]) {
-  for (int i = 0; i < kSets; ++i) {
-    word[i][0] = block_low[i];
-    word[i][1] = block_high;
-    word[i][2] = Words{} + stream.parameter;
-    word[i][3] = Words{} + stream.step;
+  WideWords x[2 * kSets][4];  // the even lanes of a set, and the odd ones
+  for (int i = 0; i < 2 * kSets; ++i) {
+    const WideWords both = (WideWords)block_low[i / 2];
+    x[i][0] = i % 2 == 0 ? both : both >> 32;
+    x[i][1] = WideWords{} + block_high;
+    x[i][2] = WideWords{} + stream.parameter;
+    x[i][3] = WideWords{} + stream.step;
   }
   uint32_t k0 = stream.key_low, k1 = stream.key_high;
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kSets; ++i) {
-      Words high0, low0, high1, low1;
-      multiply_words(word[i][0], 0xd2511f53u, high0, low0);
-      multiply_words(word[i][2], 0xcd9e8d57u, high1, low1);
-      word[i][0] = high1 ^ word[i][1] ^ k0;
-      word[i][1] = low1;
-      word[i][2] = high0 ^ word[i][3] ^ k1;
-      word[i][3] = low0;
+    for (auto& lanes : x) {
+      const WideWords first = multiply_words(lanes[0], 0xd2511f53u), second = multiply_words(lanes[2], 0xcd9e8d57u);
+      lanes[0] = (second >> 32) ^ lanes[1] ^ k0;
+      lanes[1] = second;
+      lanes[2] = (first >> 32) ^ lanes[3] ^ k1;
+      lanes[3] = first;
     }
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   }
+  for (int i = 0; i < kSets; ++i)
+    for (int k = 0; k < 4; ++k) word[i][k] = (Words)((x[2 * i][k] & 0xffffffffu) | (x[2 * i + 1][k] << 32));
 }
 
 SK_INLINE Vec<float> unsigned_to_float(Words a) {
@@ -158,7 +153,7 @@ SK_INLINE void draw_tile(int64_t tile, const Stream& stream, float* out) {
   for (int i = 0; i < quads; ++i)
     for (int k = 0; k < 4; ++k) lane[4 * i + k] = static_cast<uint32_t>(quads * k + i);
   const uint64_t first = static_cast<uint64_t>(tile) * (kTile / 4);  // a multiple of 32: no carry within a tile
-  const Words high = Words{} + static_cast<uint32_t>(first >> 32);
+  const auto high = static_cast<uint32_t>(first >> 32);
   constexpr int sets = kWordLanes >= 8 ? 2 : 1;
   for (int at = 0; at < kTile / 4; at += sets * kWordLanes) {
     Words block[sets], word[sets][4];
@@ -178,7 +173,7 @@ SK_INLINE void draw_tile(int64_t tile, const Stream& stream, double* out) {
   Words lane;
   for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
   const uint64_t first = static_cast<uint64_t>(tile) * (kTile / 4);
-  const Words high = Words{} + static_cast<uint32_t>(first >> 32);
+  const auto high = static_cast<uint32_t>(first >> 32);
   for (int at = 0; at < kTile / 4; at += kWordLanes) {
     Words word[1][4];
     philox4x32<1>({lane + static_cast<uint32_t>(first + at)}, high, stream, word);
