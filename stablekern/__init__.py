@@ -70,7 +70,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBPACKAGES = ("eeg", "health", "nn", "optim", "training")
+_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
