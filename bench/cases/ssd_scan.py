@@ -59,3 +59,9 @@ CASES = (
     _ssd_case(_NODES, _FREE, stablekern.ssd_scan, _CLAMP_GATES, clamp=0.5),
     _ssd_case(_NODES, _FREE, stablekern.ssd_scan, {}, clamp=0.1),
 )
+
+if baselines.has_mamba_ssm():
+    CASES += tuple(
+        _ssd_case(shape, "mamba_ssm's mamba_chunk_scan_combined", baselines.ssd_scan_mamba_ssm, {"fwd+bwd": 1.2})
+        for shape in (_NODES, _EDGES)
+    )
