@@ -50,8 +50,8 @@ def _case(
 
 _WIDE, _LONG = (8, 1024, 960), (2, 64, 65536)
 _LOOP = "sequential torch loop over views"
-# The clamp's price: the same call without it is the baseline, so the ratio is at least 1 / 1.12 where few states saturate
-# (at 5 it is 3 in 10 000, at 1 four in ten: those read their tokens again in the backward pass).
+# The clamp's price: the same call without it is the baseline, so the ratio is at least 1 / 1.12 where few states
+# saturate. At 5 it is 3 in 10 000; at 1 it is four in ten, which read their tokens again in the backward pass.
 _FREE = "itself without the clamp"
 _CLAMP_GATES = {"fwd": 1 / 1.12, "fwd+bwd": 1 / 1.12}
 
