@@ -33,6 +33,7 @@ from stablekern.nn import mamba_parts
 from stablekern.nn.mamba_parts import MambaCache
 from stablekern.nn.norms import LayerScale, RMSNormGated, wide
 from stablekern.ops.ssd_scan import ssd_scan
+from stablekern.ops.ssd_state_update import ssd_state_update
 
 __all__ = ["BiMamba2", "Mamba2", "drop_fallback_entries"]
 
@@ -129,10 +130,19 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _scan(self, inner: Tensor, dt: Tensor, B: Tensor, C: Tensor, cache: MambaCache | None, reverse: bool) -> Tensor:
+        A = -torch.exp(wide(self.A_log))
+        one_step = cache is not None and inner.shape[1] == 1 and not torch.is_grad_enabled()
+        if one_step and tuple(self.dt_limit) == (0.0, math.inf) and cache.ssm_state.dtype in _check.REAL:
+            now = (tensor.squeeze(1) for tensor in (inner, dt))
+            enter, leave = B.squeeze(1), C.squeeze(1)
+            y = ssd_state_update(
+                cache.ssm_state, *now, A, enter, leave, self.D, None, self.dt_bias, True, state_clamp=self.state_clamp
+            )
+            return y[:, None]
         y = ssd_scan(
             inner,
             dt,
-            -torch.exp(wide(self.A_log)),
+            A,
             B,
             C,
             D=self.D,
