@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
+
+
+def has_mamba_ssm() -> bool:
+    """mamba_ssm's kernels are for CUDA devices only, and installed by hand: a baseline where they are."""
+    return torch.cuda.is_available() and importlib.util.find_spec("mamba_ssm") is not None
 
 
 def laplacian_pe_chain(adjacency: Tensor, k: int) -> Tensor:
@@ -58,3 +65,15 @@ def selective_scan_transformers(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, 
 
     outputs = mamba_selective_scan(u, delta, A, B, C, D)
     return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def ssd_scan_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)  # the default of its Mamba2
+
+
+def selective_scan_mamba_ssm(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(u, delta, A, B, C, D)

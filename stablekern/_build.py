@@ -35,8 +35,10 @@ except ImportError:  # loaded by path from setup.py
 SOURCES = (
     "bindings.cpp",
     "cpu/causal_conv1d.cpp",
+    "cpu/chol_solve_safe.cpp",
     "cpu/complex_adamw.cpp",
     "cpu/cosine_edges.cpp",
+    "cpu/covariance_blend.cpp",
     "cpu/eigenprojector.cpp",
     "cpu/eigh.cpp",
     "cpu/focal_loss.cpp",
@@ -44,6 +46,7 @@ SOURCES = (
     "cpu/laplacian_pe.cpp",
     "cpu/linear_scan.cpp",
     "cpu/normalized_laplacian.cpp",
+    "cpu/sample_covariance.cpp",
     "cpu/selective_scan.cpp",
     "cpu/selective_state_update.cpp",
     "cpu/spectral_function.cpp",

@@ -104,8 +104,21 @@ def _lazy_views() -> Any:
     return torch._C._ForceDispatchKeyGuard(include, exclude - lazy)
 
 
+def _gpu_of(arguments: tuple[Any, ...]) -> Any:
+    """A context in which the GPU that holds the arguments is the current one, on which kernels are launched."""
+    flat = (t for x in arguments for t in (x if isinstance(x, (list, tuple)) else (x,)))
+    return torch.cuda.device(next(t.device for t in flat if isinstance(t, torch.Tensor) and t.is_cuda))
+
+
 def _run(name: str, device: str, *arguments: Any) -> Any:
     function = _choose(name, device, arguments)[1]
+    if device == "cuda":
+        with _gpu_of(arguments):
+            return _run_on(function, device, *arguments)
+    return _run_on(function, device, *arguments)
+
+
+def _run_on(function: Callable[..., Any], device: str, *arguments: Any) -> Any:
     if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Conjugate):
         with _lazy_views():
             return _without_autocast(function, device, *arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "BackendUnavailableError",
     "BuildError",
+    "CovarianceError",
     "NonFiniteError",
     "RecordingError",
     "SettingError",
@@ -27,6 +28,10 @@ class BackendUnavailableError(StablekernError, RuntimeError):
 
 class BuildError(StablekernError, RuntimeError):
     """The native extension could not be compiled or loaded; the text holds the compiler's last lines."""
+
+
+class CovarianceError(StablekernError, ArithmeticError):
+    """A covariance without its trace, or with a norm that none has, where the caller asked for a check."""
 
 
 class NonFiniteError(StablekernError, FloatingPointError):

@@ -16,6 +16,7 @@ __all__ = [
     "CLIP_NORM_OFFSET",
     "COSINE_EPS",
     "COSINE_GRAD_FLOOR",
+    "COVARIANCE_TRACE_TOLERANCE",
     "EDGE_THRESHOLD",
     "EIGENPROJECTOR_GAP_ULPS",
     "EIGH_AUTO_GAP_ULPS",
@@ -151,4 +152,11 @@ SUBSPACE_RIDGE = Constant(
     "added to the Gram matrix of unit columns: nearly parallel sources stay factorable in float32 (1e-4 is 800 ulp), "
     "and a well separated column keeps (1e-4)^2 of its own power in the residual",
     "the ridge of the subspace loss of the radio-localisation pipeline",
+)
+
+COVARIANCE_TRACE_TOLERANCE = Constant(
+    1e-2,
+    "of the target: a normalised trace is right to n eps, so a deviation of this size is a step that was left out (a "
+    "load without a new normalisation doubles it), while half-precision storage stays within",
+    "the sanity check of covariances in the radio-localisation pipeline, 1 %",
 )

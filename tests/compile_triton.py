@@ -38,7 +38,105 @@ class Launch:
 
 
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
+REAL = ("fp32", "fp64")
+TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
+TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
+
+
+def integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
+LINEAR, ROWS = integers("rows", "channels", "length"), {"STAGES": 4, "ROWS": 32}
+SSD = integers(
+    *("length", "heads", "width", "groups", "states", "chunk", "segments", "segment_length", "head_tiles"),
+    *("column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
+    *("carry_item", "carry_segment", "carry_n", "carry_channel"),
+)
+
+
+SELECTIVE = integers(
+    *("channels", "length", "groups", "states", "chunk", "segments", "segment_length", "tiles"),
+    *("start_item", "start_segment", "start_n", "start_channel"),
+    *("carry_item", "carry_segment", "carry_n", "carry_channel"),
+)
+
+
+def selective(io: str, K: int, N: int, R: int, **constants: bool) -> Launch:
+    """A tile of K * R channels x N states with all optional inputs, as the launcher makes them; `io` is that of u."""
+    wide = "*fp64" if io == "fp64" else "*fp32"
+    names = ("A", "D", "bias", "lower", "upper", "chunk", "carry", "start", "scratch", "last", "factor", "term")
+    sums = ("dA", "dB", "dC", "dD", "dbias", "dstart")
+    types = SELECTIVE | {f"{name}_ptr": wide for name in names + sums}
+    given = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_START", "HAS_CARRY", "SOFTPLUS"), True)
+    return Launch({"K": K, "N": N, "R": R} | given | constants, types, (io,), warps=1)
+
+
+def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
+    """A tile of K * R channels (heads of P) x N states, as the launcher makes them."""
+    tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R}
+    return Launch(tile | constants, SSD, (io,), warps=1)
+
+
 LAUNCHES = {
+    "covariance_blend_fwd_kernel": tuple(
+        Launch(
+            {**TILES, "PARTS": parts, "HAS_SAMP": full, "HAS_WEIGHTS": full, "WIDTH": 256},
+            {**TILE_TYPES, "table_ptr": "*i32"},
+            REAL,
+        )
+        for parts, full in ((2, True), (1, False))
+    ),
+    "covariance_blend_status_kernel": (Launch(TILES, {**TILE_TYPES, "table_ptr": "*i32"}, REAL),),
+    "covariance_blend_bwd_kernel": tuple(
+        Launch({**TILES, "PARTS": parts, "BY_PRED": True, "HAS_SAMP": full, "HAS_WEIGHTS": full}, TILE_TYPES, REAL)
+        for parts, full in ((2, True), (1, False))
+    ),
+    "covariance_blend_diagonal_kernel": (
+        Launch({**TILES, "BY_PRED": True, "BY_WEIGHTS": True, "HAS_WEIGHTS": True}, TILE_TYPES, REAL),
+    ),
+    "scan_join_kernel": (
+        Launch({"HAS_FIRST": True, "FACTOR_PER_ROW": True, "REVERSE": False, "BLOCK": 128}, JOIN, REAL),
+        Launch({"HAS_FIRST": False, "FACTOR_PER_ROW": False, "REVERSE": True, "BLOCK": 128}, JOIN, REAL),
+    ),
+    # The streams of the detector (16 heads of 8, 16 states; 8 heads of 4, 8 states), and a large state.
+    "ssd_scan_segment_kernel": (ssd("fp32", 8, 4, 16, 8, REVERSE=False), ssd("fp64", 4, 4, 8, 8, REVERSE=True)),
+    "ssd_scan_fwd_kernel": (
+        ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_START=True, FULL=True),
+        ssd("fp32", 4, 4, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True),
+        ssd("fp32", 4, 1, 128, 4, HAS_D=False, HAS_CLAMP=True, HAS_START=False, FULL=False),
+        ssd("fp64", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=False),
+    ),
+    "ssd_scan_bwd_kernel": (
+        ssd("fp32", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=True, FULL=True),
+        ssd("fp32", 4, 2, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True),
+        ssd("fp32", 2, 1, 128, 2, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=False, FULL=False),
+        ssd("fp64", 4, 1, 16, 4, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=False),
+    ),
+    "selective_scan_segment_kernel": (
+        selective("fp32", 2, 16, 8, REVERSE=False),
+        selective("bf16", 1, 16, 8, REVERSE=True),
+        selective("fp64", 1, 16, 2, REVERSE=True),
+    ),
+    "selective_scan_fwd_kernel": (
+        selective("fp32", 2, 16, 8, HAS_CLAMP=False, FULL=True),
+        selective("bf16", 2, 16, 8, HAS_CLAMP=True, FULL=False),
+        selective("fp64", 1, 16, 8, HAS_CLAMP=True, FULL=True),
+    ),
+    "selective_scan_bwd_kernel": (
+        selective("fp32", 1, 16, 8, HAS_CLAMP=False, FULL=True),
+        selective("bf16", 1, 16, 8, HAS_CLAMP=True, FULL=False),
+        selective("fp64", 1, 16, 2, HAS_CLAMP=True, FULL=True),
+    ),
+    "linear_scan_fwd_kernel": (
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1),
+    ),
+    "linear_scan_bwd_kernel": (
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1),
+    ),
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
         Launch({"BY_LOGITS": False, "BY_TARGETS": False, "HAS_GAMMA": False, **ELEMENTWISE}, {"n": "i32"}),
@@ -89,7 +187,8 @@ def compile_one(case: tuple[str, int, str, int]) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": name, "launch": number, "io": io, "target": target}
     kernel, launch = kernels()[name], LAUNCHES[name][number]
     wide = tl.float64 if io == "fp64" else tl.float32
-    constants = {key: wide if value == WIDE else value for key, value in launch.constants.items()}
+    given = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants = {key: wide if value == WIDE else value for key, value in launch.constants.items() if key in given}
     try:
         source = triton.compiler.ASTSource(kernel, signature(kernel, launch, io), constants)
         options = {"num_warps": launch.warps, "enable_fp_fusion": True}

@@ -17,6 +17,7 @@ from stablekern import (
     sample_covariance,
     subspace_residual,
 )
+from stablekern.ops.chol_solve_safe import reference as chol_solve_safe_reference
 
 COMPLEX = torch.complex128
 
@@ -198,6 +199,30 @@ def test_gradient_of_a_shifted_solution():
     assert int(info) == 1
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_both_backends_factor_and_report_alike(backend, dtype):
+    """A good matrix, one that needs a shift, one that nothing makes definite, and one that is not finite."""
+    n = 40
+    a = torch.randn(n, 2, dtype=dtype)
+    R = torch.randn(4, n, n, dtype=dtype)
+    R = R @ R.mH / n + torch.eye(n, dtype=dtype)
+    R[1] = a @ a.mH - 4 * torch.finfo(dtype).eps * torch.eye(n)
+    R[2] = -R[2]
+    R[3, 39, 2] = torch.nan
+    R, A = R.requires_grad_(), torch.randn(4, n, 3, dtype=dtype).requires_grad_()
+    with stablekern.use_backend(backend):
+        X, info, jitter = chol_solve_safe(R, A)
+        denominator = mvdr_denominator(R, A, 0.1)
+        grads = torch.autograd.grad(X[:3:2].abs().sum() + denominator[[0, 2]].sum(), (R, A))
+    assert info.tolist() == [0, 1, 4, 2] and (jitter > 0).tolist() == [False, True, False, False]
+    assert X[2:].isnan().all() and denominator[2:].isnan().all()
+    assert all(torch.isfinite(g[:3]).all() and g[0].any() and not g[2].any() for g in grads)
+    tolerance = 100 * torch.finfo(dtype).eps
+    exact = chol_solve_safe_reference(R.detach()[0].to(COMPLEX), A.detach()[0].to(COMPLEX))
+    assert (X[0].to(COMPLEX) - exact).abs().max() <= tolerance * exact.abs().max()
+
+
 # ridge_lstsq
 
 
@@ -280,3 +305,37 @@ def test_masked_zero_and_parallel_columns_have_finite_gradients():
 def test_they_are_public():
     names = {"covariance_blend_ex", "eigengap_hinge", "subspace_residual", "mvdr_denominator", "chol_solve_safe"}
     assert names < set(stablekern.__all__)
+
+
+def test_second_derivatives_of_the_solutions():
+    R, A = covariances(1, 3).requires_grad_(), torch.randn(1, 3, 2, dtype=COMPLEX).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda R, A: chol_solve_safe(R, A).solution, (R, A))
+    assert torch.autograd.gradgradcheck(mvdr_denominator, (R, A))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_backends_agree_on_failed_items_and_their_gradients(backend):
+    n = 34
+    R, S = covariances(6, n), covariances(6, n)
+    R[1] = 0
+    R[2] = -R[2]
+    R[3, 33, 2] = complex(0, torch.inf)
+    S[4, 5, 5] = torch.nan
+    S[5] = torch.diag(torch.tensor([1.0, -1.0] * (n // 2)))
+    weights = [torch.rand(6, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    R.requires_grad_()
+    with stablekern.use_backend(backend):
+        blend, info = covariance_blend_ex(R, S, beta=weights[0], shrink=weights[1], loading=weights[2])
+        grads = torch.autograd.grad(blend.abs().sum(), [R, *weights])
+    assert info.tolist() == [0, 1, 1, 2, 2, 1]
+    assert blend[1:].isnan().all() and torch.isfinite(blend[0]).all()
+    assert all(torch.isfinite(grad).all() and grad[0].any() and not grad[1:].any() for grad in grads)
+
+
+def test_subnormal_and_huge_traces_scale_without_overflow():
+    R = covariances(2, 17).to(torch.complex64)
+    exact = covariance_blend(R)
+    for scale in (2.0**-140, 2.0**120):
+        scaled = covariance_blend((R.to(COMPLEX) * scale).to(torch.complex64))
+        tolerance = 2.0**-7 if scale < 1 else 1e-6  # a subnormal entry near 2^-140 has 9 bits
+        assert (scaled - exact).abs().max() <= tolerance * exact.abs().max()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stablekern import settings
-from stablekern.errors import NonFiniteError, SettingError
-from stablekern.health import assert_finite, check_gradients, clamp_and_check
+from stablekern import sample_covariance, settings
+from stablekern.errors import CovarianceError, NonFiniteError, SettingError
+from stablekern.health import assert_finite, check_covariances, check_gradients, clamp_and_check
 from stablekern.ops.finite_stats import finite_stats
 
 SWITCHES = ("BGB_NAN_DEBUG", "BGB_DEBUG_FINITE", "BGB_SMOKE_TEST")
@@ -131,3 +131,23 @@ def test_finite_stats_of_mixed_tensors():
     expected = torch.tensor([6e4, single, 5.0, NAN, 0.5], dtype=torch.float64)
     torch.testing.assert_close(stats.mean, expected, rtol=1e-15, atol=0, equal_nan=True)
     assert stats.max[1] == single and stats.min[2] == 5.0
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_check_covariances_names_the_one_that_broke(device, monkeypatch):
+    n = 4
+    X = torch.randn(3, 9, n, dtype=torch.complex64, device=device)
+    good = sample_covariance(X, target_trace=float(n))
+    check_covariances(R_pred=good, R_blend=good * 1.005, force=True)
+    check_covariances(R_pred=2 * good, target_trace=2.0 * n, force=True)
+    check_covariances(R_pred=good.movedim(0, -1), dims=(0, 1), force=True)
+    loaded = good + torch.eye(n, device=device)  # loaded, and not normalised again
+    check_covariances(R_blend=loaded)  # off
+    for wrong in (loaded, 1.02 * good, -good, 1j * good, good * float("nan")):
+        broken = torch.stack([good[0], wrong[1]])
+        with pytest.raises(CovarianceError, match=r"`R_samp` must have the trace 4 .*: got 1 of 2, first \(1,\) with"):
+            check_covariances(R_pred=good, R_samp=broken, R_blend=wrong, force=True)
+    indefinite = torch.diag(torch.tensor([6.0, -4.0, 1.0, 1.0])).to(device)  # the trace alone would pass
+    monkeypatch.setenv("BGB_NAN_DEBUG", "1")
+    with pytest.raises(CovarianceError, match=r"`R_blend` must .*first \(\) with trace 4, norm 7.348"):
+        check_covariances(R_blend=indefinite)

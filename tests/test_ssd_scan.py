@@ -9,11 +9,18 @@ import stablekern
 from specs.ssd_scan import inputs
 from stablekern.ops.ssd_scan import _CHUNK, _fwd, reference, ssd_scan
 
-BACKENDS = [b for b, reason in stablekern.available_backends("ssd_scan").items() if reason is None]
+BACKENDS = [b for b, reason in stablekern.available_backends("ssd_scan").items() if reason is None and b != "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    with stablekern.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*BACKENDS, "triton"])
+def backend_or_interpreter(request):
+    """For tests of a few steps: the interpreter is slow."""
     with stablekern.use_backend(request.param):
         yield request.param
 
@@ -103,7 +110,7 @@ def test_a_bad_item_stays_alone(backend, value):
         torch.testing.assert_close(spoilt[index][[0, 2]], clean[index][[0, 2]], rtol=0, atol=0)
 
 
-def test_nothing_leaks_out_of_unused_lanes(backend):
+def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter):
     """Infinite inputs make lanes beyond the last channel 0 * inf; no output may see that."""
     args, optional = case(2, 5, 1, 3, 1, 2)
     args[0].abs_(), args[4].abs_()
@@ -121,14 +128,14 @@ def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):
 
 
 @pytest.mark.parametrize("clamp", [None, 1e30])
-def test_nan_passes_the_clamp(backend, clamp):
+def test_nan_passes_the_clamp(backend_or_interpreter, clamp):
     args, _ = case(1, 4, 1, 2, 1, 2)
     args[0][0, 1, 0, 0] = float("nan")
     y = ssd_scan(*args, state_clamp=clamp)
     assert torch.isnan(y[0, 1:, 0, 0]).all() and torch.isfinite(y[0, :, 0, 1]).all()
 
 
-def test_a_saturated_step_forgets_its_past(backend):
+def test_a_saturated_step_forgets_its_past(backend_or_interpreter):
     """The gradient of a clamped state is that of `torch.clamp`: 0 outside, 1 on the bound itself."""
     zero, one = torch.zeros(3, 1, 1, 1), torch.ones(3, 1, 1, 1)
     h0 = torch.tensor([[[[2.0]]], [[[1.0]]], [[[0.5]]]], requires_grad=True)
@@ -141,7 +148,7 @@ def test_a_saturated_step_forgets_its_past(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_decay_is_an_exponential_to_two_ulp(backend, dtype):
+def test_the_decay_is_an_exponential_to_two_ulp(backend_or_interpreter, dtype):
     """With nothing coming in, one step turns a state of 1 into exp(dt A): a sweep of `exp` through underflow to 0."""
     smallest = -110.0 if dtype == torch.float32 else -750.0
     A = torch.cat([torch.linspace(smallest, -torch.finfo(dtype).eps, 4001), torch.tensor([-1e4, -torch.inf])]).to(dtype)

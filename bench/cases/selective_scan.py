@@ -64,3 +64,9 @@ CASES = (
     _case(_SMALL, _SLOW, baselines.selective_scan_transformers, {}),
     _case(_MODEL, _PSCAN, baselines.selective_scan_pscan, {}),
 )
+
+if baselines.has_mamba_ssm():
+    CASES += tuple(
+        _case(shape, "mamba_ssm's selective_scan_fn", baselines.selective_scan_mamba_ssm, {"fwd": 1.2, "fwd+bwd": 1.2})
+        for shape in (_STREAM, (8, 1536, 2048, 16))
+    )

@@ -47,3 +47,9 @@ CASES = (
     _ssd_case(_NODES, _UNBOUND, spine.reference, {}),
     _ssd_case(_EDGES, _UNBOUND, spine.reference, {}),
 )
+
+if baselines.has_mamba_ssm():
+    CASES += tuple(
+        _ssd_case(shape, "mamba_ssm's mamba_chunk_scan_combined", baselines.ssd_scan_mamba_ssm, {"fwd+bwd": 1.2})
+        for shape in (_NODES, _EDGES)
+    )

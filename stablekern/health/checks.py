@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stablekern import _check, settings
-from stablekern.errors import NonFiniteError, message
+from stablekern import _check, numerics, settings
+from stablekern.errors import CovarianceError, NonFiniteError, message
 from stablekern.ops.finite_stats import finite_stats
 
-__all__ = ["assert_finite", "check_gradients", "clamp_and_check"]
+__all__ = ["assert_finite", "check_covariances", "check_gradients", "clamp_and_check"]
 
 
 def assert_finite(tag: str, x: Tensor, *, force: bool = False) -> Tensor:
@@ -85,3 +85,42 @@ def check_gradients(model: nn.Module, *, raise_error: bool = False) -> list[str]
         rule = "the gradient of every parameter must be finite"
         raise NonFiniteError(message("check_gradients", rule, ", ".join(bad)))
     return bad
+
+
+def check_covariances(
+    *, target_trace: float | None = None, dims: tuple[int, int] = (-2, -1), force: bool = False, **covariances: Tensor
+) -> None:
+    r"""Raise if a covariance does not have its trace, or a Frobenius norm that no covariance of that trace has.
+
+    Of a positive semidefinite n x n matrix with trace T, $T / \sqrt n \le \|R\|_F \le T$; a deviation of 1 % is let
+    pass. On and off as `assert_finite`: off, nothing is computed; on, the host waits for each tensor, CPU or GPU.
+
+    **Arguments:**
+
+    - `target_trace`: T > 0; None is n.
+    - `dims`: the two dimensions of the matrices.
+    - `force`: check whatever the environment says.
+    - `covariances`: the tensors by name, in the order in which they are made, as `R_pred=..., R_samp=..., R_blend=...`:
+        the first one that breaks the rule is the one that is named.
+
+    **Raises:** `CovarianceError` with the name, the index of its first bad matrix, that one's trace and norm.
+    """
+    if not (force or settings.checks_finite()):
+        return
+    slack = numerics.COVARIANCE_TRACE_TOLERANCE.of()
+    for name, R in covariances.items():
+        matrices = R.detach().movedim(dims, (-2, -1))
+        n = _check.shapes("check_covariances", **{name: (matrices, "... n n")})["n"]
+        target = float(n) if target_trace is None else target_trace
+        trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+        deviation = (trace - target).abs()
+        norm = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+        low, high = (1 - slack) * target / n**0.5, (1 + slack) * target
+        # Written so that a NaN is bad.
+        good = (deviation <= slack * target) & (norm >= low) & (norm <= high)
+        bad = (~good).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            rule = f"`{name}` must have the trace {target:.4g} and a norm in [{low:.4g}, {high:.4g}]"
+            found = f"{len(bad)} of {good.numel()}, first {at} with trace {trace[at].item():.4g}, norm {norm[at]:.4g}"
+            raise CovarianceError(message("check_covariances", rule, found))

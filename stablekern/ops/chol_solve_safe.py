@@ -5,22 +5,25 @@ is, else the first of $4 \epsilon\,\mathrm{tr} H \cdot 10^m$, $m = 0, 1, \ldots$
 eigenvalue, with which it does. So a covariance that has lost its definiteness to rounding is solved with a shift of
 that size, a good one beside it is not touched, and a matrix that is not a covariance at all is NaN, not an exception.
 
-The shift is a constant in the backward. The derivative is that of the Cholesky factor and its two triangular solves;
-a matrix that cannot be factored stands as the identity there, since the factor that LAPACK leaves behind has zeros and
-worse on its diagonal and would give NaN for an incoming 0.
+The shift and the factor are constants in the backward, which is a solve with the same factor: for a cotangent $G$ of
+$X$, $\bar A = H^{-1} G$ and $\bar H = -\bar A X^H$, where the derivative of a Cholesky factorisation would cost several
+products of its size. A matrix that cannot be factored stands as the identity there, since the factor that LAPACK leaves
+behind has zeros and worse on its diagonal and would give NaN for an incoming 0.
 
 Sources: Higham, Accuracy and Stability of Numerical Algorithms, secs. 10.1 and 10.3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablekern import _check, numerics
+from stablekern import _check, _load, numerics
+from stablekern._registry import define, launcher
 
 __all__ = ["CholSolveSafe", "chol_solve_safe"]
 
@@ -45,7 +48,7 @@ def reference(R: Tensor, A: Tensor, jitter: Tensor | float = 0.0) -> Tensor:
 
 def hermitised(R: Tensor) -> Tensor:
     """(R + R^H) / 2 without overflow."""
-    return R / 2 + R.mH / 2
+    return torch.add(R / 2, R.mH, alpha=0.5)
 
 
 def trace_of(H: Tensor) -> Tensor:
@@ -55,32 +58,154 @@ def trace_of(H: Tensor) -> Tensor:
 
 def squared_modulus(M: Tensor) -> Tensor:
     """|M|^2 per entry, differentiable at 0."""
-    return M.real.square() + M.imag.square() if M.is_complex() else M.square()
+    return components(M).square().sum(-1) if M.is_complex() else M.square()
 
 
-def _unfactored(H: Tensor) -> Tensor:
-    """Which of the matrices have no Cholesky factor."""
-    L, code = torch.linalg.cholesky_ex(H)
-    return (code != 0) | ~torch.isfinite(L).flatten(-2).all(-1)
+def components(M: Tensor) -> Tensor:
+    """Real and imaginary parts in a last dimension, for complex `M`; real `M` itself."""
+    return torch.view_as_real(M.resolve_conj()) if M.is_complex() else M
 
 
-def factor(H: Tensor, shifts: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """The Cholesky factor of H + j I, which items have none, and j (...): 0, or the first of `shifts` that does.
+def lapack_reason() -> str | None:
+    """Why the native kernels cannot call LAPACK, or None."""
+    if _load.native_reason() is not None:
+        return None  # whether the library is there at all is the registry's question
+    return None if _load.native_module().lapack else "this torch exports no LAPACK"
 
-    Items without a factor get the identity, and the gradient 0.
+
+def _fake_factor(R: Tensor, shifts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    batch, real = R.shape[0], R.dtype.to_real()
+    info = torch.empty(batch, dtype=torch.int32, device=R.device)
+    return torch.empty(R.shape, dtype=R.dtype, device=R.device), info, torch.empty(batch, dtype=real, device=R.device)
+
+
+def _fake_solve(U: Tensor, A: Tensor, half: bool) -> Tensor:
+    return torch.empty(A.shape, dtype=A.dtype, device=A.device)
+
+
+# Matrices (b, n, n): U with U^H U the Hermitian part and a multiple, 0 or the first of `shifts` that serves, of its
+# trace on the diagonal; the identity where none does. `info`, and the shift itself.
+_factor = define(
+    "chol_solve_safe_factor(Tensor R, float[] shifts) -> (Tensor U, Tensor info, Tensor jitter)", fake=_fake_factor
+)
+# U^-1 U^-H A, or U^-H A for `half`, with A (b, n, q).
+_solve = define("chol_solve_safe_solve(Tensor U, Tensor A, bool half) -> Tensor", fake=_fake_solve)
+
+
+@launcher("chol_solve_safe_factor", device="cpu", backend="native", supports=lambda *_: lapack_reason())
+def _(R: Tensor, shifts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake_factor(R, shifts)
+    sizes = torch.tensor(shifts, dtype=R.dtype.to_real())
+    _load.native().cholesky_fwd(R.resolve_conj().contiguous(), sizes, *outputs)
+    return outputs
+
+
+@launcher("chol_solve_safe_solve", device="cpu", backend="native", supports=lambda *_: lapack_reason())
+def _(U: Tensor, A: Tensor, half: bool) -> Tensor:
+    X = _fake_solve(U, A, half)
+    _load.native().cholesky_solve(U.contiguous(), A.resolve_conj().contiguous(), half, X)
+    return X
+
+
+def _cholesky(H: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors, and which of the matrices have none: whatever is not finite in a row ends on the diagonal."""
+    U, code = torch.linalg.cholesky_ex(H, upper=True)
+    return U, (code != 0) | ~torch.isfinite(U.diagonal(dim1=-2, dim2=-1)).all(-1)
+
+
+@launcher("chol_solve_safe_factor", device="cuda", backend="torch")
+@launcher("chol_solve_safe_factor", device="cpu", backend="torch")
+def _(R: Tensor, shifts: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    H = hermitised(R)
+    trace = trace_of(H)
+    U, failed = _cholesky(H)
+    jitter = torch.zeros_like(trace)
+    looks = R.device.type == "cpu"  # on a GPU looking would stop the host: there all shifts are tried
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    for shift in shifts:
+        if looks and not failed.any():
+            break
+        jitter = torch.where(failed, shift * trace, jitter)
+        U, failed = _cholesky(H + jitter[:, None, None] * eye)
+    finite = torch.isfinite(R).flatten(1).all(-1)
+    info = _SHIFTED * (~failed & (jitter > 0)) + _NON_FINITE * ~finite + _INDEFINITE * (failed & finite)
+    U = torch.where(failed[:, None, None], eye, U).contiguous()
+    return U, info.to(torch.int32), jitter.masked_fill(failed, 0.0)
+
+
+@launcher("chol_solve_safe_solve", device="cuda", backend="torch")
+@launcher("chol_solve_safe_solve", device="cpu", backend="torch")
+def _(U: Tensor, A: Tensor, half: bool) -> Tensor:
+    if half:
+        return torch.linalg.solve_triangular(U.mH, A, upper=False).contiguous()
+    return torch.cholesky_solve(A, U, upper=True).contiguous()
+
+
+class _Solve(torch.autograd.Function):
+    """The Hermitian part of R, shifted, divided out of A: (b, n, n), (b, n, q), the factor, and which items have none;
+    differentiable any number of times."""
+
+    @staticmethod
+    def forward(R: Tensor, A: Tensor, U: Tensor, failed: Tensor) -> Tensor:
+        return _solve(U, A, False)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        R, _, U, failed = inputs
+        ctx.save_for_backward(R, U, failed, output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        R, U, failed, X = ctx.saved_tensors
+        grad_A = _Solve.apply(R, grad, U, failed)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_A, None, None
+        return -hermitised(grad_A @ X.mH).masked_fill(failed[:, None, None], 0.0), grad_A, None, None
+
+
+def solve(R: Tensor, A: Tensor, U: Tensor, failed: Tensor) -> Tensor:
+    """What `Factor.solve` is made of, for one batch dimension."""
+    return _Solve.apply(R, A, U, failed)
+
+
+def divided_by_root(U: Tensor, A: Tensor) -> Tensor:
+    """U^-H A for one batch dimension; no gradient."""
+    return _solve(U, A, True)
+
+
+class Factor(NamedTuple):
+    """What `factor` found for matrices (..., n, n): their factors, `info` and shifts, (...)."""
+
+    R: Tensor
+    U: Tensor
+    info: Tensor
+    jitter: Tensor
+
+    @property
+    def failed(self) -> Tensor:
+        return self.info > _SHIFTED
+
+    def beside(self, A: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """R, A, U and `failed` with one batch dimension, and the shape of what they had."""
+        batch = torch.broadcast_shapes(self.info.shape, A.shape[:-2])
+        matrices = (self.R, A, self.U)
+        flat = [M.expand(*batch, *M.shape[-2:]).reshape(math.prod(batch), *M.shape[-2:]) for M in matrices]
+        return (*flat, self.failed.expand(batch).reshape(-1)), batch
+
+    def solve(self, A: Tensor) -> Tensor:
+        """The solutions; batch dimensions broadcast. A failed item is solved as the identity, with gradient 0."""
+        flat, batch = self.beside(A)
+        return solve(*flat).reshape(*batch, *A.shape[-2:])
+
+
+def factor(R: Tensor, shifts: Sequence[float] = ()) -> Factor:
+    """The Cholesky factors of the Hermitian parts, each plus 0 or the first multiple of its trace that serves.
+
+    The factor is a constant: derivatives are taken where it is used.
     """
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    with torch.no_grad():
-        failed = _unfactored(H)
-        jitter = torch.zeros_like(trace_of(H))
-        for shift in shifts:
-            # On a GPU, or in a traced graph, looking would stop the host: there all shifts are tried.
-            if H.device.type == "cpu" and not torch.compiler.is_compiling() and not failed.any():
-                break
-            jitter = torch.where(failed, shift, jitter)
-            failed = failed & _unfactored(H + jitter[..., None, None] * eye)
-    safe = torch.where(failed[..., None, None], eye, H + jitter[..., None, None] * eye)
-    return torch.linalg.cholesky_ex(safe).L, failed, jitter
+    batch, n = R.shape[:-2], R.shape[-1]
+    U, info, jitter = _factor(R.detach().reshape(math.prod(batch), n, n), shifts)
+    return Factor(R, U.reshape(R.shape), info.reshape(batch), jitter.reshape(batch))
 
 
 def chol_solve_safe(
@@ -107,18 +232,11 @@ def chol_solve_safe(
     """
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     n = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n q"))["n"]
-    H = hermitised(R)
-    finite = torch.isfinite(H).flatten(-2).all(-1)
-    H = torch.where(finite[..., None, None], H, 0.0)
-    trace = trace_of(H.detach())
     size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n, numerics.CHOLESKY_JITTER_LIMIT.of()
     sizes = []
     while size < limit:
         sizes.append(size)
         size *= 10
-    L, failed, jitter = factor(H, [size / max(n, 1) * trace for size in (*sizes, limit)])
-    solution = torch.cholesky_solve(A, L)
-    info = _SHIFTED * (~failed & (jitter > 0)) + _NON_FINITE * ~finite + _INDEFINITE * (failed & finite)
-    return CholSolveSafe(
-        solution.masked_fill(failed[..., None, None], torch.nan), info.to(torch.int32), jitter.masked_fill(failed, 0.0)
-    )
+    found = factor(R, [size / max(n, 1) for size in (*sizes, limit)])
+    solution = found.solve(A).masked_fill(found.failed[..., None, None], torch.nan)
+    return CholSolveSafe(solution, found.info, found.jitter)

@@ -1,4 +1,4 @@
-r"""A predicted and a measured covariance, brought to one trace, blended, loaded and shrunk, in one expression.
+r"""A predicted and a measured covariance, brought to one trace, blended, loaded and shrunk, in one pass.
 
 With $\hat R = R_H / \mathrm{tr} R_H$, $R_H = \tfrac12(R + R^H)$, the target trace $T$ and the mean eigenvalue $\mu =
 T/n$, the usual chain is: scale both inputs to trace $T$, blend with weight $\beta$, add $\ell \mu I$ and scale back to
@@ -10,18 +10,29 @@ $$R = \frac{1-\alpha}{1+\ell}\,T \left[(1-\beta) \hat R_\mathrm{pred} + \beta \h
 The only division is by the traces of the inputs. The trace of a covariance is positive; one that is not comes from an
 error before this op (a wrong axis, a factor that collapsed), and a floor under it would turn that error into a scale of
 1e9 or more. So it is reported for its item, and never divided by.
+
+The weights are folded into three factors, $R = c_1 \hat R_\mathrm{pred} + c_2 \hat R_\mathrm{samp} + c_3 I$. With
+$\langle X, Y \rangle = \mathrm{Re}\,\mathrm{tr}\,X^H Y$ and $t = \mathrm{tr} R_H$, the adjoint of a cotangent $G$ is
+
+$$\bar R_\mathrm{pred} = \frac{c_1}{t} \left( G_H - \langle G_H, \hat R_\mathrm{pred} \rangle I \right), \qquad
+\bar c = \left( \langle G, \hat R_\mathrm{pred} \rangle, \langle G, \hat R_\mathrm{samp} \rangle,
+\mathrm{Re}\,\mathrm{tr}\,G \right).$$
+
+A diagonal entry of a rounding error is not a trace: one below $n\epsilon$ times the sum of the diagonal's moduli counts
+as 0. Traces are added up in float64, so that all backends report the same items.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablekern import _check
+from stablekern import _check, _load
+from stablekern._registry import define, launcher
 from stablekern.errors import message
-from stablekern.ops.chol_solve_safe import hermitised, trace_of
 
 __all__ = ["CovarianceBlendEx", "covariance_blend", "covariance_blend_ex"]
 
@@ -54,22 +65,210 @@ def reference(R_pred, R_samp=None, *, beta=0.0, shrink=0.0, loading=0.0, target_
     return (1 - shrink) * R + shrink * target / n * eye
 
 
-def _of_unit_trace(R: Tensor) -> tuple[Tensor, Tensor]:
-    """The Hermitian part over its trace, with I / n for the items that cannot be scaled, and their `info`."""
-    n = R.shape[-1]
-    H = hermitised(R)
-    trace = trace_of(H)
-    finite = torch.isfinite(H).flatten(-2).all(-1) & torch.isfinite(trace)
-    # Diagonal entries of both signs can leave a positive rounding error of a trace.
-    rounding = n * torch.finfo(R.dtype).eps * H.detach().diagonal(dim1=-2, dim2=-1).real.abs().sum(-1)
-    info = _NO_TRACE * (trace <= rounding) + _NON_FINITE * ~finite
-    failed = (info != 0)[..., None, None]
-    H = torch.where(failed, torch.eye(n, dtype=R.dtype, device=R.device), H)
-    return H / torch.where(failed, n, trace[..., None, None]), info
+def _fake(
+    pred: Tensor, samp: Tensor | None, weights: Tensor | None, constants: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(pred)
+
+
+def _outputs(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blend, the traces of both inputs (float64; 1 for one that is not there) and `info`."""
+    batch, device = pred.shape[0], pred.device
+    blend = torch.empty(pred.shape, dtype=pred.dtype, device=device)
+    traces = torch.empty(batch, 2, dtype=torch.float64, device=device)
+    return blend, traces, torch.empty(batch, dtype=torch.int32, device=device)
+
+
+def _fake_bwd(grad, pred, samp, weights, constants, traces, info, by_pred, by_weights) -> tuple[Tensor, Tensor]:
+    return _grads(pred, by_pred, by_weights)
+
+
+def _grads(pred: Tensor, by_pred: bool, by_weights: bool) -> tuple[Tensor, Tensor]:
+    """Those of `pred` and of the three weights of each item; one that is not wanted is an empty tensor."""
+    grad_pred = torch.empty(pred.shape if by_pred else (0,), dtype=pred.dtype, device=pred.device)
+    shape = (pred.shape[0], 3) if by_weights else (0,)
+    return grad_pred, torch.empty(shape, dtype=pred.dtype.to_real(), device=pred.device)
+
+
+# Matrices (batch, n, n). The factors c are `constants`, or one row of `weights` (batch, 3) per item.
+_fwd = define(
+    "covariance_blend_fwd(Tensor pred, Tensor? samp, Tensor? weights, float[] constants) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+_bwd = define(
+    "covariance_blend_bwd(Tensor grad, Tensor pred, Tensor? samp, Tensor? weights, float[] constants, Tensor traces,"
+    " Tensor info, bool by_pred, bool by_weights) -> (Tensor, Tensor)",
+    fake=_fake_bwd,
+)
+
+
+def _dense(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Contiguous, conjugates written out; an empty tensor for None."""
+    return [
+        like.new_empty(0, dtype=like.dtype.to_real()) if t is None else t.resolve_conj().contiguous() for t in tensors
+    ]
+
+
+@launcher("covariance_blend_fwd", device="cpu", backend="native")
+def _(
+    pred: Tensor, samp: Tensor | None, weights: Tensor | None, constants: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(pred)
+    _load.native().covariance_blend_fwd(*_dense(pred, pred, samp, weights), *constants, *outputs)
+    return outputs
+
+
+@launcher("covariance_blend_bwd", device="cpu", backend="native")
+def _(
+    grad: Tensor,
+    pred: Tensor,
+    samp: Tensor | None,
+    weights: Tensor | None,
+    constants: list[float],
+    traces: Tensor,
+    info: Tensor,
+    by_pred: bool,
+    by_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    grads = _grads(pred, by_pred, by_weights)
+    inputs = _dense(pred, grad, pred, samp, weights)
+    _load.native().covariance_blend_bwd(*inputs, constants[0], traces, info, *grads)
+    return grads
+
+
+@launcher("covariance_blend_fwd", device="cuda", backend="triton")
+@launcher("covariance_blend_fwd", device="cpu", backend="triton")
+def _(
+    pred: Tensor, samp: Tensor | None, weights: Tensor | None, constants: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from stablekern.triton_kernels.covariance_blend import covariance_blend_fwd
+
+    outputs = _outputs(pred)
+    covariance_blend_fwd(*_dense(pred, pred, samp, weights), constants, *outputs)
+    return outputs
+
+
+@launcher("covariance_blend_bwd", device="cuda", backend="triton")
+@launcher("covariance_blend_bwd", device="cpu", backend="triton")
+def _(
+    grad: Tensor,
+    pred: Tensor,
+    samp: Tensor | None,
+    weights: Tensor | None,
+    constants: list[float],
+    traces: Tensor,
+    info: Tensor,
+    by_pred: bool,
+    by_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    from stablekern.triton_kernels.covariance_blend import covariance_blend_bwd
+
+    grads = _grads(pred, by_pred, by_weights)
+    inputs = _dense(pred, grad, pred, samp, weights)
+    covariance_blend_bwd(*inputs, constants[0], traces, info, *grads)
+    return grads
+
+
+def _hermitian(R: Tensor) -> Tensor:
+    """The Hermitian part; the halves cannot overflow."""
+    return R / 2 + R.mH / 2
+
+
+def _on_diagonal(R: Tensor, values: Tensor | float) -> Tensor:
+    """`values` (batch, or one number) times the identity."""
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return values[:, None, None] * eye if isinstance(values, Tensor) else values * eye
+
+
+def _of_unit_trace(R: Tensor, trace: Tensor, failed: Tensor) -> Tensor:
+    """The Hermitian part over its trace, and 0 for the failed items."""
+    divisor = torch.where(failed, 1.0, trace).to(R.dtype.to_real())[:, None, None]
+    return torch.where(failed[:, None, None], 0.0, _hermitian(R)) / divisor
+
+
+@launcher("covariance_blend_fwd", device="cuda", backend="torch")
+@launcher("covariance_blend_fwd", device="cpu", backend="torch")
+def _(
+    pred: Tensor, samp: Tensor | None, weights: Tensor | None, constants: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    blend, traces, info = _outputs(pred)
+    real, n = pred.dtype.to_real(), pred.shape[-1]
+    traces.fill_(1)
+    info.fill_(0)
+    inputs = [pred] if samp is None else [pred, samp]
+    for R, trace in zip(inputs, traces.unbind(-1), strict=False):
+        diagonal = R.diagonal(dim1=-2, dim2=-1).real.double()
+        trace.copy_(diagonal.sum(-1))
+        unreal = ~torch.isfinite(trace.to(real))
+        lost = trace <= n * torch.finfo(real).eps * diagonal.abs().sum(-1)
+        broken = unreal | ~torch.isfinite(R).flatten(-2).all(-1)
+        info |= (_NO_TRACE * (lost & ~unreal) + _NON_FINITE * broken).to(torch.int32)
+    factors = constants if weights is None else weights.unbind(-1)
+    total = _on_diagonal(pred, factors[2])
+    for R, trace, factor in zip(inputs, traces.unbind(-1), factors, strict=False):
+        each = factor[:, None, None] if isinstance(factor, Tensor) else factor
+        total = total + each * _of_unit_trace(R, trace, info != 0)
+    blend.copy_(total.masked_fill((info != 0)[:, None, None], torch.nan))
+    return blend, traces, info
+
+
+@launcher("covariance_blend_bwd", device="cuda", backend="torch")
+@launcher("covariance_blend_bwd", device="cpu", backend="torch")
+def _(
+    grad: Tensor,
+    pred: Tensor,
+    samp: Tensor | None,
+    weights: Tensor | None,
+    constants: list[float],
+    traces: Tensor,
+    info: Tensor,
+    by_pred: bool,
+    by_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_pred, grad_weights = _grads(pred, by_pred, by_weights)
+    failed = info != 0
+    G = torch.where(failed[:, None, None], 0.0, _hermitian(grad))
+
+    def along(R: Tensor, trace: Tensor) -> Tensor:
+        return (G.conj() * _of_unit_trace(R, trace, failed)).real.sum((-2, -1))
+
+    share = along(pred, traces[:, 0])
+    if by_pred:
+        factor = constants[0] if weights is None else weights[:, 0]
+        divisor = torch.where(failed, 1.0, traces[:, 0]).to(pred.dtype.to_real())
+        scaled = (G - _on_diagonal(G, share)) / divisor[:, None, None]
+        grad_pred.copy_((factor[:, None, None] if isinstance(factor, Tensor) else factor) * scaled)
+    if by_weights:
+        other = torch.zeros_like(share) if samp is None else along(samp, traces[:, 1])
+        trace = G.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+        grad_weights.copy_(torch.stack([share, other, trace], -1))
+    return grad_pred, grad_weights
+
+
+class _CovarianceBlend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        pred: Tensor, samp: Tensor | None, weights: Tensor | None, constants: list[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _fwd(pred, samp, weights, constants)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.constants = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        _check.first_order(_OP)
+        pred, samp, weights, traces, info = ctx.saved_tensors
+        by_pred, by_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        grads = _bwd(grad, pred, samp, weights, ctx.constants, traces, info, by_pred, by_weights)
+        return grads[0] if by_pred else None, None, grads[1] if by_weights else None, None
 
 
 def _weight(name: str, value: float | Tensor, matrices: Tensor, high: float | None) -> float | Tensor:
-    """A checked number, or a tensor of one per item, ready to multiply the matrices."""
+    """A checked number, or a tensor of one per item in the precision of the matrices."""
     if not isinstance(value, Tensor):
         return _check.number(_OP, name, value, low=0.0, high=high)
     if not value.is_floating_point():
@@ -78,7 +277,7 @@ def _weight(name: str, value: float | Tensor, matrices: Tensor, high: float | No
     if value.shape not in (batch, ()):
         rule = f"`{name}` must be a number or have the batch dimensions of `R_pred`"
         raise ValueError(message(_OP, rule, tuple(value.shape), tuple(batch)))
-    return value[..., None, None].to(matrices.real.dtype)
+    return value.to(matrices.dtype.to_real())
 
 
 def covariance_blend_ex(
@@ -109,21 +308,26 @@ def covariance_blend_ex(
     if R_samp is None and (isinstance(beta, Tensor) or beta != 0):
         raise ValueError(message(_OP, "`beta` other than 0 needs `R_samp`", beta))
     matrices = R_pred.movedim(dims, (-2, -1))
+    measured = None if R_samp is None else R_samp.detach().movedim(dims, (-2, -1))
     n = _check.shapes(_OP, R_pred=(matrices, "... n n"))["n"]
     beta, shrink = (_weight(name, x, matrices, 1.0) for name, x in (("beta", beta), ("shrink", shrink)))
     loading = _weight("loading", loading, matrices, None)
     target = float(n)
     if target_trace is not None:
         target = _check.number(_OP, "target_trace", target_trace, low=0.0, strict=True)
-    blend, info = _of_unit_trace(matrices)
-    if R_samp is not None:
-        measured, other = _of_unit_trace(R_samp.detach().movedim(dims, (-2, -1)))
-        blend, info = (1 - beta) * blend + beta * measured, info | other
     kept = (1 - shrink) / (1 + loading)
-    floor = (kept * loading + shrink) * target / max(n, 1)
-    result = kept * target * blend + floor * torch.eye(n, dtype=R_pred.dtype, device=R_pred.device)
-    result = result.masked_fill((info != 0)[..., None, None], torch.nan)
-    return CovarianceBlendEx(result.movedim((-2, -1), dims), info.to(torch.int32))
+    factors = kept * target * (1 - beta), kept * target * beta, (kept * loading + shrink) * target / max(n, 1)
+    batch, weights, constants = matrices.shape[:-2], None, [0.0, 0.0, 0.0]
+    if any(isinstance(factor, Tensor) for factor in factors):
+        full = {"dtype": matrices.dtype.to_real(), "device": matrices.device}
+        each = [f.expand(batch) if isinstance(f, Tensor) else torch.full(batch, f, **full) for f in factors]
+        weights = torch.stack(each, -1).reshape(-1, 3)
+    else:
+        constants = list(factors)
+    count = math.prod(batch)
+    flat = [R if R is None else R.reshape(count, n, n) for R in (matrices, measured)]
+    blend, _, info = _CovarianceBlend.apply(*flat, weights, constants)
+    return CovarianceBlendEx(blend.reshape(matrices.shape).movedim((-2, -1), dims), info.reshape(batch))
 
 
 def covariance_blend(
@@ -156,9 +360,10 @@ def covariance_blend(
 
     **Returns:** a tensor shaped as `R_pred`. An item where an input has a trace that is 0, negative or not finite, or
     any non-finite entry, is NaN by itself (`covariance_blend_ex` says why), with a gradient of 0. Differentiable with
-    respect to `R_pred` and the three weights, any order.
+    respect to `R_pred` and the three weights.
 
-    **Raises:** `ValueError` for shapes or numbers out of range, `TypeError` for other dtypes.
+    **Raises:** `ValueError` for shapes or numbers out of range, `TypeError` for other dtypes, `RuntimeError` when
+    second derivatives are asked for.
 
     **Accuracy:** a few ulp of the largest entry; the trace is $T$ within about $n \epsilon$.
     """

@@ -133,6 +133,30 @@ def _(*arguments):
     return outputs
 
 
+def _real_only(gate: Tensor, *others: object) -> str | None:
+    return "complex states" if gate.is_complex() else None
+
+
+@launcher("linear_scan_fwd", device="cuda", backend="triton", supports=_real_only)
+@launcher("linear_scan_fwd", device="cpu", backend="triton", supports=_real_only)
+def _(*arguments):
+    from stablekern.triton_kernels.linear_scan import linear_scan_fwd
+
+    states = _fake_fwd(*arguments)
+    linear_scan_fwd(*_dense(*arguments[:-1]), arguments[-1], states)
+    return states
+
+
+@launcher("linear_scan_bwd", device="cuda", backend="triton", supports=_real_only)
+@launcher("linear_scan_bwd", device="cpu", backend="triton", supports=_real_only)
+def _(*arguments):
+    from stablekern.triton_kernels.linear_scan import linear_scan_bwd
+
+    outputs = _fake_bwd(*arguments)
+    linear_scan_bwd(*_dense(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
+
+
 def _clamped(free: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
     if upper is None:
         return free

@@ -5,6 +5,8 @@ and a sum of squares, where the quadratic form with a computed inverse can come 
 more than the rounding: $R = \mathrm{E}\,x x^H$ (`sample_covariance`) with $x = a s$ is $|s|^2 a a^H$, and the spectrum
 $1 / (a^H R^{-1} a)$ then peaks at $a$; with $a^\top R^{-1} \bar a$ it peaks at the mirror image $\bar a$, or nowhere.
 
+Both derivatives follow from $w = H^{-1} a$: $\bar a = 2 g w$ and $\bar H = -g\,w w^H$ for a cotangent $g$.
+
 Sources: Capon 1969, "High-resolution frequency-wavenumber spectrum analysis", eq. 15.
 """
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check
-from stablekern.ops.chol_solve_safe import factor, hermitised, squared_modulus, trace_of
+from stablekern.ops.chol_solve_safe import divided_by_root, factor, hermitised, solve, squared_modulus, trace_of
 
 __all__ = ["mvdr_denominator"]
 
@@ -28,6 +30,28 @@ def reference(R: Tensor, A: Tensor, loading: float = 0.0) -> Tensor:
     mean = torch.einsum("...ii->...", H).real / n
     inverse = torch.linalg.inv(H + loading * mean[..., None, None] * torch.eye(n, dtype=R.dtype, device=R.device))
     return (A.conj() * (inverse @ A)).sum(-2).real
+
+
+class _Denominator(torch.autograd.Function):
+    """|U^-H a|^2 per column of A (b, n, p), R = U^H U (b, n, n); differentiable any number of times."""
+
+    @staticmethod
+    def forward(R: Tensor, A: Tensor, U: Tensor, failed: Tensor) -> Tensor:
+        return squared_modulus(divided_by_root(U, A)).sum(-2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        R, A, U, failed = ctx.saved_tensors
+        W = solve(R, A, U, failed)
+        scaled = grad[..., None, :] * W
+        grad_R = None
+        if ctx.needs_input_grad[0]:
+            grad_R = (-scaled @ W.mH).masked_fill(failed[:, None, None], 0.0)
+        return grad_R, 2 * scaled, None, None
 
 
 def mvdr_denominator(
@@ -59,6 +83,9 @@ def mvdr_denominator(
     loading = _check.number(_OP, "loading", loading, low=0.0)
     H = hermitised(R)
     mean = trace_of(H) / max(n, 1)
-    L, failed, _ = factor(H + loading * mean[..., None, None] * torch.eye(n, dtype=R.dtype, device=R.device))
-    Y = torch.linalg.solve_triangular(L, A, upper=False)
-    return squared_modulus(Y).sum(-2).masked_fill(failed[..., None], torch.nan)
+    if loading:
+        H = H + loading * mean[..., None, None] * torch.eye(n, dtype=R.dtype, device=R.device)
+    found = factor(H)
+    flat, batch = found.beside(A)
+    denominator = _Denominator.apply(*flat).reshape(*batch, A.shape[-1])
+    return denominator.masked_fill(found.failed[..., None], torch.nan)

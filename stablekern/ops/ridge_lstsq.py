@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stablekern import _check
 from stablekern.errors import message
-from stablekern.ops.chol_solve_safe import factor, hermitised
+from stablekern.ops.chol_solve_safe import factor
 
 __all__ = ["ridge_lstsq"]
 
@@ -74,9 +74,9 @@ def ridge_lstsq(
     ridge = alpha * torch.eye(min(m, n), dtype=Phi.dtype, device=Phi.device)
     column = y[..., None]
     if m <= n:
-        L, failed, _ = factor(hermitised(Phi @ Phi.mH) + ridge)
-        x = Phi.mH @ torch.cholesky_solve(column, L)
+        found = factor(Phi @ Phi.mH + ridge)
+        x = Phi.mH @ found.solve(column)
     else:
-        L, failed, _ = factor(hermitised(Phi.mH @ Phi) + ridge)
-        x = torch.cholesky_solve(Phi.mH @ column, L)
-    return x[..., 0].masked_fill(failed[..., None], torch.nan)
+        found = factor(Phi.mH @ Phi + ridge)
+        x = found.solve(Phi.mH @ column)
+    return x[..., 0].masked_fill(found.failed[..., None], torch.nan)

@@ -192,7 +192,7 @@ def _widened(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _unsupported(A: Tensor, B: Tensor, C: Tensor) -> str | None:
-    """Why the native kernel cannot run these, or None."""
+    """Why the native and Triton kernels cannot run these, or None."""
     if A.is_complex():
         return "complex states"
     return "constant B or C" if B.dim() == 2 or C.dim() == 2 else None
@@ -241,6 +241,38 @@ def _(*arguments):
     wide = [grad if grad.dtype == A.dtype else A.new_empty(grad.shape) for grad in grads]
     _load.native().selective_scan_bwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
     return tuple(ours.to(grad.dtype) for ours, grad in zip(wide, grads, strict=True))
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+@launcher(
+    "selective_scan_fwd", device="cuda", backend="triton", supports=lambda *arguments: _unsupported(*arguments[2:5])
+)
+@launcher(
+    "selective_scan_fwd", device="cpu", backend="triton", supports=lambda *arguments: _unsupported(*arguments[2:5])
+)
+def _(*arguments):
+    from stablekern.triton_kernels.selective_scan import selective_scan_fwd
+
+    outputs = _fake_fwd(*arguments)
+    selective_scan_fwd(*_dense(*arguments[:-2]), *arguments[-2:], *outputs)
+    return outputs
+
+
+@launcher(
+    "selective_scan_bwd", device="cuda", backend="triton", supports=lambda *arguments: _unsupported(*arguments[4:7])
+)
+@launcher(
+    "selective_scan_bwd", device="cpu", backend="triton", supports=lambda *arguments: _unsupported(*arguments[4:7])
+)
+def _(*arguments):
+    from stablekern.triton_kernels.selective_scan import selective_scan_bwd
+
+    grads = _fake_bwd(*arguments)
+    selective_scan_bwd(*_dense(*arguments[:-2]), *arguments[-2:], *grads)
+    return grads
 
 
 def _step(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> tuple[Tensor, Tensor | None]:

@@ -195,6 +195,28 @@ def _backward_launcher(function):
     return _flipped(function, (0, 2, 3, 5, 6), (0, 1, 3, 4))
 
 
+@launcher("ssd_scan_fwd", device="cuda", backend="triton")
+@launcher("ssd_scan_fwd", device="cpu", backend="triton")
+@_forward_launcher
+def _(*arguments):
+    from stablekern.triton_kernels.ssd_scan import ssd_scan_fwd
+
+    outputs = _fake_fwd(*arguments[:-1], False, arguments[-1])
+    ssd_scan_fwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
+
+
+@launcher("ssd_scan_bwd", device="cuda", backend="triton")
+@launcher("ssd_scan_bwd", device="cpu", backend="triton")
+@_backward_launcher
+def _(*arguments):
+    from stablekern.triton_kernels.ssd_scan import ssd_scan_bwd
+
+    outputs = _fake_bwd(*arguments[:-1], False, arguments[-1])
+    ssd_scan_bwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    return outputs
+
+
 def _per_head(M: Tensor, heads: int) -> Tensor:
     """(b, l, g, n) to (b, l, h, 1, n)."""
     groups = M.shape[2]

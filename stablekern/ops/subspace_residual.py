@@ -5,8 +5,8 @@ With unit columns $U = A\,\mathrm{diag}(1/\|a_k\|)$ and the ridge projector $P =
 $$r = \frac{\|(I - P)\,R\,(I - P)\|_F^2}{\|R\|_F^2} \in [0, 1].$$
 
 The subspace comes from known steering vectors, not from the eigenvectors of $R$, so no gap stands in a denominator;
-the ridge bounds the gradient where two sources are nearly parallel. $P = Q Q^H$ with $Q = U L^{-H}$, $L L^H = U^H U +
-\rho I$ of size K x K, so $(I - P) R (I - P)$ costs four products of n x n by n x K, and no n x n projector is built.
+the ridge bounds the gradient where two sources are nearly parallel. $P = U V$ with $V = (U^H U + \rho I)^{-1} U^H$, a
+K x K system, so $(I - P) R (I - P)$ costs four products of n x n by n x K, and no n x n projector is built.
 $r$ does not depend on the scale of $R$, which is divided by its largest modulus first.
 
 Source: Krim and Viberg 1996, "Two decades of array signal processing research", sec. on subspace fitting.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stablekern import _check, numerics
 from stablekern.errors import message
-from stablekern.ops.chol_solve_safe import factor, squared_modulus
+from stablekern.ops.chol_solve_safe import components, factor, squared_modulus
 
 __all__ = ["subspace_residual"]
 
@@ -81,12 +81,13 @@ def subspace_residual(
     U = torch.where(kept, A, 1.0) / torch.where(kept, longest, 1.0)
     U = torch.where(kept, U / squared_modulus(U).sum(-2, keepdim=True).sqrt(), 0.0)
     eye = torch.eye(sizes["k"], dtype=A.dtype, device=A.device)
-    L, unusable, _ = factor(U.mH @ U + ridge * eye)
-    Q = torch.linalg.solve_triangular(L, U.mH, upper=False).mH
-    largest = R.detach().abs().amax((-2, -1), keepdim=True)
+    found = factor(U.mH @ U + ridge * eye)
+    V, unusable = found.solve(U.mH), found.failed
+    # Held constant: the result does not depend on it.
+    largest = components(R.detach()).abs().flatten(R.dim() - 2).amax(-1)[..., None, None]
     lost = ~(largest > 0) | ~torch.isfinite(largest)
     S = torch.where(lost, 1.0, R) / torch.where(lost, 1.0, largest)
-    half = S - Q @ (Q.mH @ S)
-    rest = half - (half @ Q) @ Q.mH
+    half = S - U @ (V @ S)
+    rest = half - (half @ U) @ V
     share = squared_modulus(rest).sum((-2, -1)) / squared_modulus(S).sum((-2, -1))
     return share.masked_fill(lost[..., 0, 0] | unusable, torch.nan)

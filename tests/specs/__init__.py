@@ -49,6 +49,9 @@ class OpSpec:
     differentiable: bool = True
     dispatched: bool = True  # False: differentiable torch code around other ops, without a dispatcher op of its own
     deterministic: bool = True
+    # Names of the samples for Triton's interpreter, which takes 0.1 ms for each operation on a block; None: all. With a
+    # list gradcheck is left to the other backends: the interpreted gradients are compared with the exact ones anyway.
+    interpreted: tuple[str, ...] | None = None
 
 
 def all_specs() -> tuple[OpSpec, ...]:

@@ -37,9 +37,14 @@ def blend_samples(g: torch.Generator) -> list[Sample]:
         Sample("typical", (covariances(g, 4, 12), covariances(g, 4, 12)), {"beta": 0.3, "shrink": 0.1, "loading": 1.0}),
         # One channel is always 1: the gradient is exactly 0, the reference's is rounding.
         Sample("length-1", (covariances(g, 3, 1), covariances(g, 3, 1)), {"beta": 0.5}, gradients=False),
-        Sample("odd", (covariances(g, 5, 3, dtype=torch.float64),), {"shrink": 0.2}, gradcheck=True),
-        Sample("not-hermitian", (normal(g, 2, 3, 3) + 4 * torch.eye(3),), {"loading": 0.1}, gradcheck=True),
+        Sample("odd", (covariances(g, 2, 3, dtype=torch.float64),), {"shrink": 0.2}, gradcheck=True),
+        Sample("not-hermitian", (normal(g, 1, 2, 2) + 4 * torch.eye(2),), {"loading": 0.1}, gradcheck=True),
         Sample("per-item", (covariances(g, 3, 2), covariances(g, 3, 2)), per_item),
+        Sample(
+            "tiles", (normal(g, 2, 37, 37) + 8 * torch.eye(37), covariances(g, 2, 37)), {"beta": 0.3, "loading": 0.1}
+        ),
+        Sample("tiles-real", (covariances(g, 2, 33, dtype=torch.float64),), {"shrink": 0.1}),
+        Sample("tiles-per-item", (covariances(g, 3, 34), covariances(g, 3, 34)), per_item),
         Sample("target-trace", (covariances(g, 5),), {"target_trace": 288.0}),
         Sample("empty", (covariances(g, 0, 5),)),
         Sample("tiny", (1e-30 * covariances(g, 2, 4), 1e25 * covariances(g, 2, 4)), {"beta": 0.4}),
@@ -151,7 +156,6 @@ SPECS = (
         reference=_blend_reference,
         samples=blend_samples,
         floor_ulps=_FLOOR_ULPS,
-        dispatched=False,
         errors=(
             (_call(_BLEND, torch.zeros(3, 2)), ValueError, "`R_pred` must be square in `n`: got 2 and 3"),
             (_call(_BLEND, _EYE.int()), TypeError, "`R_pred` must be one of .*: got int32"),
@@ -174,7 +178,6 @@ SPECS = (
         reference=sample_covariance.reference,
         samples=snapshot_samples,
         floor_ulps=_FLOOR_ULPS,
-        dispatched=False,
         errors=(
             (_call(_COVARIANCE, torch.zeros(3)), ValueError, r"`X` must have the shape \(..., l, n\): got \(3,\)"),
             (_call(_COVARIANCE, torch.zeros(0, 3)), ValueError, r"`X` must hold at least one .*: got \(0, 3\)"),

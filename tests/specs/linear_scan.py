@@ -88,6 +88,10 @@ SPECS = (
         op=linear_scan,
         reference=reference,
         samples=samples,
+        interpreted=(
+            *("typical", "no-state", "reverse", "clamped", "clamped-reverse", "odd", "odd-reverse", "rows", "length-1"),
+            *("empty", "empty-batch", "complex", "permuted", "strided", "extreme", "extreme-clamped"),
+        ),
         dtypes=FLOATS + HALVES,
         errors=(
             (_call(gate=lambda a: a["gate"][0]), ValueError, r"`gate` must have the shape \(b, d, l\): got \(3, 5\)"),

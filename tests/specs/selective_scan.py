@@ -123,6 +123,10 @@ SPECS = (
         samples=samples,
         dtypes=FLOATS + HALVES,
         view=_view,
+        interpreted=(
+            *("typical", "plain", "gated", "clamped", "clamped-odd", "one-lane", "constant"),
+            *("complex", "length-1", "empty", "empty-batch", "no-states", "no-channels", "permuted"),
+        ),
         errors=(
             (_call(u=lambda a: a["u"][0]), ValueError, r"`u` must have the shape \(b, d, l\): got \(4, 5\)"),
             (_call(delta=lambda a: a["delta"][..., 1:]), ValueError, "`delta` and `u` disagree on `l`: got 4 and 5"),

@@ -104,6 +104,10 @@ SPECS = (
         dtypes=FLOATS + HALVES,
         view=_view,
         floor_ulps=16.0,  # the gradient of A sums terms of every item and step, which cancel; as in tests/soak.py
+        interpreted=(
+            *("typical", "plain", "clamped", "clamped-odd", "one-lane", "length-1", "empty", "empty-batch"),
+            *("no-states", "permuted", "reverse"),
+        ),
         errors=(
             (_call(x=lambda a: a["x"][0]), ValueError, r"`x` must have the shape \(b, l, h, p\): got \(5, 4, 3\)"),
             (_call(dt=lambda a: a["dt"][:, 1:]), ValueError, "`dt` and `x` disagree on `l`: got 4 and 5"),

@@ -24,22 +24,15 @@
 #include <new>
 #include <type_traits>
 
+#include "stablekern/complex_simd.h"
 #include "stablekern/simd.h"
 
 namespace stablekern {
 
 template <class S>
-struct RealPart {
-  using type = S;
-};
-template <class T>
-struct RealPart<std::complex<T>> {
-  using type = T;
-};
+using Real = RealOf<S>;
 template <class S>
-using Real = typename RealPart<S>::type;
-template <class S>
-constexpr bool kComplex = !std::is_same_v<S, Real<S>>;
+constexpr bool kComplex = kIsComplex<S>;
 
 template <class S>
 SK_INLINE S conjugate(S z) {
@@ -82,18 +75,30 @@ using Heevd = void (*)(const char* jobz, const char* uplo, const int* n, S* a, c
                        const int* lwork, Real<S>* rwork, const int* lrwork, int* iwork, const int* liwork, int* info);
 
 template <class S>
+using Potrf = void (*)(const char* uplo, const int* n, S* a, const int* lda, int* info);
+template <class S>
+using Trsm = void (*)(const char* side, const char* uplo, const char* transa, const char* diag, const int* m,
+                      const int* n, const S* alpha, const S* a, const int* lda, S* b, const int* ldb);
+
+template <class S>
 struct Lapack {
   std::conditional_t<kComplex<S>, Heevd<S>, Syevd<S>> eigh = nullptr;
   Gemm<S> gemm = nullptr;
+  Potrf<S> cholesky = nullptr;
+  Trsm<S> triangular = nullptr;
 
   static const Lapack& get() {
     static const Lapack found = [] {
       constexpr bool wide = std::is_same_v<Real<S>, double>;
       constexpr const char* solver = kComplex<S> ? (wide ? "zheevd_" : "cheevd_") : (wide ? "dsyevd_" : "ssyevd_");
       constexpr const char* product = kComplex<S> ? (wide ? "zgemm_" : "cgemm_") : (wide ? "dgemm_" : "sgemm_");
+      constexpr const char* factors = kComplex<S> ? (wide ? "zpotrf_" : "cpotrf_") : (wide ? "dpotrf_" : "spotrf_");
+      constexpr const char* divides = kComplex<S> ? (wide ? "ztrsm_" : "ctrsm_") : (wide ? "dtrsm_" : "strsm_");
       Lapack result;
       result.eigh = reinterpret_cast<decltype(result.eigh)>(dlsym(RTLD_DEFAULT, solver));
       result.gemm = reinterpret_cast<Gemm<S>>(dlsym(RTLD_DEFAULT, product));
+      result.cholesky = reinterpret_cast<Potrf<S>>(dlsym(RTLD_DEFAULT, factors));
+      result.triangular = reinterpret_cast<Trsm<S>>(dlsym(RTLD_DEFAULT, divides));
       return result;
     }();
     return found;
@@ -102,7 +107,8 @@ struct Lapack {
 
 template <class S>
 bool lapack_complete() {
-  return Lapack<S>::get().eigh && Lapack<S>::get().gemm;
+  const Lapack<S>& found = Lapack<S>::get();
+  return found.eigh && found.gemm && found.cholesky && found.triangular;
 }
 inline bool lapack_found() {
   return lapack_complete<float>() && lapack_complete<double>() && lapack_complete<std::complex<float>>() &&
