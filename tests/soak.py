@@ -172,7 +172,7 @@ def _selective_scan_terms(
     They may cancel to a thousandth of that. The terms are the gradients of a loop in which A has an entry for each item
     and step and B and C one for each channel; those of the bias are the gradients of the step sizes.
     """
-    u, delta, A, B, C, _, z, bias = (None if x is None else x.double() for x in inputs)
+    u, delta, A, B, C, _, z, bias = (None if x is None else x.detach().double() for x in inputs)
     channels, length = u.shape[1:]
     step = delta = (delta + bias[:, None]).requires_grad_()
     if softplus:

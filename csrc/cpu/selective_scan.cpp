@@ -125,10 +125,12 @@ void states_out(const Vec<T>* inside, int64_t count, int64_t states, T* outside)
   }
 }
 
-// The rates as the exponential takes them.
 template <class T>
-void scale_rates(const Vec<T>* rate, int64_t count, Vec<T>* scaled) {
-  for (int64_t k = 0; k < count; ++k) scaled[k] = rate[k] * splat<T>(kLog2E);
+void split_rates(const Vec<T>* rate, int64_t count, Vec<T>* high, Vec<T>* low) {
+  for (int64_t k = 0; k < count; ++k) {
+    const Exponent<T> exponent(rate[k]);
+    high[k] = exponent.high, low[k] = exponent.low;
+  }
 }
 
 // B and C of one block of steps, as rows of states.
@@ -164,7 +166,7 @@ struct Strip {
   int64_t states, row;              // from one block of lanes to the next: in what has states, in what has steps
   int64_t lanes;                    // that are channels
   const Vec<T> *rate, *lower, *upper;  // [states]
-  const Vec<T>* scaled;             // [states], the rates times log2(e)
+  const Vec<T> *high, *low;         // [states], the rates as `Exponent`
   Vec<T>* step;                     // [steps]
   Vec<T>* token;                    // [steps], step u
   const T *enter, *leave;           // B and C of the first step
@@ -206,7 +208,7 @@ SK_NOINLINE bool prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel
 template <bool kTame, class T>
 SK_INLINE Vec<T> decay_of(const Strip<T>& s, Vec<T> step, int64_t state) {
 #if defined(SK_AVX512)
-  if constexpr (kTame && sizeof(T) == 4) return exp2_of_product(step, s.scaled[state]);
+  if constexpr (kTame && sizeof(T) == 4) return exp_of_product(step, s.high[state], s.low[state]);
 #endif
   return exp<T>(step * s.rate[state]);
 }
@@ -252,12 +254,12 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
   torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
     const int64_t block_steps = std::min<int64_t>(kBlockSteps, p.chunk), padded = padded_to_lanes<T>(block_steps);
     const int64_t stride = padded_to_lanes<T>(p.states), all_states = p.states * slabs.blocks();
-    Vec<T> *state, *rate, *scaled, *lower = nullptr, *upper = nullptr, *step, *token, *u, *out;
+    Vec<T> *state, *rate, *high, *low, *lower = nullptr, *upper = nullptr, *step, *token, *u, *out;
     T *enter, *leave;
     Arena arena;
     const auto each = [&](const auto& visit) {
       visit(state, all_states);
-      visit(rate, all_states), visit(scaled, all_states);
+      for (auto* rates : {&rate, &high, &low}) visit(*rates, all_states);
       if (kClamp) visit(lower, all_states), visit(upper, all_states);
       for (auto* row : {&step, &token, &u, &out}) visit(*row, padded);
       visit(enter, block_steps * stride);
@@ -272,7 +274,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
       const int64_t boundary = (at.item * p.channels + at.channel) * p.states;
       states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, state);
       states_in(p.A + at.channel * p.states, at.count, p.states, rate);
-      scale_rates<T>(rate, at.blocks() * p.states, scaled);
+      split_rates<T>(rate, at.blocks() * p.states, high, low);
       if (kClamp) {
         states_in(p.lower + at.channel * p.states, at.count, p.states, lower);
         states_in(p.upper + at.channel * p.states, at.count, p.states, upper);
@@ -284,7 +286,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
           const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
           const int64_t offset = (at.item * p.channels + channel) * p.length + start;
           const Strip<T> s{steps,       p.states,   padded, lanes, rate + here, lower + here, upper + here,
-                           scaled + here, step, token, enter, leave, stride};
+                           high + here, low + here, step, token, enter, leave, stride};
           if (start % p.chunk == 0) {
             T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
             for (int64_t i = 0; i < p.states; ++i) store_block(save + i * p.channels, state[here + i], 0, lanes);
@@ -321,7 +323,7 @@ struct Past {
 
 template <class T>
 struct Scratch {
-  Vec<T> *rate, *scaled;               // [blocks][states]
+  Vec<T> *rate, *high, *low;           // [blocks][states]
   Vec<T> *lower, *upper;               // [blocks][states]
   Vec<T> *carry, *grad_rate;           // [blocks][states]
   Vec<T> *grad_skip, *grad_bias;       // [blocks]
@@ -338,7 +340,7 @@ struct Scratch {
   template <class Visit>
   void each(int64_t steps, int64_t states, int64_t blocks, bool clamped, const Visit& visit) {
     padded = padded_to_lanes<T>(steps);
-    for (auto* all : {&rate, &scaled, &carry, &grad_rate}) visit(*all, blocks * states);
+    for (auto* all : {&rate, &high, &low, &carry, &grad_rate}) visit(*all, blocks * states);
     if (clamped) visit(lower, blocks * states), visit(upper, blocks * states), visit(inside, steps * kBackwardTile * kAbreast);
     visit(grad_skip, blocks), visit(grad_bias, blocks);
     for (auto* row : rows()) visit(*row, kGroup * padded);
@@ -528,7 +530,7 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
   const auto strip = [&](int64_t block, int64_t lanes) {
     const int64_t own = here + block * p.states, row = block * z.padded;
     return Strip<T>{steps,        p.states,    z.padded,     lanes,          z.rate + own,  z.lower + own, z.upper + own,
-                    z.scaled + own, z.step + row, z.token + row, shared.enter, shared.leave, shared.stride};
+                    z.high + own, z.low + own, z.step + row, z.token + row, shared.enter, shared.leave, shared.stride};
   };
   const auto each_block = [&](const auto& visit) {
     for (int64_t b = 0; b < blocks; ++b) {
@@ -597,7 +599,7 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
       T* grad_C = slabs.count > 1 ? grad_B + projections : out.C;
       states_in(grad_last_state ? grad_last_state + boundary : nullptr, at.count, p.states, z.carry);
       states_in(p.A + own, at.count, p.states, z.rate);
-      scale_rates<T>(z.rate, at.blocks() * p.states, z.scaled);
+      split_rates<T>(z.rate, at.blocks() * p.states, z.high, z.low);
       if (kClamp) states_in(p.lower + own, at.count, p.states, z.lower), states_in(p.upper + own, at.count, p.states, z.upper);
       std::fill_n(z.grad_rate, at.blocks() * p.states, zero);
       std::fill_n(z.grad_skip, at.blocks(), zero);

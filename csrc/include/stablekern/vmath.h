@@ -17,8 +17,6 @@ SK_INLINE Vec<T> scale_by_power(Vec<T> p, IVec<T> n) {
   return p * power(half) * power(n - half);
 }
 
-constexpr double kLog2E = 1.4426950408889634;
-
 // e^x within 1.1 ulp. Reduction x = n ln2 + r, |r| <= ln2 / 2 (Cody & Waite), then e^r = 1 + r + r^2 g(r) with g a
 // minimax polynomial (Remez) for the relative error of e^r: 3e-9 for float, 4e-18 for double.
 template <class T>
@@ -28,7 +26,7 @@ SK_INLINE Vec<T> exp(Vec<T> x) {
   x = min(splat<T>(single ? 89 : 710), max(splat<T>(single ? -104 : -746), x));
   // Adding 1.5 * 2^mantissa leaves the nearest integer in the low bits.
   const Vec<T> shift = splat<T>(single ? 0x1.8p23 : 0x1.8p52);
-  const Vec<T> shifted = fma(x, splat<T>(kLog2E), shift);
+  const Vec<T> shifted = fma(x, splat<T>(1.4426950408889634), shift);
   const Vec<T> n = shifted - shift;
   // ln2 in two parts, the first with enough trailing zeros for n times it to be exact.
   Vec<T> r = fnma(n, splat<T>(single ? 0.693359375 : 6.93145751953125e-1), x);
@@ -54,14 +52,26 @@ SK_INLINE Vec<T> exp(Vec<T> x) {
 #endif
 }
 
+// The factor b of e^(a b), for many a: b log2(e) in two parts.
+template <class T>
+struct Exponent {
+  Vec<T> high, low;
+
+  explicit Exponent(Vec<T> b) {
+    const Vec<T> log2e = splat<T>(1.4426950408889634);
+    constexpr double rest = sizeof(T) == 4 ? 1.925963033500411e-8 : 2.0355273740931033e-17;
+    high = b * log2e;
+    low = fma(b, splat<T>(rest), fma(b, log2e, -high));
+  }
+};
 #if defined(SK_AVX512)
-// 2^(a b) within 1.1 ulp for |a b| < 2^20, with the product unrounded: f = a b - n, |f| <= 1/2, and a minimax polynomial
-// (Remez) for 2^f with p(0) = 1 and the relative error 2e-9.
-SK_INLINE Vec<float> exp2_of_product(Vec<float> a, Vec<float> b) {
+// e^(a b) within 2 ulp for |a b| < 2^20, with the product unrounded: f = a b log2(e) - n, |f| <= 1/2, and a minimax
+// polynomial (Remez) for 2^f with p(0) = 1 and the relative error 2e-9.
+SK_INLINE Vec<float> exp_of_product(Vec<float> a, Vec<float> high, Vec<float> low) {
   constexpr float c[] = {0.6931471824645996f,   0.24022647738456726f,  0.055503323674201965f,
                          0.00961843691766262f,  0.0013398875016719103f, 0.00015353361959569156f};
-  const Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)(a * b), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec<float> f = fma(a, b, -n);
+  const Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)(a * high), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> f = fma(a, low, fma(a, high, -n));
   Vec<float> p = splat<float>(c[5]);
   for (int k = 4; k >= 0; --k) p = fma(p, f, splat<float>(c[k]));
   return scale<float>(fma(p, f, splat<float>(1)), n);
