@@ -34,6 +34,7 @@ from stablekern.ops.selective_scan import selective_scan
 from stablekern.ops.selective_state_update import selective_state_update
 from stablekern.ops.spectral_function import spectral_function
 from stablekern.ops.ssd_scan import ssd_scan
+from stablekern.ops.ssd_state_update import ssd_state_update
 from stablekern.ops.subspace_residual import subspace_residual
 
 __version__ = "0.1.0"
@@ -66,11 +67,12 @@ __all__ = [
     "selective_state_update",
     "spectral_function",
     "ssd_scan",
+    "ssd_state_update",
     "subspace_residual",
     "use_backend",
 ]
 
-_SUBPACKAGES = ("eeg", "health", "nn", "optim", "training")
+_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

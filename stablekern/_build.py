@@ -51,6 +51,7 @@ SOURCES = (
     "cpu/selective_state_update.cpp",
     "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
+    "cpu/ssd_state_update.cpp",
 )
 
 # No fast-math: NaN and infinities must keep their meaning. These two give up what nobody reads (errno, trap flags).

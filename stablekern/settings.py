@@ -78,7 +78,7 @@ _ALL = (
     Setting("STABLEKERN_NATIVE", _flag, True, "build and use the native CPU kernels"),
     Setting("STABLEKERN_CACHE_DIR", str, None, "where compiled kernels are kept; default ~/.cache/stablekern"),
     Setting("STABLEKERN_MARCH", str, "native", "instruction set that the native kernels are compiled for (-march)"),
-    Setting("SEIZURE_MAMBA_FORCE_FALLBACK", _flag, False, "the Mamba-2 layers replace their scan by D * conv1d(x)"),
+    Setting("SEIZURE_MAMBA_FORCE_FALLBACK", _flag, False, "the Mamba layers replace their scan by D * conv1d(x)"),
     Setting(
         "BGB_NAN_DEBUG", _flag, False, "check the detector's intermediate tensors; raise at the first non-finite one"
     ),

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import stablekern.nn as snn
+from slow_mamba import compare, silu, slow_mamba2
 from stablekern.errors import NonFiniteError
-from stablekern.nn import mamba2
+from stablekern.nn import mamba2, mamba_parts
 from stablekern.nn.graph import propagation_matrix
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.cosine_edges import cosine_edges
@@ -30,67 +31,10 @@ SHORT = 16 * 21  # 21 frames: not a multiple of the small presets' graph strides
 def clean_environment(monkeypatch):
     for name in (FALLBACK, "BGB_SAFE_CLAMP", "BGB_NAN_DEBUG", "BGB_DEBUG_FINITE", "BGB_SMOKE_TEST"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(mamba2, "_told_fallback", False)
+    monkeypatch.setattr(mamba_parts, "_told_fallback", False)
 
 
 # ---------------------------------------------------------------- Mamba-2
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def slow_mamba2(block: snn.Mamba2, x: Tensor, *, fallback: bool = False, clamp: float | None = None) -> Tensor:
-    """The block one sequence, step and head at a time, from its parameters alone."""
-    p = dict(block.named_parameters())
-    heads, groups, states = p["A_log"].shape[0], block.ngroups, block.d_state
-    inner = p["norm.weight"].shape[0]
-    width, taps = inner // heads, p["conv1d.weight"].shape[-1]
-    result = []
-    for sequence in x:
-        rows = sequence @ p["in_proj.weight"].T
-        z, u, dt = rows[:, :inner], rows[:, inner : -heads or None], rows[:, -heads:]
-        state = [x.new_zeros(width, states) for _ in range(heads)]
-        outputs = []
-        for t in range(len(sequence)):
-            conv = p["conv1d.bias"] + sum(
-                p["conv1d.weight"][:, 0, taps - 1 - lag] * u[t - lag] for lag in range(taps) if t >= lag
-            )
-            conv = silu(conv)
-            B, C = (conv[inner:].reshape(2, groups, states)[i] for i in (0, 1))
-            y = []
-            for h in range(heads):
-                v = conv[h * width : (h + 1) * width]
-                y.append(p["D"][h] * v)
-                if fallback:
-                    continue
-                group = h * groups // heads
-                delta = torch.log(1 + torch.exp(dt[t, h] + p["dt_bias"][h]))
-                decay = torch.exp(-delta * torch.exp(p["A_log"][h]))
-                state[h] = decay * state[h] + delta * torch.outer(v, B[group])
-                if clamp is not None:
-                    state[h] = state[h].clamp(-clamp, clamp)
-                y[-1] = y[-1] + state[h] @ C[group]
-            gated = (torch.cat(y) * silu(z[t])).reshape(groups, -1)
-            normed = gated / torch.sqrt((gated**2).mean(1, keepdim=True) + 1e-5)
-            outputs.append(p["out_proj.weight"] @ (normed.flatten() * p["norm.weight"]))
-        result.append(torch.stack(outputs))
-    return torch.stack(result)
-
-
-def compare(module: nn.Module, actual: Tensor, expected: Tensor) -> None:
-    """Values and the gradients of one random linear loss to every parameter, at float64 accuracy."""
-    weight = torch.randn_like(expected)
-    parameters = dict(module.named_parameters())
-    got, wanted = (
-        torch.autograd.grad((out * weight).sum(), list(parameters.values()), allow_unused=True)
-        for out in (actual, expected)
-    )
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-    for name, a, b in zip(parameters, got, wanted, strict=True):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +96,7 @@ def test_mamba2_initial_values():
 def test_mamba2_reverse_is_the_flipped_block(monkeypatch, forced):
     """What a bidirectional layer did with two flipped copies."""
     monkeypatch.setenv(FALLBACK, forced)
-    monkeypatch.setattr(mamba2, "_told_fallback", True)
+    monkeypatch.setattr(mamba_parts, "_told_fallback", True)
     block, x = snn.Mamba2(8, 4, headdim=4, ngroups=2).double(), torch.randn(2, 70, 8, dtype=torch.float64)
     torch.testing.assert_close(block(x, reverse=True), block(x.flip(1)).flip(1))
 
@@ -662,6 +606,7 @@ NANO = snn.SeizureDetector.from_preset("nano")
 CHILD = """
 import os, sys, warnings, torch
 import stablekern.nn as snn
+from slow_mamba import compare, silu, slow_mamba2
 state, fallback_state, x, expected = torch.load(sys.argv[1])
 model = snn.SeizureDetector.from_preset("nano").eval()
 print(model.load_state_dict(state))

@@ -50,13 +50,16 @@ def _case(
 
 _WIDE, _LONG = (8, 1024, 960), (2, 64, 65536)
 _LOOP = "sequential torch loop over views"
-# The clamp's price: the same call without it is the baseline, so the ratio is at least 1 / 1.12.
+# The clamp's price: the same call without it is the baseline, so the ratio is at least 1 / 1.12 where few states
+# saturate. At 5 it is 3 in 10 000; at 1 it is four in ten, which read their tokens again in the backward pass.
 _FREE = "itself without the clamp"
+_CLAMP_GATES = {"fwd": 1 / 1.12, "fwd+bwd": 1 / 1.12}
 
 CASES = (
     _case(_WIDE, torch.float32, "mambapy pscan", _pscan),
     _case(_WIDE, torch.float32, _LOOP, spine.reference),
-    _case(_WIDE, torch.float32, _FREE, stablekern.linear_scan, clamp=5.0),
+    _case(_WIDE, torch.float32, _FREE, stablekern.linear_scan, clamp=5.0, gates=_CLAMP_GATES),
+    _case(_WIDE, torch.float32, _FREE, stablekern.linear_scan, clamp=1.0),
     _case(_WIDE, torch.complex64, "mambapy pscan", _pscan),
     _case(_LONG, torch.float32, "mambapy pscan", _pscan),
     _case(_LONG, torch.complex64, "mambapy pscan", _pscan),

@@ -2,7 +2,9 @@
 
 from stablekern.nn.detector import DetectorConfig, SeizureDetector
 from stablekern.nn.graph import DynamicLaplacianPE, EdgeStream, GraphMixer
+from stablekern.nn.mamba import Mamba
 from stablekern.nn.mamba2 import BiMamba2, Mamba2
+from stablekern.nn.mamba_parts import MambaCache
 from stablekern.nn.norms import LayerScale, RMSNorm, RMSNormGated
 from stablekern.nn.tcn import ProjectionHead, TCNEncoder
 
@@ -13,7 +15,9 @@ __all__ = [
     "EdgeStream",
     "GraphMixer",
     "LayerScale",
+    "Mamba",
     "Mamba2",
+    "MambaCache",
     "ProjectionHead",
     "RMSNorm",
     "RMSNormGated",

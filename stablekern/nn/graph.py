@@ -16,15 +16,11 @@ from torch import Tensor, nn
 from stablekern import _check, numerics
 from stablekern.errors import message
 from stablekern.nn.mamba2 import BiMamba2
-from stablekern.nn.norms import LayerScale
+from stablekern.nn.norms import LayerScale, wide
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.laplacian_pe import laplacian_pe
 
 __all__ = ["DynamicLaplacianPE", "EdgeStream", "GraphMixer", "propagation_matrix"]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class EdgeStream(nn.Module):
@@ -70,12 +66,12 @@ class EdgeStream(nn.Module):
 
     def forward(self, electrodes: Tensor) -> Tensor:  # (b, N, T, D) -> (b, E, T_g)
         _check.shapes("nn.EdgeStream", electrodes=(electrodes, f"b {self.n_nodes} t d"))
-        cosines = cosine_edges(_wide(electrodes), metric=self.metric)
+        cosines = cosine_edges(wide(electrodes), metric=self.metric)
         if self.stride > 1:  # with ceil_mode the last window is shorter, and its mean is over what it holds
             cosines = nn.functional.avg_pool1d(cosines, self.stride, ceil_mode=True)
         batch, edges = cosines.shape[:2]
         lifted = self.edge_in_proj(cosines.flatten(0, 1).unsqueeze(1))
-        weights = nn.functional.softplus(_wide(self.edge_out_proj(self.edge_mamba(lifted))))
+        weights = nn.functional.softplus(wide(self.edge_out_proj(self.edge_mamba(lifted))))
         return weights.view(batch, edges, -1)
 
 
@@ -98,7 +94,7 @@ class DynamicLaplacianPE(nn.Module):
         self.align = align
 
     def forward(self, adjacency: Tensor) -> Tensor:  # (b, T, N, N) -> (b, T, N, k)
-        return laplacian_pe(_wide(adjacency), self.k, align=self.align, interval=self.interval)
+        return laplacian_pe(wide(adjacency), self.k, align=self.align, interval=self.interval)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, interval={self.interval}, align={self.align!r}"
@@ -188,7 +184,7 @@ class GraphMixer(nn.Module):
         if sizes["g"] != graphs:
             rule = f"`adjacency` must hold ceil(T / stride) = {graphs} graphs for {frames} frames"
             raise ValueError(message("nn.GraphMixer", rule, sizes["g"]))
-        matrix = propagation_matrix(_wide(adjacency), self.alpha, self.hops)
+        matrix = propagation_matrix(wide(adjacency), self.alpha, self.hops)
         encoding = self.pe(adjacency).unsqueeze(3).expand(-1, -1, -1, stride, -1)  # (b, g, n, stride, k)
         padded = nn.functional.pad(x, (0, 0, 0, graphs * stride - frames))
         nodes = padded.unflatten(2, (graphs, stride)).transpose(1, 2)  # (b, g, n, stride, d)

@@ -11,10 +11,7 @@ Every parameter has the name and shape that mamba_ssm's `Mamba2` gives it, and t
 device, so a checkpoint trained on a GPU gives the same output on a CPU. The arguments of all exponentials of the scan
 are <= 0.
 
-**The fallback.** While `SEIZURE_MAMBA_FORCE_FALLBACK` is on, a block leaves its scan out: in_proj, the block's own
-depthwise causal convolution, SiLU, $D x'$, gated norm, out_proj. It has no parameters of its own: checkpoints move both
-ways between the two modes, `A_log` and `dt_bias` just stay unused (and without gradient). One warning per process says
-so, `repr` shows it, and nothing else ever enters it: a kernel that fails raises.
+Streaming and the fallback are those of all Mamba blocks, see `stablekern.nn.mamba_parts`.
 
 Sources: Dao & Gu 2024, arXiv:2405.21060; parameter names and initial values: the class `Mamba2` of
 github.com/state-spaces/mamba.
@@ -30,32 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stablekern import _check, numerics, settings
+from stablekern import _check, numerics
 from stablekern.errors import message
-from stablekern.nn.norms import LayerScale, RMSNormGated
-from stablekern.ops.causal_conv1d import causal_conv1d
+from stablekern.nn import mamba_parts
+from stablekern.nn.mamba_parts import MambaCache
+from stablekern.nn.norms import LayerScale, RMSNormGated, wide
 from stablekern.ops.ssd_scan import ssd_scan
 
 __all__ = ["BiMamba2", "Mamba2", "drop_fallback_entries"]
 
-_FALLBACK = "SEIZURE_MAMBA_FORCE_FALLBACK"
+_OP = "nn.Mamba2"
 _FALLBACK_ENTRY = re.compile(r"(^|\.)layers\.\d+\.(forward|backward)_mamba_fallback\.")
-_told_fallback = False
-
-
-def _forced_fallback() -> bool:
-    """Whether the variable is on now; the first time that it is, one warning for the whole process."""
-    global _told_fallback
-    if not settings.get(_FALLBACK):
-        return False
-    if not _told_fallback:
-        _told_fallback = True
-        warnings.warn(
-            message("nn.Mamba2", f"{_FALLBACK} is on, Mamba-2 blocks compute D * conv1d(x), no recurrence"),
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return True
 
 
 class Mamba2(nn.Module):
@@ -103,23 +85,20 @@ class Mamba2(nn.Module):
             "ngroups": ngroups,
         }
         for name, size in sizes.items():
-            setattr(self, name, _check.integer("nn.Mamba2", name, size, low=1))
+            setattr(self, name, _check.integer(_OP, name, size, low=1))
         self.d_inner = expand * d_model
         if self.d_inner % headdim:
-            raise ValueError(message("nn.Mamba2", "`headdim` must divide `expand * d_model`", headdim, self.d_inner))
+            raise ValueError(message(_OP, "`headdim` must divide `expand * d_model`", headdim, self.d_inner))
         self.nheads = self.d_inner // headdim
         if self.nheads % ngroups:
-            raise ValueError(message("nn.Mamba2", "`ngroups` must divide the heads", ngroups, self.nheads))
+            raise ValueError(message(_OP, "`ngroups` must divide the heads", ngroups, self.nheads))
         self.dt_limit, self.state_clamp = dt_limit, state_clamp
         self._states = ngroups * d_state
 
         width = self.d_inner + 2 * self._states
         self.in_proj = nn.Linear(d_model, self.d_inner + width + self.nheads, bias=False)
         self.conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1)
-        # Step sizes log-uniform in [dt_min, dt_max]; dt_bias is their inverse softplus, log(e^dt - 1).
-        log_step = torch.empty(self.nheads).uniform_(math.log(dt_min), math.log(dt_max))
-        step = log_step.exp().clamp_min(numerics.MAMBA_DT_INIT_FLOOR.value)
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+        self.dt_bias = nn.Parameter(mamba_parts.initial_dt_bias(self.nheads, dt_min, dt_max))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
         for parameter in (self.dt_bias, self.A_log, self.D):
@@ -127,37 +106,68 @@ class Mamba2(nn.Module):
         self.norm = RMSNormGated(self.d_inner, groups=ngroups)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
-        """`reverse` runs the block backwards in time: the same as flipping its input and output."""
-        _check.shapes("nn.Mamba2", x=(x, f"b l {self.d_model}"))
-        fallback = _forced_fallback()
+    def forward(
+        self, x: Tensor, cache: MambaCache | None = None, *, reverse: bool = False
+    ) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
+        """`cache`, of `allocate_inference_cache`: go on after the steps that it has seen, and move it on. `reverse`
+        runs the block backwards in time: the same as flipping its input and output."""
+        batch = _check.shapes(_OP, x=(x, f"b l {self.d_model}"))["b"]
+        if cache is not None:
+            if reverse:
+                raise ValueError(message(_OP, "`reverse` starts at the last step and cannot stream", "a cache"))
+            mamba_parts.check_cache(_OP, cache, batch, self.conv1d, (self.nheads, self.headdim, self.d_state))
+        fallback = mamba_parts.fallback_forced()
         z, channels, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * self._states, self.nheads), dim=-1)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        channels = causal_conv1d(channels.mT, weight, bias, activation="silu", reverse=reverse).mT
+        channels = mamba_parts.convolve(channels, self.conv1d, cache, reverse).mT
         inner, B, C = channels.split((self.d_inner, self._states, self._states), dim=-1)
         inner = inner.unflatten(-1, (self.nheads, self.headdim))
         if fallback:
             y = inner * self.D[:, None]
         else:
-            y = ssd_scan(
-                inner,
-                dt.to(inner.dtype),
-                -torch.exp(self.A_log),
-                B.unflatten(-1, (self.ngroups, self.d_state)),
-                C.unflatten(-1, (self.ngroups, self.d_state)),
-                D=self.D,
-                dt_bias=self.dt_bias,
-                dt_softplus=True,
-                dt_limit=self.dt_limit,
-                state_clamp=self.state_clamp,
-                reverse=reverse,
-            )
+            B, C = (M.unflatten(-1, (self.ngroups, self.d_state)) for M in (B, C))
+            y = self._scan(inner, dt.to(inner.dtype), B, C, cache, reverse)
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _scan(self, inner: Tensor, dt: Tensor, B: Tensor, C: Tensor, cache: MambaCache | None, reverse: bool) -> Tensor:
+        y = ssd_scan(
+            inner,
+            dt,
+            -torch.exp(wide(self.A_log)),
+            B,
+            C,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+            state_clamp=self.state_clamp,
+            initial_state=None if cache is None else cache.ssm_state,
+            return_last_state=cache is not None,
+            reverse=reverse,
+        )
+        if cache is not None:
+            y, last_state = y
+            cache.ssm_state.copy_(last_state.detach())
+        return y
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
+    ) -> MambaCache:
+        """The cache of a block that has seen nothing: `conv_state` (b, d_inner + 2 ngroups d_state, d_conv),
+        `ssm_state` (b, heads, headdim, d_state).
+
+        `max_seqlen` is ignored: the size does not depend on the length. `dtype` is that of the parameters if None, but
+        float32 at least for `ssm_state`.
+        """
+        return mamba_parts.allocate(_OP, self.conv1d, (self.nheads, self.headdim, self.d_state), batch_size, dtype)
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next step alone, (b, 1, d_model), without gradient; returns its output and the two states, which change
+        in place."""
+        return mamba_parts.step(_OP, self, hidden_states, conv_state, ssm_state)
 
     def extra_repr(self) -> str:
         heads = f"heads={self.nheads}x{self.headdim}, ngroups={self.ngroups}"
-        text = f"d_model={self.d_model}, d_state={self.d_state}, {heads}"
-        return f"{text}, fallback forced" if settings.get(_FALLBACK) else text
+        return mamba_parts.with_fallback(f"d_model={self.d_model}, d_state={self.d_state}, {heads}")
 
 
 def drop_fallback_entries(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
@@ -236,6 +246,13 @@ class BiMamba2(nn.Module):
         }
         self.layers = nn.ModuleList(_BiMamba2Layer(d_model, dropout, layerscale, **mamba) for _ in range(num_layers))
         self.register_load_state_dict_pre_hook(drop_fallback_entries)
+
+    def allocate_inference_cache(self, *_: Any, **__: Any) -> None:
+        """Raises: half of every layer starts at the last step of the sequence, so there is nothing to stream."""
+        rule = "streaming needs blocks that look back only"
+        raise TypeError(message("nn.BiMamba2", rule, "backward blocks, which start at the last step"))
+
+    step = allocate_inference_cache
 
     def forward(self, x: Tensor) -> Tensor:  # (b, d_model, l) -> (b, d_model, l)
         _check.shapes("nn.BiMamba2", x=(x, f"b {self.d_model} l"))

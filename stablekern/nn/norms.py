@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stablekern import _check, numerics
 
-__all__ = ["LayerScale", "RMSNorm", "RMSNormGated", "boundary_norm"]
+__all__ = ["LayerScale", "RMSNorm", "RMSNormGated", "boundary_norm", "wide"]
 
 
 def _rms_normalise(x: Tensor, eps: float) -> Tensor:
@@ -19,7 +19,8 @@ def _rms_normalise(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Half precision to float32, anything else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -40,7 +41,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
-        return (_rms_normalise(_wide(x), self.eps) * self.scale).to(x.dtype)
+        return (_rms_normalise(wide(x), self.eps) * self.scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps:g}"
@@ -68,7 +69,7 @@ class RMSNormGated(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:  # (..., dim), (..., dim) -> (..., dim)
-        gated = _wide(y) * nn.functional.silu(_wide(z))
+        gated = wide(y) * nn.functional.silu(wide(z))
         if self.groups > 1:
             normal = _rms_normalise(gated.unflatten(-1, (self.groups, -1)), self.eps).flatten(-2)
         else:

@@ -1,0 +1,71 @@
+"""A whole Mamba block, forward and backward, against transformers' mixers without kernels: `python -m bench.block`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from bench.store import append, stamp
+from bench.timing import interleave, keep_freed_memory
+from stablekern.nn import Mamba, Mamba2
+
+BASELINE = "transformers' {} of the same weights, its path in plain torch"
+
+
+def blocks(kind: str, d_model: int) -> tuple[nn.Module, nn.Module, str]:
+    """Ours, theirs with the same weights, and the name of theirs."""
+    import transformers.models.mamba.modeling_mamba as mamba
+    import transformers.models.mamba2.modeling_mamba2 as mamba2
+
+    shared = {"hidden_size": d_model, "state_size": 16, "num_hidden_layers": 1}
+    if kind == "mamba":
+        ours, theirs = Mamba(d_model), mamba.MambaMixer(mamba.MambaConfig(**shared, use_mambapy=False), 0)
+    else:
+        config = mamba2.Mamba2Config(**shared, num_heads=2 * d_model // 8, head_dim=8, n_groups=1)
+        ours, theirs = Mamba2(d_model), mamba2.Mamba2Mixer(config, 0)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs, BASELINE.format(type(theirs).__name__)
+
+
+def step(block: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    def run() -> None:
+        for tensor in (x, *block.parameters()):
+            tensor.grad = None
+        block(x).square().mean().backward()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="2,960,64", help="batch, length, d_model")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--save", action="store_true", help="append to bench/results")
+    options = parser.parse_args()
+    keep_freed_memory()
+    batch, length, d_model = map(int, options.shape.split(","))
+    for kind in ("mamba", "mamba2"):
+        torch.manual_seed(0)
+        ours, theirs, name = blocks(kind, d_model)
+        x = torch.randn(batch, length, d_model, requires_grad=True)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+        runs = {"ours": step(ours, x), "theirs": step(theirs, x)}
+        times = interleave(runs, seconds=options.seconds, device="cpu")
+        ratio = times["theirs"].median / times["ours"].median
+        result = {
+            "op": "block", "case": f"nn.{type(ours).__name__}, ({options.shape})", "direction": "fwd+bwd",
+            "baseline": name, "ms": round(1e3 * times["ours"].median, 2),
+            "baseline_ms": round(1e3 * times["theirs"].median, 2), "ratio": round(ratio, 2),
+            "samples": len(times["ours"].samples), "busy_samples": times["ours"].busy + times["theirs"].busy,
+            **stamp("cpu"),
+        }  # fmt: skip
+        print(f"{result['case']}: {result['ms']} ms, {name}: {result['baseline_ms']} ms, ratio {result['ratio']}")
+        if options.save:
+            append(result)
+
+
+if __name__ == "__main__":
+    main()
