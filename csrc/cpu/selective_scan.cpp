@@ -5,9 +5,10 @@
 // (channels, time) are turned in registers as they come and go; step sizes, gate and skip are done on the way.
 //
 // Time goes in blocks of a few steps, and inside of those all blocks of lanes, so what they share (B and C) is brought
-// into place once. Backward, per chunk from its saved start state: recompute and keep the states and decays of one tile
-// of states, then sweep back. The sums over channels for dB and dC stay vectors until all blocks of lanes of the chunk
-// have been added, and are reduced once.
+// into place once. Backward, per chunk and a group of blocks of lanes: for each tile of states, from the saved start on,
+// recompute and keep states and decays, then sweep back. A few blocks go abreast and share each load and store of the
+// sums over channels for dB and dC, which stay vectors until all blocks of lanes of the chunk have been added. Sizes are
+// such that one tile's history, its sums and the group's rows stay in a first-level cache of 32 KB for 16 steps.
 //
 // One task is one batch item, group and slab of channels. The split depends on sizes alone and slabs are added in their
 // order, so no result depends on the number of threads. Fused multiply-adds are written out as `fma` for the same reason.
@@ -16,6 +17,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
@@ -32,12 +34,15 @@ namespace {
 using torch::stable::Tensor;
 
 #if defined(SK_AVX512)
-constexpr int kForwardTile = 8;  // states held in registers
-constexpr int kBackwardTile = 8;  // and as many sums for dA
+constexpr int kForwardTile = 8;   // states held in registers
+constexpr int kBackwardTile = 4;  // with their sums for dA, of
+constexpr int kAbreast = 2;       // this many blocks of lanes, which share the sums for dB and dC
 #else
 constexpr int kForwardTile = 8;
 constexpr int kBackwardTile = 4;
+constexpr int kAbreast = 1;
 #endif
+constexpr int64_t kGroup = 2;  // blocks of lanes that a tile of states passes before the next tile
 constexpr int kBlockSteps = 16;           // of the forward pass
 constexpr int64_t kThreadWork = 1 << 16;  // updates of a state, some 20 microseconds; less is done by one thread
 constexpr int64_t kSumGrain = 1 << 14;    // sums of a few numbers, likewise
@@ -154,10 +159,11 @@ struct Projections {
   }
 };
 
-// One block of lanes over one block of steps: what all tiles of states share.
+// One block of lanes, or several abreast, over one block of steps: what all tiles of states share.
 template <class T>
 struct Strip {
   int64_t steps;
+  int64_t states, row;              // from one block of lanes to the next: in what has states, in what has steps
   int64_t lanes;                    // that are channels
   const Vec<T> *rate, *lower, *upper;  // [states]
   const Vec<T> *high, *low;         // [states], the rates as `Exponent`
@@ -279,8 +285,8 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
         for (int64_t b = 0; b < at.blocks(); ++b) {
           const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
           const int64_t offset = (at.item * p.channels + channel) * p.length + start;
-          const Strip<T> s{steps,      lanes, rate + here, lower + here, upper + here, high + here,
-                           low + here, step,  token,       enter,        leave,        stride};
+          const Strip<T> s{steps,       p.states,   padded, lanes, rate + here, lower + here, upper + here,
+                           high + here, low + here, step, token, enter, leave, stride};
           if (start % p.chunk == 0) {
             T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
             for (int64_t i = 0; i < p.states; ++i) store_block(save + i * p.channels, state[here + i], 0, lanes);
@@ -308,90 +314,147 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
+// What the way back needs of a step: the state before it, and the decay. Side by side, so that no two streams of stores
+// run a multiple of 4096 bytes apart, which costs as much as the arithmetic.
+template <class T>
+struct Past {
+  Vec<T> state, decay;
+};
+
 template <class T>
 struct Scratch {
   Vec<T> *rate, *high, *low;           // [blocks][states]
   Vec<T> *lower, *upper;               // [blocks][states]
   Vec<T> *carry, *grad_rate;           // [blocks][states]
   Vec<T> *grad_skip, *grad_bias;       // [blocks]
-  Vec<T> *u, *step, *token, *slope;    // [steps]
-  Vec<T> *grad_y, *grad_out, *z;       // [steps]: before the gate, behind it, the gate
-  Vec<T> *y, *by_token, *by_decay;     // [steps]: sums over states of h C, G B, and a G h A
-  Vec<T> *trail, *decay;               // [steps (+ 1)][tile], of one tile of states
-  Mask<T>* inside;                     // [steps][tile]
+  Vec<T> *u, *step, *token, *slope;    // [kGroup][steps]
+  Vec<T> *grad_y, *grad_out, *z;       // [kGroup][steps]: before the gate, behind it, the gate
+  Vec<T> *y, *by_token, *by_decay;     // [kGroup][steps]: sums over states of h C, G B, and a G h A
+  Past<T>* past;                       // [steps][tile][kAbreast], of one tile of states
+  Mask<T>* inside;                     // [steps][tile][kAbreast]
   Vec<T> *grad_enter, *grad_leave;     // [states][steps], to be summed over lanes
   Vec<T> *rest_enter, *rest_leave;     // the same of a last, incomplete block
   T *enter, *leave;                    // [steps][states]
-  T* sums;                             // [steps]
   int64_t padded;                      // steps
 
   template <class Visit>
   void each(int64_t steps, int64_t states, int64_t blocks, bool clamped, const Visit& visit) {
     padded = padded_to_lanes<T>(steps);
     for (auto* all : {&rate, &high, &low, &carry, &grad_rate}) visit(*all, blocks * states);
-    if (clamped) visit(lower, blocks * states), visit(upper, blocks * states), visit(inside, steps * kBackwardTile);
+    if (clamped) visit(lower, blocks * states), visit(upper, blocks * states), visit(inside, steps * kBackwardTile * kAbreast);
     visit(grad_skip, blocks), visit(grad_bias, blocks);
-    for (auto* row : {&u, &step, &token, &slope, &grad_y, &grad_out, &z, &y, &by_token, &by_decay}) visit(*row, padded);
-    visit(trail, (steps + 1) * kBackwardTile), visit(decay, steps * kBackwardTile);
+    for (auto* row : rows()) visit(*row, kGroup * padded);
+    visit(past, steps * kBackwardTile * kAbreast);
     for (auto* sum : {&grad_enter, &grad_leave, &rest_enter, &rest_leave}) visit(*sum, padded * states);
     visit(enter, steps * padded_to_lanes<T>(states)), visit(leave, steps * padded_to_lanes<T>(states));
-    visit(sums, padded);
+  }
+  std::array<Vec<T>**, 10> rows() {
+    return {&u, &step, &token, &slope, &grad_y, &grad_out, &z, &y, &by_token, &by_decay};
+  }
+  // As that block of a group sees it, the first one of which is block `first` of the slab.
+  Scratch of(int64_t first, int64_t block) const {
+    Scratch one = *this;
+    for (auto* row : one.rows()) *row += block * padded;
+    one.grad_skip += first + block, one.grad_bias += first + block;
+    return one;
   }
 };
 
-// The states of a tile from the chunk's start on, and sums of grad_y h and, with a gate, of h C.
-template <class T, bool kClamp, bool kGate, bool kTame, int N>
-SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, const T* saved, int64_t row, Vec<T>* grad_leave) {
-  Vec<T> h[N];
+// The states of a tile, of W blocks abreast, from the chunk's start on, and sums of grad_y h and, with a gate, of h C.
+template <class T, bool kClamp, bool kGate, bool kTame, int N, int W>
+SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t block, int64_t first, const T* saved,
+                                int64_t channels, Vec<T>* grad_leave) {
+  const int64_t rows = block * s.row;
+  Vec<T> h[N][W];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) z.trail[i] = h[i] = load_block(saved + (first + i) * row, 0, s.lanes);
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) {
+      const T* from = saved + (first + i) * channels + w * kLanes<T>;
+      h[i][w] = load_block(from, 0, s.lanes);
+      __builtin_prefetch(from - s.states * channels, 0, 2);  // of the chunk that comes next
+    }
   for (int64_t t = 0; t < s.steps; ++t) {
     const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
-    const Vec<T> step = s.step[t], token = s.token[t], grad_y = z.grad_y[t];
-    Vec<T> y = kGate ? z.y[t] : Vec<T>{};
-    Vec<T>*trail = z.trail + (t + 1) * N, *decays = z.decay + t * N;
+    Vec<T> step[W], token[W], grad_y[W], y[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) {
+      const int64_t at = rows + w * s.row + t;
+      step[w] = s.step[at], token[w] = s.token[at], grad_y[w] = z.grad_y[at];
+      if constexpr (kGate) y[w] = z.y[at];
+    }
+    Past<T>* past = z.past + t * N * W;
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      const Vec<T> decay = decay_of<kTame>(s, step, first + i);
-      Mask<T>* inside = kClamp ? z.inside + t * N + i : nullptr;
-      h[i] = advance<T, kClamp>(s, first + i, h[i], decay, token * splat(enter[i]), inside);
-      decays[i] = decay;
-      trail[i] = h[i];
-      Vec<T>& sum = grad_leave[(first + i) * z.padded + t];
-      sum = fma(grad_y, h[i], sum);
-      if constexpr (kGate) y = fma(h[i], splat(leave[i]), y);
+      Vec<T>& total = grad_leave[(first + i) * z.padded + t];
+      Vec<T> sum = total;
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        const int64_t state = (block + w) * s.states + first + i;
+        const Vec<T> decay = decay_of<kTame>(s, step[w], state);
+        Mask<T>* inside = kClamp ? z.inside + (t * N + i) * W + w : nullptr;
+        past[i * W + w] = {h[i][w], decay};
+        h[i][w] = advance<T, kClamp>(s, state, h[i][w], decay, token[w] * splat(enter[i]), inside);
+        sum = fma(grad_y[w], h[i][w], sum);
+        if constexpr (kGate) y[w] = fma(h[i][w], splat(leave[i]), y[w]);
+      }
+      total = sum;
     }
-    if constexpr (kGate) z.y[t] = y;
+    if constexpr (kGate)
+      for (int w = 0; w < W; ++w) z.y[rows + w * s.row + t] = y[w];
   }
 }
 
 // The sweep back over the steps of a chunk.
-template <class T, bool kClamp, int N>
-SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t first, Vec<T>* carry, Vec<T>* grad_rate, Vec<T>* grad_enter) {
-  Vec<T> r[N], by_rate[N];
+template <class T, bool kClamp, int N, int W>
+SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t block, int64_t first, Vec<T>* carry,
+                              Vec<T>* grad_rate, Vec<T>* grad_enter) {
+  const int64_t rows = block * s.row;
+  Vec<T> r[N][W], by_rate[N][W];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) r[i] = carry[first + i], by_rate[i] = Vec<T>{};
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) r[i][w] = carry[(block + w) * s.states + first + i], by_rate[i][w] = Vec<T>{};
   for (int64_t t = s.steps - 1; t >= 0; --t) {
     const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
-    const Vec<T>*before = z.trail + t * N, *decays = z.decay + t * N;
-    const Vec<T> step = s.step[t], token = s.token[t], grad_y = z.grad_y[t];
-    Vec<T> by_token = z.by_token[t], by_decay = z.by_decay[t];
+    const Past<T>* past = z.past + t * N * W;
+    Vec<T> step[W], token[W], grad_y[W], by_token[W], by_decay[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) {
+      const int64_t at = rows + w * s.row + t;
+      step[w] = s.step[at], token[w] = s.token[at], grad_y[w] = z.grad_y[at];
+      by_token[w] = z.by_token[at], by_decay[w] = z.by_decay[at];
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      Vec<T> grad = fma(grad_y, splat(leave[i]), r[i]);
-      if constexpr (kClamp) grad = select(z.inside[t * N + i], grad, Vec<T>{});
-      Vec<T>& sum = grad_enter[(first + i) * z.padded + t];
-      sum = fma(grad, token, sum);
-      by_token = fma(grad, splat(enter[i]), by_token);
-      r[i] = decays[i] * grad;
-      const Vec<T> by_exponent = r[i] * before[i];
-      by_rate[i] = fma(by_exponent, step, by_rate[i]);
-      by_decay = fma(by_exponent, s.rate[first + i], by_decay);
+      Vec<T>& total = grad_enter[(first + i) * z.padded + t];
+      Vec<T> sum = total;
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        Vec<T> grad = fma(grad_y[w], splat(leave[i]), r[i][w]);
+        if constexpr (kClamp) grad = select(z.inside[(t * N + i) * W + w], grad, Vec<T>{});
+        sum = fma(grad, token[w], sum);
+        by_token[w] = fma(grad, splat(enter[i]), by_token[w]);
+        r[i][w] = past[i * W + w].decay * grad;
+        const Vec<T> by_exponent = r[i][w] * past[i * W + w].state;
+        by_rate[i][w] = fma(by_exponent, step[w], by_rate[i][w]);
+        by_decay[w] = fma(by_exponent, s.rate[(block + w) * s.states + first + i], by_decay[w]);
+      }
+      total = sum;
     }
-    z.by_token[t] = by_token, z.by_decay[t] = by_decay;
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) {
+      const int64_t at = rows + w * s.row + t;
+      z.by_token[at] = by_token[w], z.by_decay[at] = by_decay[w];
+    }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) carry[first + i] = r[i], grad_rate[first + i] += by_rate[i];
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) {
+      const int64_t state = (block + w) * s.states + first + i;
+      carry[state] = r[i][w], grad_rate[state] += by_rate[i][w];
+    }
 }
 
 template <class T>
@@ -399,16 +462,15 @@ struct Gradients {
   T *u, *delta, *A, *B, *C, *D, *z, *bias, *initial_state;
 };
 
-template <class T, bool kClamp, bool kGate>
-void backward_strip(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z, int64_t block, int64_t channel,
-                    int64_t offset, const T* grad_out, const T* saved, Vec<T>* grad_enter, Vec<T>* grad_leave,
-                    const Gradients<T>& out) {
+// Rows of one block of lanes before its states, `s` and `z` being that block's. False if an exponent is extreme.
+template <class T, bool kGate>
+bool backward_rows(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z, int64_t channel, int64_t offset,
+                   const T* grad_out) {
   const int64_t ahead = -p.chunk;
-  for (int64_t i = 0; i < p.states; ++i) __builtin_prefetch(saved + (i - p.states) * p.channels, 0, 2);
   const bool tame = prepare(p, s, channel, offset, ahead, z.u, z.slope);
   load_turned(grad_out + offset, p.length, s.lanes, s.steps, ahead, z.grad_y);
-  const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
   if constexpr (kGate) {
+    const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
     load_turned(p.z + offset, p.length, s.lanes, s.steps, ahead, z.z);
     for (int64_t t = 0; t < s.steps; ++t) {
       z.grad_out[t] = z.grad_y[t];
@@ -418,19 +480,15 @@ void backward_strip(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z,
   }
   std::fill_n(z.by_token, s.steps, Vec<T>{});
   std::fill_n(z.by_decay, s.steps, Vec<T>{});
-  const int64_t here = block * p.states;
-  Vec<T>*carry = z.carry + here, *grad_rate = z.grad_rate + here;
-  if (tame)
-    for_tiles<kBackwardTile>(p.states, [&](auto size, int64_t first) {
-      constexpr int N = decltype(size)::value;
-      recompute_tile<T, kClamp, kGate, true, N>(s, z, first, saved, p.channels, grad_leave);
-      adjoint_tile<T, kClamp, N>(s, z, first, carry, grad_rate, grad_enter);
-    });
-  else
-    for (int64_t i = 0; i < p.states; ++i) {
-      recompute_tile<T, kClamp, kGate, false, 1>(s, z, i, saved, p.channels, grad_leave);
-      adjoint_tile<T, kClamp, 1>(s, z, i, carry, grad_rate, grad_enter);
-    }
+  return tame;
+}
+
+// And behind them: the gradients of the rows.
+template <class T, bool kGate>
+void row_gradients(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z, int64_t channel, int64_t offset,
+                   const Gradients<T>& out) {
+  const int64_t ahead = -p.chunk;
+  const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
   Vec<T> by_skip{}, by_bias{};
   for (int64_t t = 0; t < s.steps; ++t) {
     const Vec<T> grad_y = z.grad_y[t], u = z.u[t], by_token = z.by_token[t];
@@ -446,7 +504,7 @@ void backward_strip(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z,
     }
     z.by_token[t] = grad_u, z.by_decay[t] = grad_delta;
   }
-  z.grad_skip[block] += by_skip, z.grad_bias[block] += by_bias;
+  *z.grad_skip += by_skip, *z.grad_bias += by_bias;
   store_turned(z.by_token, s.lanes, s.steps, ahead, out.u + offset, p.length);
   store_turned(z.by_decay, s.lanes, s.steps, ahead, out.delta + offset, p.length);
   if constexpr (kGate) store_turned(z.y, s.lanes, s.steps, ahead, out.z + offset, p.length);
@@ -459,6 +517,61 @@ void add_rest(const Vec<T>* rest, int64_t lanes, int64_t count, Vec<T>* sums) {
   for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<typename VecTypes<T>::integer>(lanes - k);
   const Mask<T> channel = greater_than<T>(lane, 0);
   for (int64_t k = 0; k < count; ++k) sums[k] += select(channel, rest[k], Vec<T>{});
+}
+
+// Up to kGroup blocks of lanes over one chunk, tile after tile of states.
+template <class T, bool kClamp, bool kGate>
+void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T>& shared, const Scratch<T>& z,
+                    int64_t first_block, int64_t start, int64_t steps, const T* grad_out, const T* chunk_states,
+                    const Gradients<T>& out) {
+  const int64_t blocks = std::min(kGroup, at.blocks() - first_block), here = first_block * p.states;
+  const int64_t first_channel = at.channel + first_block * kLanes<T>;
+  const int64_t whole = std::min(blocks, (at.count - first_block * kLanes<T>) / kLanes<T>);
+  const auto strip = [&](int64_t block, int64_t lanes) {
+    const int64_t own = here + block * p.states, row = block * z.padded;
+    return Strip<T>{steps,        p.states,    z.padded,     lanes,          z.rate + own,  z.lower + own, z.upper + own,
+                    z.high + own, z.low + own, z.step + row, z.token + row, shared.enter, shared.leave, shared.stride};
+  };
+  const auto each_block = [&](const auto& visit) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t channel = first_channel + b * kLanes<T>;
+      const int64_t offset = (at.item * p.channels + channel) * p.length + start;
+      visit(strip(b, at.in_block(first_block + b)), z.of(first_block, b), channel, offset);
+    }
+  };
+  bool tame = true;
+  each_block([&](const Strip<T>& s, const Scratch<T>& own, int64_t channel, int64_t offset) {
+    tame &= backward_rows<T, kGate>(p, s, own, channel, offset, grad_out);
+  });
+  const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + first_channel;
+  Vec<T>*carry = z.carry + here, *grad_rate = z.grad_rate + here;
+  const auto tile = [&]<bool kTame, int N, int W>(int64_t first, int64_t b) {
+    const bool rest = b >= whole;
+    const Strip<T> s = strip(0, rest ? at.in_block(first_block + b) : kLanes<T>);
+    recompute_tile<T, kClamp, kGate, kTame, N, W>(s, z, b, first, saved + b * kLanes<T>, p.channels,
+                                                  rest ? z.rest_leave : z.grad_leave);
+    adjoint_tile<T, kClamp, N, W>(s, z, b, first, carry, grad_rate, rest ? z.rest_enter : z.grad_enter);
+  };
+  const auto tiles = [&]<bool kTame, int N>(int64_t first) {
+    int64_t b = 0;
+    if constexpr (kTame)
+      for (; b + kAbreast <= whole; b += kAbreast) tile.template operator()<true, N, kAbreast>(first, b);
+    for (; b < blocks; ++b) tile.template operator()<kTame, N, 1>(first, b);
+  };
+  if (tame)
+    for_tiles<kBackwardTile>(p.states, [&](auto size, int64_t first) {
+      tiles.template operator()<true, decltype(size)::value>(first);
+    });
+  else
+    for (int64_t i = 0; i < p.states; ++i) tiles.template operator()<false, 1>(i);
+  each_block([&](const Strip<T>& s, const Scratch<T>& own, int64_t channel, int64_t offset) {
+    row_gradients<T, kGate>(p, s, own, channel, offset, out);
+  });
+  if (whole < blocks) {
+    const int64_t lanes = at.in_block(first_block + whole);
+    add_rest<T>(z.rest_enter, lanes, z.padded * p.states, z.grad_enter);
+    add_rest<T>(z.rest_leave, lanes, z.padded * p.states, z.grad_leave);
+  }
 }
 
 template <class T, bool kClamp, bool kGate>
@@ -497,21 +610,8 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
         for (auto* sums : {z.grad_enter, z.grad_leave}) std::fill_n(sums, z.padded * p.states, zero);
         if (at.count % kLanes<T>)
           for (auto* sums : {z.rest_enter, z.rest_leave}) std::fill_n(sums, z.padded * p.states, zero);
-        for (int64_t b = 0; b < at.blocks(); ++b) {
-          const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
-          const Strip<T> s{steps,        lanes,  z.rate + here, z.lower + here, z.upper + here, z.high + here,
-                           z.low + here, z.step, z.token,       z.enter,        z.leave,        stride};
-          const bool whole = lanes == kLanes<T>;
-          Vec<T>*enter = whole ? z.grad_enter : z.rest_enter, *leave = whole ? z.grad_leave : z.rest_leave;
-          backward_strip<T, kClamp, kGate>(
-              p, s, z, b, channel, (at.item * p.channels + channel) * p.length + start, grad_out,
-              chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel,
-              enter, leave, out);
-          if (!whole) {
-            add_rest<T>(enter, lanes, z.padded * p.states, z.grad_enter);
-            add_rest<T>(leave, lanes, z.padded * p.states, z.grad_leave);
-          }
-        }
+        for (int64_t first = 0; first < at.blocks(); first += kGroup)
+          backward_group<T, kClamp, kGate>(p, at, shared, z, first, start, steps, grad_out, chunk_states, out);
         const int64_t to = (at.item * p.groups + at.group) * p.states * p.length + start;
         for (int64_t i = 0; i < p.states; ++i)
           for (int64_t t = 0; t < steps; t += kLanes<T>) {

@@ -573,15 +573,15 @@ def selective_scan(
     D, delta_bias = (None if v is None else v.to(wide) for v in (D, delta_bias))
     initial_state = None if initial_state is None else initial_state.to(deep)
     if not delta_softplus and _check.readable(delta) and delta.numel():
-        least = delta.detach().amin(-1)
+        least = delta.detach()
         if delta_bias is not None:
-            least = least + delta_bias.detach()
-        if bool(least.amin() < 0):
+            least = least.amin(-1) + delta_bias.detach()
+        if (came := least.amin().item()) < 0:
             rule = "`delta` + `delta_bias` must be >= 0 without `delta_softplus`"
-            raise ValueError(message(_OP, rule, f"{least.min():g}"))
+            raise ValueError(message(_OP, rule, f"{came:g}"))
     if upper is None and _check.readable(A) and A.numel():
-        most = (A.detach().real if is_complex else A.detach()).amax()
-        if bool(most >= 0):
+        most = (A.detach().real if is_complex else A.detach()).amax().item()
+        if most >= 0:
             rule = "`A` >= 0 does not decay: exp(delta * A) >= 1, the state grows until it overflows to inf"
             warnings.warn(message(_OP, rule, f"{most:g}"), RuntimeWarning, stacklevel=2)
     tracked = (u, delta, A, enter, leave, D, z, delta_bias, initial_state)
