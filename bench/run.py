@@ -1,8 +1,9 @@
 """Time ops against their baselines: `python -m bench.run [--op eigh,ssd_scan] [--seconds 8] [--save]`.
 
 Each line: median time, ratio of medians against the named baseline, and the share of the machine's limit (the larger of
-flops and bytes over what a matrix product and a copy reached in the same run). glibc keeps freed memory meanwhile, for
-both sides (`bench.timing.keep_freed_memory`). `--save` appends one JSON line per case to bench/results. `--check` exits
+flops and bytes over what a matrix product and a copy reached in the same run). The allocator is as users have it: glibc
+gives large blocks back when they are freed and gets fresh pages for the next ones, which chains with large temporaries
+pay for again and again. `--allocator keep` makes it keep freed memory, for both sides. `--save` appends one JSON line per case to bench/results. `--check` exits
 1 when a gate is missed.
 """
 
@@ -104,6 +105,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="time for each line")
     parser.add_argument("--threads", type=int, help="CPU threads; those of torch by default")
     parser.add_argument("--backend", help="force a backend")
+    parser.add_argument(
+        "--allocator", choices=["system", "keep"], default="system", help="what becomes of freed memory"
+    )
     parser.add_argument("--save", action="store_true", help="append to bench/results")
     parser.add_argument("--check", action="store_true", help="exit 1 if a gate is missed")
     options = parser.parse_args()
@@ -114,13 +118,15 @@ def main() -> int:
     wanted = set(options.op.split(",")) if options.op else known
     if wanted - known:
         parser.error(f"--op: unknown {', '.join(sorted(wanted - known))}; known are {', '.join(sorted(known))}")
-    keep_freed_memory()
+    if options.allocator == "keep":
+        keep_freed_memory()
     top = ceilings(options.device)
     print(f"{device_name(options.device)}: {top.flops / 1e9:.0f} GFLOP/s, copy {top.bandwidth / 1e9:.0f} GB/s")
     missed = 0
     for case in (case for case in all_cases() if case.op in wanted):
         for direction in (d for d in case.directions if options.direction in (None, d)):
             result = measure(case, direction, options.device, options.seconds, top)
+            result["allocator"] = options.allocator
             print(line(result), flush=True)
             missed += result["gate"] is not None and options.device == "cpu" and result["ratio"] < result["gate"]
             if options.save:
