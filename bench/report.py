@@ -19,8 +19,8 @@ def newest(device: Path) -> dict[tuple[str, ...], dict]:
     for path in sorted(device.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             result = json.loads(line)
-            key = tuple(result.get(name, "") for name in ("op", "case", "direction", "baseline"))
-            found[*key, result.get("allocator", "keep")] = result
+            key = [result.get(name, "") for name in ("op", "case", "direction", "baseline")]
+            found[tuple([*key, result.get("allocator", "keep")])] = result
     return found
 
 

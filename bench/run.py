@@ -2,9 +2,9 @@
 
 Each line: median time, ratio of medians against the named baseline, and the share of the machine's limit (the larger of
 flops and bytes over what a matrix product and a copy reached in the same run). glibc keeps freed memory meanwhile, for
-both sides; with `--allocator system` it gives large blocks back, as it does for users, and chains with large temporaries
-pay for fresh pages again and again. `--save` appends one JSON line per case to bench/results. `--check` exits
-1 when a gate is missed.
+both sides; with `--allocator system` it gives large blocks back, as it does for users, and chains with large
+temporaries pay for fresh pages again and again. `--save` appends one JSON line per case to bench/results. `--check`
+exits 1 when a gate is missed.
 """
 
 from __future__ import annotations
