@@ -69,7 +69,7 @@ FLAGS = (
     "-Wno-maybe-uninitialized",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
-_PROGRESS = "stablekern: compiling the CPU kernels for this machine (once; under a minute)"
+_PROGRESS = "stablekern: compiling the CPU kernels for this machine (once; about a minute)"
 _LIBRARY = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
