@@ -606,7 +606,6 @@ NANO = snn.SeizureDetector.from_preset("nano")
 CHILD = """
 import os, sys, warnings, torch
 import stablekern.nn as snn
-from slow_mamba import compare, silu, slow_mamba2
 state, fallback_state, x, expected = torch.load(sys.argv[1])
 model = snn.SeizureDetector.from_preset("nano").eval()
 print(model.load_state_dict(state))
