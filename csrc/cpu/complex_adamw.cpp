@@ -249,9 +249,9 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
     at.square = static_cast<T*>(unit.square) + e;
     at.largest = unit.largest == nullptr ? nullptr : static_cast<T*>(unit.largest) + e;
     at.normals = normals;
-    const auto scalars = [&](auto store_type, auto&& what) {
-      using S = decltype(store_type);
-      for (int part = 0; part < unit.members; ++part) what(static_cast<S*>(nullptr), part);
+    // what(null pointer of the parameter's type, member)
+    const auto each_member = [&](auto stored, const auto& what) {
+      for (int part = 0; part < unit.members; ++part) what(static_cast<decltype(stored)*>(nullptr), part);
     };
     if constexpr (std::is_same_v<T, float>) {
       const auto before = [&](auto* tag, int part) {
@@ -260,8 +260,8 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
         widen(static_cast<const S*>(unit.grad[part]) + e * step, wide[part], count * step);
         at.grad[part] = wide[part];
       };
-      if (unit.grad_type == ScalarType::BFloat16) scalars(BFloat16{}, before);
-      if (unit.grad_type == ScalarType::Half) scalars(Half{}, before);
+      if (unit.grad_type == ScalarType::BFloat16) each_member(BFloat16{}, before);
+      if (unit.grad_type == ScalarType::Half) each_member(Half{}, before);
     }
     update<T, kKind>(at, count, rule, static_cast<T>(unit.step_size), static_cast<T>(unit.inverse_root));
     if constexpr (std::is_same_v<T, float>) {
@@ -269,8 +269,8 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
         using S = std::remove_pointer_t<decltype(tag)>;
         round_to(at.value[part], static_cast<S*>(unit.rounded[part]) + e * step, count * step);
       };
-      if (unit.grad_type == ScalarType::BFloat16) scalars(BFloat16{}, after);
-      if (unit.grad_type == ScalarType::Half) scalars(Half{}, after);
+      if (unit.grad_type == ScalarType::BFloat16) each_member(BFloat16{}, after);
+      if (unit.grad_type == ScalarType::Half) each_member(Half{}, after);
     }
     e = stop;
   }

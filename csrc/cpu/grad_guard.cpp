@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "stablekern/simd.h"
@@ -147,8 +148,10 @@ void gradient_norms(std::vector<Tensor> gradients, Tensor norms) {
   const Blocks blocks(spans);
   std::vector<double> sums(blocks.count());
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
-    blocks.visit(begin, end, false,
-                 [&](int64_t block, const Span& span, int64_t from, int64_t to) { sums[block] = partial(span, from, to); });
+    const auto sum = [&](int64_t block, const Span& span, int64_t from, int64_t to) {
+      sums[block] = partial(span, from, to);
+    };
+    blocks.visit(begin, end, false, sum);
   });
   auto* out = static_cast<double*>(norms.mutable_data_ptr());
   // A sum of squares below this may have lost digits to underflow.
@@ -187,11 +190,13 @@ void multiply_gradients(std::vector<Tensor> gradients, Tensor factor) {
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
     // Backwards: what the norms read last is still in the cache.
     blocks.visit(begin, end, true, [&](int64_t, const Span& span, int64_t from, int64_t to) {
+      const int64_t n = to - from;
+      const auto single = static_cast<float>(f);
       switch (span.type) {
-        case ScalarType::Float: return multiply(static_cast<float*>(span.data) + from, to - from, static_cast<float>(f));
-        case ScalarType::BFloat16: return multiply_half(static_cast<BFloat16*>(span.data) + from, to - from, static_cast<float>(f));
-        case ScalarType::Half: return multiply_half(static_cast<Half*>(span.data) + from, to - from, static_cast<float>(f));
-        default: return multiply(static_cast<double*>(span.data) + from, to - from, f);
+        case ScalarType::Float: return multiply(static_cast<float*>(span.data) + from, n, single);
+        case ScalarType::BFloat16: return multiply_half(static_cast<BFloat16*>(span.data) + from, n, single);
+        case ScalarType::Half: return multiply_half(static_cast<Half*>(span.data) + from, n, single);
+        default: return multiply(static_cast<double*>(span.data) + from, n, f);
       }
     });
   });

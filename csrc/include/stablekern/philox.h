@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "stablekern/simd.h"
 
@@ -102,7 +103,8 @@ SK_INLINE void box_muller(Words first, Words second, Vec<float>& n0, Vec<float>&
   const IVec<float> coarse = ((rest + 128) >> 8) << 8;
   const Vec<float> turn = __builtin_convertvector(coarse, Vec<float>);
   const Vec<float> fine = __builtin_convertvector(rest - coarse, Vec<float>);
-  const Vec<float> unit = splat<float>(kAngle), unit_error = splat<float>(static_cast<float>(kAngle - static_cast<float>(kAngle)));
+  constexpr auto kUnit = static_cast<float>(kAngle), kUnitError = static_cast<float>(kAngle - kUnit);
+  const Vec<float> unit = splat<float>(kUnit), unit_error = splat<float>(kUnitError);
   const Vec<float> x = turn * unit;
   const Vec<float> error = fma(fine, unit, fma(turn, unit_error, fma(turn, unit, -x)));
   const Vec<float> z = x * x;
