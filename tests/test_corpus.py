@@ -15,6 +15,7 @@ import torch
 
 from stablekern import training
 from stablekern.cli import main
+from stablekern.cli import train as cli_train
 from stablekern.eeg import CHANNELS, WindowDataset, annotations, corpus, experiment, montage, prepare, read_edf, scoring
 from stablekern.eeg.annotations import Event
 from stablekern.errors import RecordingError
@@ -512,6 +513,27 @@ def test_smoke_probe_and_timing_from_the_command_line(config, capsys):
     parts = json.loads(capsys.readouterr().out)
     assert all(part["forward"] > 0 for part in parts)
     assert all(part["backward"] > 0 for part in parts if part["part"] != "optimizer")
+
+
+def test_the_worst_false_alarm_and_the_worst_miss(folder, tmp_path):
+    items = [item for item in corpus.scan(folder).items if item.patient == "aaaaaaaa"]
+    (recording, _) = corpus.build_cache(items[:2], tmp_path).recordings  # 20 s, marked from 4 to 10
+    probability = np.full(recording.samples, 0.1)
+    probability[15 * RATE : 16 * RATE] = 0.7
+    probability[18 * RATE : 19 * RATE] = 0.9
+    quiet = experiment.Outcome(recording, probability, [Event(15, 1), Event(18, 1)])
+    right = experiment.Outcome(recording, np.full(recording.samples, 0.99), [Event(5, 2)])
+    validation = experiment.Validation(1, 0.5, scoring.score_events([([], [], 1.0)]), (right, quiet))
+    assert validation.worst_false_alarm() == (quiet, Event(18, 1))
+    assert validation.worst_miss() == (quiet, Event(4, 6, "seiz"))
+    nothing = replace(validation, outcomes=(right,))
+    assert nothing.worst_false_alarm() is None and nothing.worst_miss() is None
+    drawn = cli_train._Validations()
+    drawn.append(validation)
+    assert [Path(path).name for path in drawn.draw(tmp_path)] == ["worst_false_alarm.png", "worst_miss.png"]
+    assert all((tmp_path / f"worst_{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("false_alarm", "miss"))
+    drawn.append(nothing)
+    assert drawn.draw(tmp_path) == [] and not list(tmp_path.glob("worst_*"))  # no picture of an earlier run stays
 
 
 def test_wrong_files_are_told_in_one_line(config, tmp_path, capsys):

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from stablekern import training
 from stablekern._files import replaced
+from stablekern.cli.pictures import overview, png
 from stablekern.eeg import Recording, WindowDataset, prepare, read_edf
 from stablekern.eeg.annotations import Event
 from stablekern.eeg.experiment import DetectOptions
@@ -21,8 +20,6 @@ from stablekern.eeg.scoring import find_events
 from stablekern.errors import RecordingError, StablekernError, message
 
 __all__ = ["Options", "detect", "run"]
-
-_TRACES = 19
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def run(options: Options, *, as_json: bool = False) -> int:
             writer.writeheader()
             writer.writerows(rows)
         with replaced(picture) as partial:
-            FigureCanvasAgg(figure(recording, probability, events, chosen)).print_png(partial)
+            png(overview(recording, probability, events, chosen["on"], chosen["off"]), partial)
     except (StablekernError, ValueError, OSError) as error:
         print(f"stablekern detect: {error}", file=sys.stderr)
         return 2
@@ -105,33 +102,3 @@ def _row(event: Event, recording: Recording, probability: np.ndarray) -> dict[st
         "confidence": round(float(np.nanmean(probability[first:last])), 4),
         "recordingDuration": round(recording.seconds, 3),
     }
-
-
-def figure(recording: Recording, probability: np.ndarray, events: list[Event], thresholds: dict[str, float]) -> Figure:
-    """The probability over the whole recording, and below it the signals around its most certain moment."""
-    rate = recording.sample_rate
-    picture = Figure(figsize=(11, 7), layout="constrained")
-    top, bottom = picture.subplots(2, 1, height_ratios=(1, 3))
-    step = max(probability.size // 4000, 1)  # the largest of each stretch: a short event stays visible
-    whole = probability[: probability.size // step * step].reshape(-1, step)
-    top.plot(np.arange(whole.shape[0]) * step / rate / 60, np.nan_to_num(whole).max(axis=1), lw=0.8, color="#1f4e79")
-    for event in events:
-        top.axvspan(event.onset / 60, event.end / 60, color="#d1495b", alpha=0.35, lw=0)
-    for name in ("on", "off"):
-        top.axhline(thresholds[name], color="#777", lw=0.7, ls="--" if name == "on" else ":")
-    top.set(xlabel="min", ylabel="probability", ylim=(0, 1), xlim=(0, recording.seconds / 60))
-    top.set_title(f"{recording.source}: {len(events)} events", loc="left")
-
-    peak = int(np.nanargmax(probability)) if np.isfinite(probability).any() else 0
-    start = max(0, min(peak - round(10 * rate), recording.samples - round(20 * rate)))
-    stop = min(start + round(20 * rate), recording.samples)
-    seconds = np.arange(start, stop) / rate
-    for row, data in enumerate(recording.data[:, start:stop]):
-        bottom.plot(seconds, data / 10 - row, lw=0.5, color="#222")
-    for event in events:
-        if event.onset < seconds[-1] and event.end > seconds[0]:
-            bottom.axvspan(max(event.onset, seconds[0]), min(event.end, seconds[-1]), color="#d1495b", alpha=0.15, lw=0)
-    bottom.set_yticks([-row for row in range(_TRACES)], recording.channels)
-    bottom.set(xlabel="s", xlim=(seconds[0], seconds[-1]), ylim=(-_TRACES, 1))
-    bottom.set_title("around the most certain moment, 10 spreads of the background per row", loc="left")
-    return picture

@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stablekern import training
+from stablekern._files import replaced
 from stablekern.cli.interrupt import Interrupt
+from stablekern.cli.pictures import around, png
 from stablekern.eeg import experiment
 from stablekern.eeg.corpus import Item
 from stablekern.errors import StablekernError
@@ -49,6 +51,7 @@ def run(options: Options, *, as_json: bool = False) -> int:
         config = experiment.load_config(options.config)
         if options.timing:
             return _timing(config, as_json)
+        validations = _Validations()
         with Interrupt().watching() as interrupt, _shown(config, options) as (on_data, on_step):
             summary = experiment.train(
                 config,
@@ -58,7 +61,7 @@ def run(options: Options, *, as_json: bool = False) -> int:
                 stop=interrupt,
                 on_data=on_data,
                 on_step=on_step,
-                on_validation=_say_validation,
+                on_validation=validations.append,
             )
     except (StablekernError, ValueError, TypeError, OSError) as error:
         print(f"stablekern train: {str(error).removeprefix('stablekern.eeg.train: ')}", file=sys.stderr)
@@ -67,6 +70,7 @@ def run(options: Options, *, as_json: bool = False) -> int:
         print("\nstablekern train: stopped at once", file=sys.stderr)
         return 130
     if lead:
+        summary["pictures"] = validations.draw(Path(summary["out"]))
         if as_json:
             print(json.dumps({**summary, "interrupted": interrupt.seen}, indent=2))
         _report(summary, Console(stderr=as_json))
@@ -107,14 +111,43 @@ def _line(result: training.StepResult) -> str:
     return f"loss {result.loss:.4f}  gradient {result.grad_norm:.3g}  rate {result.learning_rate:.2e}{state}"
 
 
-def _say_validation(validation: experiment.Validation) -> None:
-    scores = validation.scores
-    print(
-        f"validation after step {validation.step}: AUROC {validation.auroc:.3f}, events {scores.found} of "
-        f"{scores.events}, {scores.false_alarms:.1f} false alarms in 24 h",
-        file=sys.stderr,
-        flush=True,
-    )
+class _Validations:
+    """Says each validation as it comes, and keeps the last one for the pictures."""
+
+    def __init__(self) -> None:
+        self.last: experiment.Validation | None = None
+
+    def append(self, validation: experiment.Validation) -> None:
+        self.last, scores = validation, validation.scores
+        print(
+            f"validation after step {validation.step}: AUROC {validation.auroc:.3f}, events {scores.found} of "
+            f"{scores.events}, {scores.false_alarms:.1f} false alarms in 24 h",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def draw(self, out: Path) -> list[str]:
+        """The most certain false alarm and the most certain miss of the last validation, if there are any."""
+        if self.last is None:
+            return []
+        paths = []
+        kinds = {"false_alarm": self.last.worst_false_alarm(), "miss": self.last.worst_miss()}
+        for name, worst in kinds.items():
+            path = out / f"worst_{name}.png"
+            if worst is None:
+                path.unlink(missing_ok=True)
+                continue
+            outcome, event = worst
+            recording = outcome.recording
+            title = (
+                f"worst {name.replace('_', ' ')}: {Path(recording.source).name} at {event.onset:.1f} s, mean "
+                f"probability {outcome.mean(event):.2f} (red: found, green: marked)"
+            )
+            middle = event.onset + event.duration / 2
+            with replaced(path) as partial:
+                png(around(recording, outcome.probability, outcome.found, recording.events, middle, title), partial)
+            paths.append(str(path))
+        return paths
 
 
 def _report(summary: dict[str, Any], console: Console) -> None:

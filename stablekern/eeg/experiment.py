@@ -37,11 +37,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from stablekern import _check, training
 from stablekern._files import replaced
+from stablekern.eeg.annotations import Event
 from stablekern.eeg.corpus import (
     Cache,
     CachedRecording,
@@ -64,6 +66,7 @@ __all__ = [
     "DataOptions",
     "DetectOptions",
     "ModelOptions",
+    "Outcome",
     "TrainConfig",
     "TrainOptions",
     "Validation",
@@ -229,7 +232,7 @@ def _checked(config: TrainConfig) -> None:
     _check.number(_OP, "training.weight_decay", options.weight_decay, low=0)
     _check.number(_OP, "training.warmup", options.warmup, low=0, high=1)
     _check.choice(_OP, "training.precision", options.precision, ("float32", "bfloat16"))
-    find_events(torch.zeros(0).numpy(), 1.0, **asdict(config.detect))
+    find_events(np.zeros(0), 1.0, **asdict(config.detect))
 
 
 # ---- the data ------------------------------------------------------------------------------------------------------
@@ -285,18 +288,57 @@ def _positive_weight(recordings: Sequence[CachedRecording]) -> float:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """One recording of the validation part: the probability of each sample, and the events found in it."""
+
+    recording: CachedRecording
+    probability: np.ndarray
+    found: list[Event]
+
+    def mean(self, event: Event) -> float:
+        """The mean probability in an event."""
+        first, last = (round(second * self.recording.sample_rate) for second in (event.onset, event.end))
+        return float(np.nanmean(self.probability[first : max(last, first + 1)]))
+
+
+@dataclass(frozen=True)
 class Validation:
     """Scores of the validation part after `step`; `auroc` per sample, NaN if a class is missing."""
 
     step: int
     auroc: float
     scores: Scores
+    outcomes: tuple[Outcome, ...] = field(default=(), repr=False)
+
+    def worst_false_alarm(self) -> tuple[Outcome, Event] | None:
+        """The event found with the highest mean probability that no marked one overlaps."""
+        wrong = [
+            (outcome, event)
+            for outcome in self.outcomes
+            for event in outcome.found
+            if not any(_overlap(event, marked) for marked in outcome.recording.events)
+        ]
+        return max(wrong, key=lambda pair: pair[0].mean(pair[1]), default=None)
+
+    def worst_miss(self) -> tuple[Outcome, Event] | None:
+        """The marked event with the lowest mean probability that none found overlaps."""
+        missed = [
+            (outcome, event)
+            for outcome in self.outcomes
+            for event in outcome.recording.events
+            if event.onset < outcome.recording.seconds and not any(_overlap(event, one) for one in outcome.found)
+        ]
+        return min(missed, key=lambda pair: pair[0].mean(pair[1]), default=None)
 
     @property
     def rank(self) -> float:
         """What `best.pt` is chosen by: the AUROC, and where there is none the event F1."""
         value = self.auroc if math.isfinite(self.auroc) else self.scores.event_f1
         return value if math.isfinite(value) else -math.inf
+
+
+def _overlap(one: Event, other: Event) -> bool:
+    return one.onset < other.end and other.onset < one.end
 
 
 def validate(
@@ -309,16 +351,17 @@ def validate(
     batch_size: int = 8,
 ) -> Validation:
     """Score `model` on whole recordings: windows that overlap by half, their mean logits, events by hysteresis."""
-    pairs, probabilities, labels = [], [], []
+    outcomes = []
     for recording in recordings:
         windows = WindowDataset(recording, window_seconds=window_seconds, stride_seconds=window_seconds / 2, tail=True)
         (probability,) = training.predict(model, windows, batch_size=batch_size)
         predicted = find_events(probability.numpy(), recording.sample_rate, **asdict(detect))
-        pairs.append((recording.events, predicted, recording.seconds))
-        probabilities.append(probability)
-        labels.append(torch.from_numpy(recording.labels))
-    area = training.auroc(torch.cat(probabilities), torch.cat(labels))
-    return Validation(step, area, score_events(pairs))
+        outcomes.append(Outcome(recording, probability.numpy(), predicted))
+    scores = np.concatenate([outcome.probability for outcome in outcomes])
+    labels = np.concatenate([outcome.recording.labels for outcome in outcomes])
+    area = training.auroc(torch.from_numpy(scores), torch.from_numpy(labels))
+    pairs = [(outcome.recording.events, outcome.found, outcome.recording.seconds) for outcome in outcomes]
+    return Validation(step, area, score_events(pairs), tuple(outcomes))
 
 
 # ---- is this run healthy -------------------------------------------------------------------------------------------
@@ -474,7 +517,7 @@ def train(
     of the whole run, and holds them against `BANDS`. Both write into a folder of their own, beside `out`, and begin
     afresh. `stop()` is asked before each step. The callbacks are called in the first process only.
 
-    **Returns:** `steps`, `first`, `finite`, `seconds_per_step`, `loss`, `validation` (the last `Validation` or None),
+    **Returns:** `steps`, `first`, `finite`, `seconds_per_step`, `loss`, `validation` (the last one's scores, or None),
     `best`, `recordings`, `patients`, `failures`, `bands` (rows of `bands` with `smoke` or `probe`, else None), `out`.
 
     **Raises:** RecordingError if there is nothing to train on, ValueError for a checkpoint of another model.
@@ -546,7 +589,7 @@ def train(
                     batch_size=options.batch_size,
                 )
                 model.train()
-                validations.append(scores)
+                validations[:] = [scores]
                 log.write("validation", number, {"auroc": scores.auroc, **asdict(scores.scores)})
                 if on_validation is not None:
                     on_validation(scores)
@@ -583,13 +626,14 @@ def train(
                 log.close()
     checked = bands(results, memory, schedule) if results and (smoke or probe) else None
     losses = [result.loss for result in results]
+    shown = validations[-1] if validations else None
     return {
         "steps": len(results),
         "first": done + 1,
         "finite": sum(result.finite for result in results),
         "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "seconds_per_step": statistics.median(result.seconds for result in results) if results else None,
-        "validation": asdict(validations[-1]) if validations else None,
+        "validation": {"step": shown.step, "auroc": _plain(shown.auroc), **asdict(shown.scores)} if shown else None,
         "best": _plain(best),
         "recordings": {"train": len(data.train), "validation": len(data.validation)},
         "patients": {name: len({item.patient for item in items}) for name, items in data.split.items()},
