@@ -59,7 +59,8 @@ def parts(options: argparse.Namespace, length: int) -> None:
         row = [1e3 * part[way] for part in (ours, theirs) for way in ("forward", "backward")]
         print(f"  {ours['part']:<22}" + "".join(f"{value:>10.1f}" for value in row) + "  ms")
     print(
-        f"  largest resident set {found['native_peak_gib']} GiB; with the torch backend after it {found['torch_peak_gib']}"
+        f"  largest resident set {found['native_peak_gib']} GiB, "
+        f"with the torch backend after it {found['torch_peak_gib']} GiB"
     )
     if options.save:
         append(result)
