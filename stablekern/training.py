@@ -25,7 +25,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from stablekern import _check, settings
+from stablekern._files import replaced
 from stablekern.eeg.windows import WindowDataset, stitch
 from stablekern.errors import message
 from stablekern.nn.detector import DetectorConfig, SeizureDetector
@@ -328,18 +328,6 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name at the end: readers see all of a file or none of it."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: SeizureDetector, **facts: Any) -> None:
