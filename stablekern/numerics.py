@@ -33,6 +33,7 @@ __all__ = [
     "MAMBA_DT_MAX",
     "MAMBA_DT_MIN",
     "NORM_EPS",
+    "OVERFLOW_SHARE",
     "STILL_WEIGHTS",
     "SUBSPACE_RIDGE",
     "Constant",
@@ -192,4 +193,10 @@ CONSTANT_LOSS_MARGIN = Constant(
     1e-2,
     "of the loss of the best constant prediction: a mean of a hundred losses is known to about that",
     "a hundred batches whose losses scatter by 10 %",
+)
+OVERFLOW_SHARE = Constant(
+    1e-2,
+    "of the root of the largest number: products of two such operands, summed over 1e4 terms, leave the range; an "
+    "infinity that comes from smaller ones is a division by 0, a logarithm of 0 or the like",
+    "a square overflows from the root on; four decades for the number of terms in a sum",
 )

@@ -19,6 +19,8 @@ EXTRAS = {"demo": {"cli": ("typer", "rich", "matplotlib"), "eeg": ("mne", "edfio
 _USAGE = """usage: stablekern COMMAND [--help]
 
   doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
+  doctor --replay FILE --model module:function [--json]
+                                 do a bad step again: data, weights or op
   demo                           train the smallest detector on a real recording, in minutes
 
 python -m stablekern is the same. The usual commands need pip install 'stablekern[cli,eeg]'."""
@@ -60,6 +62,10 @@ def _without_typer(given: list[str]) -> int:
     if command in EXTRAS:
         print(missing_extras(command), file=sys.stderr)
         return 2
+    if command == "doctor" and "--replay" in flags:
+        from stablekern.cli import replay
+
+        return replay.main(given[1:])
     if command == "doctor" and flags <= {"--json", "--no-build"}:
         return doctor.run(as_json="--json" in flags, build="--no-build" not in flags)
     wanted = bool({command, *flags} & {"--help", "-h"})

@@ -25,8 +25,22 @@ def doctor(
     no_build: Annotated[
         bool, typer.Option("--no-build", help="Do not compile the CPU kernels if they are not built yet.")
     ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Do the step of a bad_batch_<step>.pt again: was it the data, the weights, an op?"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For --replay: module:function that returns the model, or (model, loss).")
+    ] = None,
 ) -> None:
-    """What this machine can run, and why not more: versions, CPU, GPU, compilers, settings, the backend of every op."""
+    """What this machine can run, and why not more: versions, CPU, GPU, compilers, settings, the backend of every op.
+
+    With --replay: why the step of a file that TrainingGuard wrote went wrong.
+    """
+    if replay is not None or model is not None:
+        from stablekern.cli import replay as command
+
+        raise typer.Exit(command.run(replay, model, as_json=json))
     raise typer.Exit(doctor_command.run(as_json=json, build=not no_build))
 
 
