@@ -15,12 +15,16 @@ from stablekern.cli import doctor
 __all__ = ["EXTRAS", "main", "missing_extras"]
 
 # The extras of each command, and the modules that stand for them.
-EXTRAS = {"demo": {"cli": ("typer", "rich", "matplotlib"), "eeg": ("mne", "edfio")}}
+EXTRAS = {
+    "demo": {"cli": ("typer", "rich", "matplotlib"), "eeg": ("mne", "edfio")},
+    "zoo": {"cli": ("typer", "rich", "matplotlib")},
+}
 _USAGE = """usage: stablekern COMMAND [--help]
 
   doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
   doctor --replay FILE --model module:function [--json]
                                  do a bad step again: data, weights or op
+  zoo [--json] [--html FILE]     why training goes NaN: causes, published fixes and ours, counted
   demo                           train the smallest detector on a real recording, in minutes
 
 python -m stablekern is the same. The usual commands need pip install 'stablekern[cli,eeg]'."""
