@@ -16,10 +16,13 @@ __all__ = ["EXTRAS", "main", "missing_extras"]
 
 # The extras of each command, and the modules that stand for them.
 _CLI, _EEG = ("typer", "rich", "matplotlib"), ("mne", "edfio", "timescoring")
-EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")}
+EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")} | {"zoo": {"cli": _CLI}}
 _USAGE = """usage: stablekern COMMAND [--help]
 
   doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
+  doctor --replay FILE --model module:function [--json]
+                                 do a bad step again: data, weights or op
+  zoo [--json] [--html FILE]     why training goes NaN: causes, published fixes and ours, counted
   demo                           train the smallest detector on a real recording, in minutes
   train --config FILE            train a detector on a folder of recordings with annotations
   detect FILE --checkpoint FILE  find the events in a recording
@@ -63,6 +66,10 @@ def _without_typer(given: list[str]) -> int:
     if command in EXTRAS:
         print(missing_extras(command), file=sys.stderr)
         return 2
+    if command == "doctor" and "--replay" in flags:
+        from stablekern.cli import replay
+
+        return replay.main(given[1:])
     if command == "doctor" and flags <= {"--json", "--no-build"}:
         return doctor.run(as_json="--json" in flags, build="--no-build" not in flags)
     wanted = bool({command, *flags} & {"--help", "-h"})

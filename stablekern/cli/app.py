@@ -32,9 +32,39 @@ def doctor(
     no_build: Annotated[
         bool, typer.Option("--no-build", help="Do not compile the CPU kernels if they are not built yet.")
     ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Do the step of a bad_batch_<step>.pt again: was it the data, the weights, an op?"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For --replay: module:function that returns the model, or (model, loss).")
+    ] = None,
 ) -> None:
-    """What this machine can run, and why not more: versions, CPU, GPU, compilers, settings, the backend of every op."""
+    """What this machine can run, and why not more: versions, CPU, GPU, compilers, settings, the backend of every op.
+
+    With --replay: why the step of a file that TrainingGuard wrote went wrong.
+    """
+    if replay is not None or model is not None:
+        from stablekern.cli import replay as command
+
+        raise typer.Exit(command.run(replay, model, as_json=json))
     raise typer.Exit(doctor_command.run(as_json=json, build=not no_build))
+
+
+@app.command()
+def zoo(
+    names: Annotated[list[str] | None, typer.Argument(help="Exhibits; all if none is named.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with figures; it holds all that it needs.")] = None,
+) -> None:
+    """Why training goes NaN: each cause with plain PyTorch, with the fix that was published, and with ours; counted."""
+    missing = missing_extras("zoo") if html is not None else None
+    if missing:
+        typer.echo(missing, err=True)
+        raise typer.Exit(2)
+    from stablekern.cli import zoo as command
+
+    raise typer.Exit(command.run(names or (), as_json=json, html_file=html))
 
 
 @app.command()
