@@ -15,11 +15,14 @@ from stablekern.cli import doctor
 __all__ = ["EXTRAS", "main", "missing_extras"]
 
 # The extras of each command, and the modules that stand for them.
-EXTRAS = {"demo": {"cli": ("typer", "rich", "matplotlib"), "eeg": ("mne", "edfio")}}
+_CLI, _EEG = ("typer", "rich", "matplotlib"), ("mne", "edfio", "timescoring")
+EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")}
 _USAGE = """usage: stablekern COMMAND [--help]
 
   doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
   demo                           train the smallest detector on a real recording, in minutes
+  train --config FILE            train a detector on a folder of recordings with annotations
+  detect FILE --checkpoint FILE  find the events in a recording
 
 python -m stablekern is the same. The usual commands need pip install 'stablekern[cli,eeg]'."""
 
