@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +14,8 @@ from stablekern.nn import SeizureDetector
 from stablekern.optim import ComplexAdamW, GradGuard
 
 
-def step(preset: str, batch: int, length: int):
+def trained(preset: str, batch: int, length: int) -> tuple[SeizureDetector, Callable[[], None]]:
+    """A detector, and one step of its training."""
     torch.manual_seed(0)
     model = SeizureDetector.from_preset(preset)
     optimizer = ComplexAdamW(model.parameters(), lr=1e-4)
@@ -26,7 +28,7 @@ def step(preset: str, batch: int, length: int):
         guard()
         optimizer.step(found_inf=guard.found_inf)
 
-    return run
+    return model, run
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     for length in map(int, options.lengths.split(",")):
-        run = step(options.preset, options.batch, length)
+        _, run = trained(options.preset, options.batch, length)
         times = interleave({"step": run}, seconds=options.seconds, device="cpu")["step"]
         result = {
             "op": "detector", "case": f"{options.preset}, B={options.batch}, L={length}", "direction": "training step",

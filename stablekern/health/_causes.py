@@ -599,7 +599,7 @@ def culprit_values(cause: Cause, args: Sequence[Any], outputs: Any) -> tuple[str
     """What to look at over time: the quantity that the cause is about, flat and float64, and its name."""
     if cause.kind == "repeated eigenvalues":
         values = [x for x in tensors_in(outputs) if not x.is_complex()]
-        return "gap between neighbouring eigenvalues, relative", gaps(min(values, key=Tensor.dim)).flatten()
+        return "relative eigenvalue gap", gaps(min(values, key=Tensor.dim)).flatten()
     chosen = [x for x in args if floating(x)] or [x for x in tensors_in(list(args)) if floating(x)]
     given = args[cause.argument] if cause.argument < len(args) and floating(args[cause.argument]) else None
     values = given if given is not None else (chosen[0] if chosen else next(tensors_in(outputs)))

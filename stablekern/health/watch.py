@@ -69,6 +69,11 @@ class Report:
     seen: str
     remarks: tuple[str, ...] = ()
 
+    @property
+    def line(self) -> str:
+        """`where` with the text of the line."""
+        return _trace.with_text(self.where)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON types; numbers that are not finite are None."""
         plain = asdict(self)
@@ -81,7 +86,7 @@ class Report:
             f"first non-finite tensor: {self.phase} of step {self.step}, {name}{', ' + self.note if self.note else ''}",
             f"  operation  {self.op}",
         ]
-        lines += [f"  line       {_trace.with_text(self.where)}"] if self.where else []
+        lines += [f"  line       {self.line}"] if self.where else []
         lines += [f"  made       {self.tensor}", *(f"  from       {stats}" for stats in self.inputs)]
         lines += [f"  cause      {self.cause.kind}: {self.cause.text}", f"  remedy     {self.cause.remedy}"]
         lines += [f"  with       {self.cause.op}"] if self.cause.op else []
@@ -200,6 +205,7 @@ class Watch:
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._intended = self._undelivered = False
         self._finding: _trace.Finding | None = None
+        self._found_in: nn.Module | None = None
 
     # ---- entering and leaving
 
@@ -594,7 +600,7 @@ class Watch:
             return Report(
                 self.step, phase, "", module, "", "", "", stats, (), Cause("unknown", text), seen, remarks,
             )  # fmt: skip
-        self._finding = finding
+        self._finding, self._found_in = finding, call.module if call is not None else None
         cause, phase = finding.cause, finding.phase if finding.phase != "forward" else phase
         if cause.kind == "weights":
             phase = "weights"
@@ -613,7 +619,7 @@ class Watch:
         name, rows = "", []
         self._silent = True
         try:
-            for call in self.past:
+            for call in (call for call in self.past if call.module is self._found_in):
                 found = _trace.values_at(call, self._finding)
                 if found is not None:
                     name, values = found
