@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import resource
+from collections.abc import Callable
 
 import torch
 
@@ -20,7 +21,8 @@ from stablekern.nn import SeizureDetector
 from stablekern.optim import ComplexAdamW, GradGuard
 
 
-def step(preset: str, batch: int, length: int):
+def trained(preset: str, batch: int, length: int) -> tuple[SeizureDetector, Callable[[], None]]:
+    """A detector, and one step of its training."""
     torch.manual_seed(0)
     model = SeizureDetector.from_preset(preset)
     optimizer = ComplexAdamW(model.parameters(), lr=1e-4)
@@ -33,7 +35,7 @@ def step(preset: str, batch: int, length: int):
         guard()
         optimizer.step(found_inf=guard.found_inf)
 
-    return run
+    return model, run
 
 
 def parts(options: argparse.Namespace, length: int) -> None:
@@ -82,7 +84,7 @@ def main() -> None:
             parts(options, length)
         return
     for length in map(int, options.lengths.split(",")):
-        run = step(options.preset, options.batch, length)
+        _, run = trained(options.preset, options.batch, length)
         times = interleave({"step": run}, seconds=options.seconds, device="cpu")["step"]
         result = {
             "op": "detector", "case": f"{options.preset}, B={options.batch}, L={length}", "direction": "training step",

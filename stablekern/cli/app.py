@@ -39,11 +39,22 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="For --replay: module:function that returns the model, or (model, loss).")
     ] = None,
+    watch: Annotated[
+        str | None,
+        typer.Option(help="Run module:function, which trains, and name its first non-finite tensor and the cause."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="For --watch: training steps after which it is stopped.")] = 1000,
+    html: Annotated[Path | None, typer.Option(help="For --watch: a page with the course of the culprit.")] = None,
 ) -> None:
     """What this machine can run, and why not more: versions, CPU, GPU, compilers, settings, the backend of every op.
 
-    With --replay: why the step of a file that TrainingGuard wrote went wrong.
+    With --replay: why the step of a file that TrainingGuard wrote went wrong. With --watch: why a training goes wrong;
+    the exit code is 1 if it does.
     """
+    if watch is not None:
+        from stablekern.cli import watch as watch_command
+
+        raise typer.Exit(watch_command.run(watch, steps=steps, html=html, as_json=json))
     if replay is not None or model is not None:
         from stablekern.cli import replay as command
 
