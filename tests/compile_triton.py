@@ -50,8 +50,8 @@ def integers(*names: str) -> dict[str, str]:
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
 LINEAR, ROWS = integers("rows", "channels", "length"), {"STAGES": 4, "ROWS": 32}
 SSD = integers(
-    *("length", "heads", "width", "groups", "states", "chunk", "segments", "segment_length", "head_tiles"),
-    *("column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
+    *("length", "heads", "width", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length"),
+    *("head_tiles", "column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
     *("carry_item", "carry_segment", "carry_n", "carry_channel"),
 )
 

@@ -35,10 +35,23 @@ _STAGES = 4
 
 
 @triton.jit
-def _place(groups, heads, width, segments, head_tiles, column_tiles, P: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
-    """item, segment, group, tile, and of each of the K x R channels: head, channel, whether it exists.
+def _place(
+    length,
+    groups,
+    reverse_groups,
+    heads,
+    width,
+    segments,
+    head_tiles,
+    column_tiles,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+):
+    """item, where step 0 lies, in steps, and how far the next one is from it; segment, group, tile; and of each of the
+    K x R channels: head, channel, whether it exists.
 
-    A tile is K * R / P heads of P columns each.
+    A tile is K * R / P heads of P columns each. The last groups run backwards.
     """
     program = tl.program_id(0)
     tile = program % (head_tiles * column_tiles)
@@ -52,7 +65,10 @@ def _place(groups, heads, width, segments, head_tiles, column_tiles, P: tl.const
     column = tile % column_tiles * P + slot % P
     real = (head < heads // groups) & (column < width)
     head += group * (heads // groups)
-    return item, segment, group, tile, head, head * width + column, real
+    backward = group >= groups - reverse_groups
+    origin = item * length + tl.where(backward, length - 1, 0)
+    direction = tl.where(backward, -1, 1)
+    return item, origin, direction, segment, group, tile, head, head * width + column, real
 
 
 @triton.jit
@@ -80,6 +96,7 @@ def ssd_scan_segment_kernel(
     heads,
     width,
     groups,
+    reverse_groups,
     states,
     segments,
     segment_length,
@@ -92,8 +109,8 @@ def ssd_scan_segment_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, head, channel, real = _place(
-        groups, heads, width, segments, head_tiles, column_tiles, P, K, R
+    item, origin, direction, segment, group, tile, head, channel, real = _place(
+        length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
     begin = segment * segment_length
@@ -101,7 +118,7 @@ def ssd_scan_segment_kernel(
     state = tl.zeros((K, N, R), row_ptr.dtype.element_ty)
     factor = tl.full((K, R), 1.0, row_ptr.dtype.element_ty)
     for i in tl.range(0, steps, num_stages=STAGES):
-        t = item * length + begin + (steps - 1 - i if REVERSE else i)
+        t = origin + direction * (begin + (steps - 1 - i if REVERSE else i))
         decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
         row = tl.load(row_ptr + t * heads * width + channel, mask=real, other=0.0)
         vector = tl.load(vector_ptr + (t * groups + group) * states + n, mask=n < states, other=0.0)
@@ -135,6 +152,7 @@ def ssd_scan_fwd_kernel(
     heads,
     width,
     groups,
+    reverse_groups,
     states,
     chunk,
     segments,
@@ -155,8 +173,8 @@ def ssd_scan_fwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, head, channel, real = _place(
-        groups, heads, width, segments, head_tiles, column_tiles, P, K, R
+    item, origin, direction, segment, group, tile, head, channel, real = _place(
+        length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
     exists = real[:, None, :] & (n < states)[None, :, None]
@@ -172,7 +190,7 @@ def ssd_scan_fwd_kernel(
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
     for step in tl.range(begin, end, num_stages=STAGES):
-        t = item * length + step
+        t = origin + direction * step
         decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
         dt = tl.load(dt_ptr + t * heads + head, mask=real, other=0.0)
         x = tl.load(x_ptr + t * heads * width + channel, mask=real, other=0.0)
@@ -220,6 +238,7 @@ def ssd_scan_bwd_kernel(
     heads,
     width,
     groups,
+    reverse_groups,
     states,
     chunk,
     segments,
@@ -241,8 +260,8 @@ def ssd_scan_bwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, head, channel, real = _place(
-        groups, heads, width, segments, head_tiles, column_tiles, P, K, R
+    item, origin, direction, segment, group, tile, head, channel, real = _place(
+        length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
     exists = real[:, None, :] & (n < states)[None, :, None]
@@ -279,7 +298,7 @@ def ssd_scan_bwd_kernel(
         at = item * tl.cdiv(length, chunk) + chunk_begin // chunk
         state = tl.load(chunk_ptr + at * states * heads * width + by_channel, mask=exists, other=0.0)
         for step in tl.range(chunk_begin, chunk_begin + (blocks - 1) * SUB, num_stages=STAGES):
-            t = item * length + step
+            t = origin + direction * step
             decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
             dt = tl.load(dt_ptr + t * heads + head, mask=real, other=0.0)
             x = tl.load(x_ptr + t * heads * width + channel, mask=real, other=0.0)
@@ -302,7 +321,7 @@ def ssd_scan_bwd_kernel(
                 left = chunk_end - first - u
                 here = channel_needs < left
                 some = n_needs < left
-                t = item * length + first + u
+                t = origin + direction * (first + u)
                 decay = tl.load(decay_ptr + t * heads + head, mask=here, other=1.0)
                 dt = tl.load(dt_ptr + t * heads + head, mask=here, other=0.0)
                 x = tl.load(x_ptr + t * heads * width + channel, mask=here, other=0.0)
@@ -318,7 +337,7 @@ def ssd_scan_bwd_kernel(
                 left = chunk_end - first - u
                 here = channel_needs < left
                 some = n_needs < left
-                t = item * length + first + u
+                t = origin + direction * (first + u)
                 decay = tl.load(decay_ptr + t * heads + head, mask=here, other=1.0)
                 dt = tl.load(dt_ptr + t * heads + head, mask=here, other=0.0)
                 x = tl.load(x_ptr + t * heads * width + channel, mask=here, other=0.0)
@@ -382,6 +401,7 @@ class _Plan:
     heads: int
     width: int
     groups: int
+    reverse_groups: int
     states: int
     P: int
     K: int
@@ -391,7 +411,9 @@ class _Plan:
     segment_length: int
 
     @staticmethod
-    def of(x: Tensor, B: Tensor, tiles: dict[str, dict[int, int]], unit: int, *, cut: bool) -> _Plan:
+    def of(
+        x: Tensor, B: Tensor, reverse_groups: int, tiles: dict[str, dict[int, int]], unit: int, *, cut: bool
+    ) -> _Plan:
         """`unit`: segments are a multiple of it. A head is padded to a power of two of columns P, or cut into such."""
         batch, length, heads, width = x.shape
         groups, states = B.shape[2:]
@@ -405,7 +427,7 @@ class _Plan:
         units = triton.cdiv(length, unit)
         segment_length = triton.cdiv(units, segments_of(programs, units) if cut else 1) * unit
         segments = triton.cdiv(length, segment_length)
-        return _Plan(batch, length, heads, width, groups, states, P, K, N, R, segments, segment_length)
+        return _Plan(batch, length, heads, width, groups, reverse_groups, states, P, K, N, R, segments, segment_length)
 
     @property
     def head_tiles(self) -> int:
@@ -421,7 +443,7 @@ class _Plan:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.length, self.heads, self.width, self.groups, self.states
+        return self.length, self.heads, self.width, self.groups, self.reverse_groups, self.states
 
     @property
     def cut(self) -> tuple[int, ...]:
@@ -471,6 +493,7 @@ def ssd_scan_fwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
+    reverse_groups: int,
     chunk: int,
     y: Tensor,
     last_state: Tensor,
@@ -479,7 +502,7 @@ def ssd_scan_fwd(
     if x.numel() == 0:
         last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
         return
-    plan = _Plan.of(x, B, _FORWARD_TILE, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
+    plan = _Plan.of(x, B, reverse_groups, _FORWARD_TILE, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
     decay = _decay(dt, A)
     start = plan.boundaries(x, dt, decay, B, initial_state, reverse=False)
     ssd_scan_fwd_kernel[(plan.programs,)](
@@ -519,6 +542,7 @@ def ssd_scan_bwd(
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
+    reverse_groups: int,
     chunk: int,
     grad_x: Tensor,
     grad_dt: Tensor,
@@ -534,7 +558,7 @@ def ssd_scan_bwd(
         grad_initial_state.zero_() if grad_last_state is None else grad_initial_state.copy_(grad_last_state)
         return
     tiles = _BACKWARD_TILE if lower is None else _CLAMPED_BACKWARD_TILE
-    plan = _Plan.of(x, B, tiles, chunk, cut=lower is None)
+    plan = _Plan.of(x, B, reverse_groups, tiles, chunk, cut=lower is None)
     decay = _decay(dt, A)
     carry = plan.boundaries(grad_y, dt, decay, C, grad_last_state, reverse=True)
     tiles_of_group = plan.head_tiles * plan.column_tiles
