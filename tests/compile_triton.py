@@ -55,7 +55,10 @@ SSD = integers(
     *("carry_item", "carry_segment", "carry_n", "carry_channel"),
 )
 
-
+CONV = integers(
+    *("channels", "length", "reverse_channels", "x_item", "x_channel", "x_step", "y_item", "y_channel", "y_step"),
+    *("dy_item", "dy_channel", "dy_step", "dx_item", "dx_channel", "dx_step"),
+)
 SELECTIVE = integers(
     *("channels", "length", "groups", "states", "chunk", "segments", "segment_length", "tiles"),
     *("start_item", "start_segment", "start_n", "start_channel"),
@@ -80,6 +83,13 @@ def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
 
 
 LAUNCHES = {
+    **{
+        f"causal_conv1d_{way}_kernel": tuple(
+            Launch({"HAS_BIAS": True, "SILU": True, "WIDTH": width, "BLOCK_C": c, "BLOCK_T": t}, CONV, REAL)
+            for width, c, t in ((4, 64, 8), (4, 4, 128), (3, 4, 128))
+        )
+        for way in ("fwd", "bwd")
+    },
     "covariance_blend_fwd_kernel": tuple(
         Launch(
             {**TILES, "PARTS": parts, "HAS_SAMP": full, "HAS_WEIGHTS": full, "WIDTH": 256},
