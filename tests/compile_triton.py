@@ -35,6 +35,7 @@ class Launch:
     types: dict[str, str] = field(default_factory=dict)
     io_types: tuple[str, ...] = IO_TYPES
     warps: int = 4
+    registers: int | None = None  # the launcher's `maxnreg`
 
 
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
@@ -78,8 +79,9 @@ def selective(io: str, K: int, N: int, R: int, **constants: bool) -> Launch:
 
 def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     """A tile of K * R channels (heads of P) x N states, as the launcher makes them."""
-    tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R}
-    return Launch(tile | constants, SSD, (io,), warps=1)
+    tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R, "HAS_BACKWARD": False}
+    backward = "HAS_CARRY" in constants
+    return Launch(tile | constants, SSD, (io,), warps=1, registers=255 if backward else None)
 
 
 LAUNCHES = {
@@ -111,16 +113,20 @@ LAUNCHES = {
         Launch({"HAS_FIRST": False, "FACTOR_PER_ROW": False, "REVERSE": True, "BLOCK": 128}, JOIN, REAL),
     ),
     # The streams of the detector (16 heads of 8, 16 states; 8 heads of 4, 8 states), and a large state.
-    "ssd_scan_segment_kernel": (ssd("fp32", 8, 4, 16, 8, REVERSE=False), ssd("fp64", 4, 4, 8, 8, REVERSE=True)),
+    "ssd_scan_segment_kernel": (
+        ssd("fp32", 8, 4, 16, 8, REVERSE=False, HAS_BACKWARD=True),
+        ssd("fp64", 4, 4, 8, 8, REVERSE=True),
+    ),
     "ssd_scan_fwd_kernel": (
         ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_START=True, FULL=True),
-        ssd("fp32", 4, 4, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True),
+        ssd("fp32", 4, 4, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True, HAS_BACKWARD=True),
         ssd("fp32", 4, 1, 128, 4, HAS_D=False, HAS_CLAMP=True, HAS_START=False, FULL=False),
         ssd("fp64", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=False),
     ),
     "ssd_scan_bwd_kernel": (
         ssd("fp32", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=True, FULL=True),
-        ssd("fp32", 4, 2, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True),
+        ssd("fp32", 8, 1, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=True, FULL=True, HAS_BACKWARD=True),
+        ssd("fp32", 4, 2, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True, HAS_BACKWARD=True),
         ssd("fp32", 2, 1, 128, 2, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=False, FULL=False),
         ssd("fp64", 4, 1, 16, 4, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=False),
     ),
@@ -140,12 +146,12 @@ LAUNCHES = {
         selective("fp64", 1, 16, 2, HAS_CLAMP=True, FULL=True),
     ),
     "linear_scan_fwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1, 255),
     ),
     "linear_scan_bwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1, 255),
     ),
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
@@ -202,6 +208,7 @@ def compile_one(case: tuple[str, int, str, int]) -> dict[str, Any]:
     try:
         source = triton.compiler.ASTSource(kernel, signature(kernel, launch, io), constants)
         options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+        options |= {} if launch.registers is None else {"maxnreg": launch.registers}
         binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         row |= {"dynamic_shared": binary.metadata.shared, **resources(binary.asm["cubin"])}
     except Exception as error:

@@ -19,14 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.scan import clamped, join, segments_of
+from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, join, segments_of
 
 _LANE_CHANNELS = 8  # R
 # States of a program, by the size of their type: 16 registers of a lane forward; the backward pass holds more of each.
-# The interpreter pays per operation, not per state.
+# Bounds, and a direction for each group, take registers of their own. The interpreter pays per operation, not per state.
 _FORWARD_TILE = {"cuda": {4: 512, 8: 256}, "cpu": {4: 2**15, 8: 2**14}}
 _BACKWARD_TILE = {"cuda": {4: 256, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
-_CLAMPED_BACKWARD_TILE = {"cuda": {4: 128, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
+_SMALL_BACKWARD_TILE = {"cuda": {4: 128, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
 _SUB = 4
 _SHORTEST_SEGMENT = 32
 _STAGES = 4
@@ -48,10 +48,10 @@ def _place(
     K: tl.constexpr,
     R: tl.constexpr,
 ):
-    """item, where step 0 lies, in steps, and how far the next one is from it; segment, group, tile; and of each of the
-    K x R channels: head, channel, whether it exists.
+    """item, whether it goes backwards, segment, group, tile, and of each of the K x R channels: head, channel, whether
+    it exists.
 
-    A tile is K * R / P heads of P columns each. The last groups run backwards.
+    A tile is K * R / P heads of P columns each.
     """
     program = tl.program_id(0)
     tile = program % (head_tiles * column_tiles)
@@ -65,10 +65,15 @@ def _place(
     column = tile % column_tiles * P + slot % P
     real = (head < heads // groups) & (column < width)
     head += group * (heads // groups)
-    backward = group >= groups - reverse_groups
-    origin = item * length + tl.where(backward, length - 1, 0)
-    direction = tl.where(backward, -1, 1)
-    return item, origin, direction, segment, group, tile, head, head * width + column, real
+    return item, group >= groups - reverse_groups, segment, group, tile, head, head * width + column, real
+
+
+@triton.jit
+def _time(item, step, length, backward, HAS_BACKWARD: tl.constexpr):
+    """Where a step lies in memory, in steps."""
+    if HAS_BACKWARD:
+        step = tl.where(backward, length - 1 - step, step)
+    return item * length + step
 
 
 @triton.jit
@@ -103,13 +108,14 @@ def ssd_scan_segment_kernel(
     head_tiles,
     column_tiles,
     REVERSE: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     STAGES: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, origin, direction, segment, group, tile, head, channel, real = _place(
+    item, backward, segment, group, tile, head, channel, real = _place(
         length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
@@ -118,7 +124,7 @@ def ssd_scan_segment_kernel(
     state = tl.zeros((K, N, R), row_ptr.dtype.element_ty)
     factor = tl.full((K, R), 1.0, row_ptr.dtype.element_ty)
     for i in tl.range(0, steps, num_stages=STAGES):
-        t = origin + direction * (begin + (steps - 1 - i if REVERSE else i))
+        t = _time(item, begin + (steps - 1 - i if REVERSE else i), length, backward, HAS_BACKWARD)
         decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
         row = tl.load(row_ptr + t * heads * width + channel, mask=real, other=0.0)
         vector = tl.load(vector_ptr + (t * groups + group) * states + n, mask=n < states, other=0.0)
@@ -166,6 +172,7 @@ def ssd_scan_fwd_kernel(
     HAS_D: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
     HAS_START: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
     P: tl.constexpr,
@@ -173,7 +180,7 @@ def ssd_scan_fwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, origin, direction, segment, group, tile, head, channel, real = _place(
+    item, backward, segment, group, tile, head, channel, real = _place(
         length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
@@ -190,7 +197,7 @@ def ssd_scan_fwd_kernel(
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
     for step in tl.range(begin, end, num_stages=STAGES):
-        t = origin + direction * step
+        t = _time(item, step, length, backward, HAS_BACKWARD)
         decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
         dt = tl.load(dt_ptr + t * heads + head, mask=real, other=0.0)
         x = tl.load(x_ptr + t * heads * width + channel, mask=real, other=0.0)
@@ -252,6 +259,7 @@ def ssd_scan_bwd_kernel(
     HAS_D: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
     HAS_CARRY: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
     SUB: tl.constexpr,
@@ -260,7 +268,7 @@ def ssd_scan_bwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, origin, direction, segment, group, tile, head, channel, real = _place(
+    item, backward, segment, group, tile, head, channel, real = _place(
         length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
@@ -298,7 +306,7 @@ def ssd_scan_bwd_kernel(
         at = item * tl.cdiv(length, chunk) + chunk_begin // chunk
         state = tl.load(chunk_ptr + at * states * heads * width + by_channel, mask=exists, other=0.0)
         for step in tl.range(chunk_begin, chunk_begin + (blocks - 1) * SUB, num_stages=STAGES):
-            t = origin + direction * step
+            t = _time(item, step, length, backward, HAS_BACKWARD)
             decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
             dt = tl.load(dt_ptr + t * heads + head, mask=real, other=0.0)
             x = tl.load(x_ptr + t * heads * width + channel, mask=real, other=0.0)
@@ -321,7 +329,7 @@ def ssd_scan_bwd_kernel(
                 left = chunk_end - first - u
                 here = channel_needs < left
                 some = n_needs < left
-                t = origin + direction * (first + u)
+                t = _time(item, first + u, length, backward, HAS_BACKWARD)
                 decay = tl.load(decay_ptr + t * heads + head, mask=here, other=1.0)
                 dt = tl.load(dt_ptr + t * heads + head, mask=here, other=0.0)
                 x = tl.load(x_ptr + t * heads * width + channel, mask=here, other=0.0)
@@ -337,7 +345,7 @@ def ssd_scan_bwd_kernel(
                 left = chunk_end - first - u
                 here = channel_needs < left
                 some = n_needs < left
-                t = origin + direction * (first + u)
+                t = _time(item, first + u, length, backward, HAS_BACKWARD)
                 decay = tl.load(decay_ptr + t * heads + head, mask=here, other=1.0)
                 dt = tl.load(dt_ptr + t * heads + head, mask=here, other=0.0)
                 x = tl.load(x_ptr + t * heads * width + channel, mask=here, other=0.0)
@@ -458,7 +466,8 @@ class _Plan:
     @property
     def constants(self) -> dict[str, int | bool]:
         fusion = {"enable_fp_fusion": True}  # Triton warns where this is left open; a fused multiply-add rounds once
-        return {"STAGES": _STAGES, "P": self.P, "K": self.K, "N": self.N, "R": self.R, "num_warps": 1} | fusion
+        ways = {"HAS_BACKWARD": self.reverse_groups > 0}
+        return ways | {"STAGES": _STAGES, "P": self.P, "K": self.K, "N": self.N, "R": self.R, "num_warps": 1} | fusion
 
     def boundaries(
         self, row: Tensor, dt: Tensor, decay: Tensor, vector: Tensor, first: Tensor | None, *, reverse: bool
@@ -557,7 +566,7 @@ def ssd_scan_bwd(
             grad.zero_()
         grad_initial_state.zero_() if grad_last_state is None else grad_initial_state.copy_(grad_last_state)
         return
-    tiles = _BACKWARD_TILE if lower is None else _CLAMPED_BACKWARD_TILE
+    tiles = _BACKWARD_TILE if lower is None and not reverse_groups else _SMALL_BACKWARD_TILE
     plan = _Plan.of(x, B, reverse_groups, tiles, chunk, cut=lower is None)
     decay = _decay(dt, A)
     carry = plan.boundaries(grad_y, dt, decay, C, grad_last_state, reverse=True)
@@ -597,6 +606,7 @@ def ssd_scan_bwd(
         HAS_CARRY=carry is not None,
         FULL=plan.full,
         SUB=_SUB,
+        maxnreg=ALL_REGISTERS,
         **plan.constants,
     )
     torch.sum(parts["dt"], 3, out=grad_dt)
