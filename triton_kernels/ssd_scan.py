@@ -23,7 +23,8 @@ from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, join, segment
 
 _LANE_CHANNELS = 8  # R
 # States of a program, by the size of their type: 16 registers of a lane forward; the backward pass holds more of each.
-# Bounds, and a direction for each group, take registers of their own. The interpreter pays per operation, not per state.
+# Bounds take registers of their own, and so does a direction for each group. The interpreter pays per operation, not
+# per state.
 _FORWARD_TILE = {"cuda": {4: 512, 8: 256}, "cpu": {4: 2**15, 8: 2**14}}
 _BACKWARD_TILE = {"cuda": {4: 256, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
 _SMALL_BACKWARD_TILE = {"cuda": {4: 128, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}

@@ -31,7 +31,7 @@ from stablekern import _check, numerics
 from stablekern.errors import message
 from stablekern.nn import mamba_parts
 from stablekern.nn.mamba_parts import MambaCache
-from stablekern.nn.norms import LayerScale, RMSNormGated, wide
+from stablekern.nn.norms import LayerScale, RMSNormGated, gated_rms_norm, wide
 from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.ssd_state_update import ssd_state_update
@@ -189,9 +189,9 @@ def _side_by_side(blocks: tuple[Mamba2, Mamba2], name: str, sizes: tuple[int, ..
     return torch.cat([part for pair in zip(*(p.split(sizes) for p in both), strict=True) for part in pair])
 
 
-def _both_ways(x: Tensor, ahead: Mamba2, back: Mamba2) -> tuple[Tensor, Tensor]:
-    """`ahead(x)` and `back(x, reverse=True)` of two blocks of the same sizes: one projection, one convolution and one
-    scan for both, whose heads lie side by side."""
+def _both_ways(x: Tensor, ahead: Mamba2, back: Mamba2) -> Tensor:
+    """What the `out_proj` of `ahead(x)` and of `back(x, reverse=True)` get, side by side, for two blocks of the same
+    sizes: one projection, one convolution, one scan and one norm over the heads of both."""
     blocks = ahead, back
     fallback = mamba_parts.fallback_forced()
     width = ahead.d_inner + 2 * ahead._states
@@ -220,9 +220,7 @@ def _both_ways(x: Tensor, ahead: Mamba2, back: Mamba2) -> tuple[Tensor, Tensor]:
             state_clamp=ahead.state_clamp,
             bidirectional=True,
         )
-    halves = zip(blocks, y.flatten(-2).chunk(2, -1), z.chunk(2, -1), strict=True)
-    first, second = (block.out_proj(block.norm(part, gate)) for block, part, gate in halves)
-    return first, second
+    return gated_rms_norm(y.flatten(-2), z, _side_by_side(blocks, "norm.weight"), ahead.norm.eps, 2 * ahead.ngroups)
 
 
 def drop_fallback_entries(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
@@ -252,8 +250,13 @@ class _BiMamba2Layer(nn.Module):
         self.layer_norm = nn.LayerNorm(d_model, eps=numerics.NORM_EPS.value)
 
     def forward(self, x: Tensor) -> Tensor:
-        both = _both_ways(x, self.forward_mamba_real, self.backward_mamba_real)
-        mixed = self.output_proj(torch.cat(both, dim=-1))
+        ahead, back = self.forward_mamba_real, self.backward_mamba_real
+        # W [V y; V' y'] = [W V, W' V'] [y; y']: a product of weights in place of two over all steps.
+        weights = zip(
+            self.output_proj.weight.chunk(2, dim=1), (ahead.out_proj.weight, back.out_proj.weight), strict=True
+        )
+        mix = torch.cat([outer @ inner for outer, inner in weights], dim=1)
+        mixed = nn.functional.linear(_both_ways(x, ahead, back), mix, self.output_proj.bias)
         return self.layer_norm(x + self.dropout(self.layerscale(mixed)))
 
 
