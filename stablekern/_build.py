@@ -48,6 +48,7 @@ SOURCES = (
     "cpu/normalized_laplacian.cpp",
     "cpu/sample_covariance.cpp",
     "cpu/selective_scan.cpp",
+    "cpu/selective_scan_general.cpp",
     "cpu/selective_state_update.cpp",
     "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
