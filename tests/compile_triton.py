@@ -40,6 +40,7 @@ class Launch:
 
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
 REAL = ("fp32", "fp64")
+VECTORS = {"NODES": 32, "FEATURES": 64, "WIDE": WIDE}
 TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
 MATRIX = {"ROWS": 64, "COLUMNS": 32, "DEPTH": 16}
 TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
@@ -48,6 +49,10 @@ TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i
 def integers(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
+
+STRIDES = integers("nodes", "features", "steps", "x_item", "x_node", "x_step", "x_feature")
+# The vectors may be in half precision; what is computed from them is not.
+WIDE_PAIRS = dict.fromkeys(("grad_ptr", "edges_ptr", "inverse_ptr"), "*fp32")
 
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
 LINEAR, ROWS = integers("rows", "channels", "length"), {"STAGES": 4, "ROWS": 32}
@@ -159,6 +164,13 @@ LAUNCHES = {
         Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
         Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1, 255),
     ),
+    **{
+        f"cosine_edges_{way}_kernel": (
+            Launch({**VECTORS, "CENTRE": False}, STRIDES, REAL),
+            Launch({**VECTORS, "CENTRE": True}, STRIDES | WIDE_PAIRS, ("bf16",)),
+        )
+        for way in ("fwd", "bwd")
+    },
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
         Launch({"BY_LOGITS": False, "BY_TARGETS": False, "HAS_GAMMA": False, **ELEMENTWISE}, {"n": "i32"}),
