@@ -42,6 +42,7 @@ SOURCES = (
     "cpu/eigh.cpp",
     "cpu/spectral_function.cpp",
     "cpu/laplacian_pe.cpp",
+    "cpu/cayley_step.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/covariance_blend.cpp",
     "cpu/causal_conv1d.cpp",

@@ -120,7 +120,6 @@ def test_the_prelude_is_precompiled_or_read(tiny, tmp_path, monkeypatch, broken)
     library = _build.build(str(tmp_path / "cache"), "x86-64")
     assert ctypes.CDLL(str(library)).four() == 4
     assert not list(library.parent.rglob("*.gch"))
-    lines = log.read_text().splitlines()
     # -H of GCC lists what is read: "! name" is a precompiled header that is taken.
     taken = [line for line in log.read_text().splitlines() if line.startswith("! ") and line.endswith("prelude.h.gch")]
     version = subprocess.run([_build.compiler(), "--version"], capture_output=True, text=True).stdout
