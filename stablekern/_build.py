@@ -41,6 +41,7 @@ SOURCES = (
     "cpu/covariance_blend.cpp",
     "cpu/eigenprojector.cpp",
     "cpu/eigh.cpp",
+    "cpu/finite_stats.cpp",
     "cpu/focal_loss.cpp",
     "cpu/grad_guard.cpp",
     "cpu/laplacian_pe.cpp",
