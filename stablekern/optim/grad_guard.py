@@ -164,6 +164,13 @@ def _norms(gradients: list[Tensor], parts: list[Tensor], device: torch.device) -
     return norms
 
 
+def tensor_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The float64 norm of each dense tensor, shape (number of tensors,) on `device`: finite if and only if all of the
+    tensor is (for float64 entries above 1e154 the norm is scaled first).
+    """
+    return _norms(tensors, [_in_memory_order(_shards.local(tensor)) for tensor in tensors], device)
+
+
 def _sharded_like(gradients: list[Tensor]) -> list[list[int]]:
     """Positions of sharded gradients, those together that are sharded alike."""
     groups: dict[Any, list[int]] = {}
@@ -257,18 +264,24 @@ class GradGuard:
         return f"GradGuard({len(self._parameters)} parameters, max_norm={self.max_norm:g}, policy={self.policy!r})"
 
     @torch.no_grad()
-    def __call__(self, *, scale: float | Tensor | GradScaler | None = None) -> Tensor:
+    def __call__(self, *, scale: float | Tensor | GradScaler | None = None, veto: Tensor | None = None) -> Tensor:
         """Unscale, check and clip the gradients in place.
 
-        **Arguments:** `scale` divides the gradients: a number, a 0-d tensor, or a `GradScaler` whose `unscale_` has not
-        been called for these gradients (unlike it, this takes complex and bfloat16 ones). Keyword only.
+        **Arguments:** keyword only.
+
+        - `scale` divides the gradients: a number, a 0-d tensor, or a `GradScaler` whose `unscale_` has not been called
+            for these gradients (unlike it, this takes complex and bfloat16 ones).
+        - `veto`: a 0-d bool tensor on the device of `found_inf`. Where it is true this step is skipped as if a gradient
+            were not finite; only under the policy "skip".
 
         **Returns:** the norm before clipping, a 0-d float64 tensor on the device of the first parameter; inf or NaN if
         a gradient is, unless the policy is "zero". 0 if there are no gradients.
 
-        **Raises:** `NonFiniteError` under "raise"; `TypeError` for sparse gradients, `ValueError` for a scale <= 0 or
-        if the parameters were moved to another device after the guard was made.
+        **Raises:** `NonFiniteError` under "raise"; `TypeError` for sparse gradients, `ValueError` for a scale <= 0, for
+        a veto under another policy, or if the parameters were moved to another device after the guard was made.
         """
+        if veto is not None and self.policy != "skip":
+            raise ValueError(message(_WHERE, '`veto` is for the policy "skip"', repr(self.policy)))
         inverse = self._inverse(scale)
         gathered = self._gather()
         if gathered is None:
@@ -280,7 +293,7 @@ class GradGuard:
             names, gradients, table = gathered
             norms = _norms_of(table)
         finite = norms.isfinite()
-        bad = ~finite.all()
+        bad = ~finite.all() if veto is None else ~finite.all() | veto
         self._checked = (names, finite)
         self.steps += 1
         if self.policy == "raise" and bool(bad):
