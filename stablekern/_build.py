@@ -47,6 +47,7 @@ SOURCES = (
     "cpu/covariance_blend.cpp",
     "cpu/causal_conv1d.cpp",
     "cpu/complex_adamw.cpp",
+    "cpu/finite_stats.cpp",
     "cpu/sample_covariance.cpp",
     "cpu/chol_solve_safe.cpp",
     "cpu/focal_loss.cpp",
