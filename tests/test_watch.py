@@ -306,6 +306,35 @@ def test_a_scaler_may_skip_its_steps():
     assert watcher.report.step == 2 and watcher.report.cause.kind == "sqrt at 0" and watcher.report.phase == "loss"
 
 
+def test_a_scaler_is_noticed():
+    """Its first scale is too large on purpose: the step is skipped, and no fault."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    with watch(model) as watcher:
+        for _ in range(4):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.full((2, 3), 100.0)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert watcher.report is None and watcher.scaled and scaler.get_scale() < 2.0**127
+    assert torch.amp.GradScaler.scale.__qualname__ == "GradScaler.scale" and "watch" not in repr(
+        torch.amp.GradScaler.scale
+    )
+
+
+def test_watches_may_be_nested_and_see_inference_and_vmap():
+    model = nn.Sequential(nn.Linear(3, 3), Part(lambda x: torch.log(0 * x)))
+    with watch(model, on_hit="record") as outer, watch(model[0]) as inner:
+        with torch.inference_mode():
+            model(torch.ones(2, 3))
+        torch.func.vmap(model)(torch.ones(2, 4, 3))
+        assert outer.report is None
+        model[1].on = True
+        model(torch.ones(2, 3))
+    assert inner.report is None and outer.report.path == "1" and outer.report.op == "log"
+
+
 def test_steps_are_those_of_the_optimizer_or_else_the_backwards():
     model, other = nn.Linear(3, 1), nn.Linear(3, 1)
     optimizer, foreign = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))

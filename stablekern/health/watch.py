@@ -21,7 +21,7 @@ import sys
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -171,13 +171,15 @@ class _Step:
 class Watch:
     """The context manager that `watch` makes. `report` is the first finding, None while all is well."""
 
+    _silent = False  # of all watches: one of them is searching, and what it repeats is not counted
+
     def __init__(
         self,
         model: nn.Module | None,
         *,
         on_hit: str,
         late: bool | None,
-        scaled: bool,
+        scaled: bool | None,
         first_step: int,
         history: int,
     ) -> None:
@@ -190,7 +192,6 @@ class Watch:
         self._open: tuple[nn.Module, _trace.Call] | None = None
         self._depth = 0
         self._backward_depth = 0
-        self._silent = False
         self._backward_done = False
         self._optimizer_seen = False
         self._optimizer = "the optimizer"
@@ -217,6 +218,7 @@ class Watch:
             self._attach(self.model)
         self._patch(torch.autograd, "backward", self._backward)
         self._patch(torch.autograd, "grad", self._grad)
+        self._notice_scaler()
         self._stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         self._stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
         return self
@@ -234,6 +236,18 @@ class Watch:
         original = getattr(owner, name)
         setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
         self._stack.callback(setattr, owner, name, original)
+
+    def _notice_scaler(self) -> None:
+        original = torch.amp.GradScaler.scale
+
+        @functools.wraps(original)
+        def scale(scaler: torch.amp.GradScaler, outputs: Any) -> Any:
+            if self.scaled is None and scaler.is_enabled():
+                self.scaled = True
+            return original(scaler, outputs)
+
+        torch.amp.GradScaler.scale = scale
+        self._stack.callback(setattr, torch.amp.GradScaler, "scale", original)
 
     def _attach(self, module: nn.Module) -> None:
         self._roots.add(module)
@@ -279,6 +293,8 @@ class Watch:
         if self._open is not None:
             self._depth += self._open[0] is module
             return
+        if _transformed(tensors_in((args, kwargs))):
+            return
         if self._backward_done and not self._optimizer_seen:
             self._next_step()
         call = _trace.Call.of(module, self.step, args, kwargs)
@@ -299,7 +315,7 @@ class Watch:
             self._search_raised(call, raised)
             return
         tensors = [x for x in tensors_in(outputs) if floating(x)]
-        if not tensors:
+        if not tensors or _transformed(tensors):
             return
         self._calls.append(call)
         self._hook_outputs(call, tensors)
@@ -464,11 +480,11 @@ class Watch:
         if self.report is not None or bool(values.isfinite().all()):
             return
         suspects = (~values.isfinite()).nonzero().flatten().tolist()
-        self._silent = True
+        Watch._silent = True
         try:
             report = count.search(suspects)
         finally:
-            self._silent = False
+            Watch._silent = False
         if report is not None:
             self._hit(replace(report, step=count.step))
 
@@ -498,11 +514,11 @@ class Watch:
 
     def _search_raised(self, call: _trace.Call, raised: BaseException) -> None:
         """The model raised: perhaps for a NaN on its way, as decompositions do. The report is delivered at the end."""
-        self._silent = True
+        Watch._silent = True
         try:
             finding, remarks = self._replayed(functools.partial(_trace.find_forward, raises=True), call)
         finally:
-            self._silent = False
+            Watch._silent = False
         if finding is not None:
             seen = f"{type(raised).__name__} in the model: {str(raised).partition(chr(10))[0]}"
             self.report = self._report("forward", finding, remarks, seen, finding.tensor, call)
@@ -617,7 +633,7 @@ class Watch:
         if self._finding is None:
             return None
         name, rows = "", []
-        self._silent = True
+        Watch._silent = True
         try:
             for call in (call for call in self.past if call.module is self._found_in):
                 found = _trace.values_at(call, self._finding)
@@ -625,7 +641,7 @@ class Watch:
                     name, values = found
                     rows.append((call.step, values))
         finally:
-            self._silent = False
+            Watch._silent = False
         return (name, rows) if rows else None
 
 
@@ -633,6 +649,11 @@ def _arrived(gradients: list[Tensor | None], index: int, gradient: Tensor) -> No
     gradient = gradient.detach()
     before = gradients[index]
     gradients[index] = gradient if before is None else before + gradient
+
+
+def _transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether a function transform (vmap, grad) is at work: its tensors have no numbers to read."""
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -656,7 +677,7 @@ def watch(
     *,
     on_hit: str = "raise",
     late: bool | None = None,
-    scaled: bool = False,
+    scaled: bool | None = None,
     first_step: int = 1,
     history: int = 0,
 ) -> Watch:
@@ -674,7 +695,8 @@ def watch(
         with its first report.
     - `late`: read the counts only when they have arrived on the host, without ever waiting for the device; None is
         True if a parameter is on a GPU. Keeps the weights of up to 3 steps, and reports a step or two later.
-    - `scaled`: a `GradScaler` is in use: only steps that it lets through count, not those that it skips.
+    - `scaled`: a `GradScaler` is in use: only steps that it lets through count, not those that it skips. None finds out
+        by itself.
     - `first_step`: the number of the first step, after a checkpoint.
     - `history`: keep the weights and the batch of so many earlier steps, for `distribution`.
 
