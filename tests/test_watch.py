@@ -116,15 +116,17 @@ def test_late_counts_are_not_read_before_they_have_arrived(monkeypatch):
 
 def test_norms_of_all_kinds_of_tensors():
     tensors = [torch.ones(3), torch.full((2,), 6e4, dtype=torch.float16), torch.empty(0), torch.ones(2).double()]
-    assert norms(tensors).isfinite().tolist() == [True, False, True, True]  # the half one is a suspicion
+    first, _, empty, double = norms(tensors).isfinite().tolist()  # the half one may be a suspicion
+    assert first and empty and double and norms(tensors, exact=True).isfinite().all()
     assert not norms([torch.tensor([1.0, NAN])]).isfinite().all()
     assert not norms([torch.tensor([1.0, -INF])]).isfinite().all()
 
 
-def test_a_norm_that_overflows_is_no_fault():
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_a_norm_that_overflows_is_no_fault(late):
     """Finite entries of 1e30, whose squares overflow."""
     model = nn.Linear(3, 3)
-    with watch(model) as watcher:
+    with watch(model, late=late) as watcher:
         (model(torch.ones(2, 3)) * 1e30).sum().backward()
     assert watcher.report is None and model.weight.grad.max() > 1e29
 
