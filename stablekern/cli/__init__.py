@@ -16,7 +16,7 @@ __all__ = ["EXTRAS", "main", "missing_extras"]
 
 # The extras of each command, and the modules that stand for them.
 _CLI, _EEG = ("typer", "rich", "matplotlib"), ("mne", "edfio", "timescoring")
-EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")}
+EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")} | {"zoo": {"cli": _CLI}}
 _USAGE = """usage: stablekern COMMAND [--help]
 
   doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
@@ -24,6 +24,7 @@ _USAGE = """usage: stablekern COMMAND [--help]
                                  do a bad step again: data, weights or op
   doctor --watch module:function [--steps N] [--html FILE] [--json]
                                  run a training function: the first non-finite tensor, and why
+  zoo [--json] [--html FILE]     why training goes NaN: causes, published fixes and ours, counted
   demo                           train the smallest detector on a real recording, in minutes
   train --config FILE            train a detector on a folder of recordings with annotations
   detect FILE --checkpoint FILE  find the events in a recording

@@ -63,6 +63,22 @@ def doctor(
 
 
 @app.command()
+def zoo(
+    names: Annotated[list[str] | None, typer.Argument(help="Exhibits; all if none is named.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with figures; it holds all that it needs.")] = None,
+) -> None:
+    """Why training goes NaN: each cause with plain PyTorch, with the fix that was published, and with ours; counted."""
+    missing = missing_extras("zoo") if html is not None else None
+    if missing:
+        typer.echo(missing, err=True)
+        raise typer.Exit(2)
+    from stablekern.cli import zoo as command
+
+    raise typer.Exit(command.run(names or (), as_json=json, html_file=html))
+
+
+@app.command()
 def demo(
     edf: Annotated[
         Path | None, typer.Option(help="Your own recording (EDF or EDF+) in place of the one in the package.")
