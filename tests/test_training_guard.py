@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 
 import pytest
@@ -392,6 +393,39 @@ def test_other_files_are_refused(tmp_path):
             load_bad_batch(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         load_bad_batch(tmp_path / "absent.pt")
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, path: str, out: str) -> None:
+    """Two ranks with equal weights; the loss of one is NaN in the third step, though all gradients are finite."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    guard = guarded(out, torch.optim.SGD, lambda o: StepLR(o, 1, 0.5))
+    for step in range(4):
+        value = guard.model(torch.ones(8, 3)).square().mean()
+        value.backward()
+        for p in guard.model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+        guard.step(value.detach() * (NAN if (rank, step) == (1, 2) else 1))
+        guard.optimizers[0].zero_grad()
+    report = guard.report()
+    assert (report.taken, report.loss, guard.schedulers[0].last_epoch) == (3, 1, 3), report
+    assert [name.rpartition("bad_batch_")[2] for name in report.files] == ["3_rank1.pt" if rank else "3.pt"]
+    dist.barrier()
+    os._exit(0)  # all is checked; now and then gloo's threads abort while an interpreter winds down
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_ranks_skip_alike(tmp_path):
+    torch.multiprocessing.start_processes(
+        _rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="spawn"
+    )
+    assert sorted(p.name for p in tmp_path.glob("bad_*")) == ["bad_batch_3.pt", "bad_batch_3_rank1.pt"]
 
 
 # ---- the rest of the contract ----------------------------------------------------------------------------------------
