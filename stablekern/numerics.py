@@ -11,6 +11,13 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "BORN_FLOOR",
+    "CAYLEY_DENSE_NODES",
+    "CAYLEY_FACTOR_COST",
+    "CAYLEY_MOST_TERMS",
+    "CAYLEY_REAL_LIMIT",
+    "CAYLEY_SPARSE_COST",
+    "CAYLEY_TRUNCATION_ULPS",
     "CHOLESKY_JITTER_LIMIT",
     "CHOLESKY_JITTER_ULPS",
     "CLIP_NORM_OFFSET",
@@ -199,4 +206,45 @@ OVERFLOW_SHARE = Constant(
     "of the root of the largest number: products of two such operands, summed over 1e4 terms, leave the range; an "
     "infinity that comes from smaller ones is a division by 0, a logarithm of 0 or the like",
     "a square overflows from the root on; four decades for the number of terms in a sum",
+)
+
+BORN_FLOOR = Constant(
+    1e-6,
+    "of the mean power, added to each before the logarithm: an amplitude that crosses 0 would have a logit of -inf and "
+    "a gradient of 1/|amplitude|",
+    "the collapse of the complex language model, three decades of amplitude",
+)
+CAYLEY_TRUNCATION_ULPS = Constant(
+    2.0,
+    "what is cut off the expansion, and the residual at which an iteration stops, are of the size of the rounding in "
+    "the products: eight layers of it move a norm by less than 1e-6 in float32",
+    "each further term is a factor |q|, 4 to 30 for usual steps: Trefethen, Approximation Theory, ch. 8",
+    ulps=True,
+)
+CAYLEY_MOST_TERMS = Constant(
+    4096.0,
+    "an expansion this long belongs to a |H| of 1e5 and more, where other methods are cheaper by far; also the most "
+    "iterations of COCG, which needs no more than the expansion has terms",
+    "the expansion's ratio is about 1 - 1/sqrt(a |H|), so that 16 sqrt(a |H|) terms reach float32",
+)
+CAYLEY_DENSE_NODES = Constant(
+    4096.0,
+    "a dense factor is made for no more nodes: its complex128 inverse takes 256 MB and half a minute on a CPU",
+    "8 n^3 multiply-adds at the 10 GFLOP/s that a core reaches in double",
+)
+CAYLEY_REAL_LIMIT = Constant(
+    32.0,
+    "the error of the real factor is about a |H| ulp, from the cancellation in psi - i a H psi; above this it would "
+    "show beside that of the matrix product, and U itself is formed",
+    "relative error of a sum with terms of size a |H|: Higham, Accuracy and Stability, sec. 4.2",
+)
+CAYLEY_SPARSE_COST = Constant(
+    1.3,
+    "cost of one nonzero of H in the expansion, in multiply-adds of the dense kernel",
+    "bench/cases/cayley_step.py, D = 256, on Zen 4 with AVX-512",
+)
+CAYLEY_FACTOR_COST = Constant(
+    8.0,
+    "cost of the dense factor per D^3, in multiply-adds of the dense kernel",
+    "as CAYLEY_SPARSE_COST",
 )

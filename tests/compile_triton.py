@@ -41,6 +41,7 @@ class Launch:
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
 REAL = ("fp32", "fp64")
 TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
+MATRIX = {"ROWS": 64, "COLUMNS": 32, "DEPTH": 16}
 TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
 
 
@@ -108,6 +109,11 @@ LAUNCHES = {
     "covariance_blend_diagonal_kernel": (
         Launch({**TILES, "BY_PRED": True, "BY_WEIGHTS": True, "HAS_WEIGHTS": True}, TILE_TYPES, REAL),
     ),
+    "cayley_step_apply_kernel": tuple(
+        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",))
+        for conjugate in (False, True)
+    ),
+    "cayley_step_edges_kernel": (Launch({**MATRIX, "SHARE": 1024}, integers("tokens", "nodes"), ("fp32",)),),
     "scan_join_kernel": (
         Launch({"HAS_FIRST": True, "FACTOR_PER_ROW": True, "REVERSE": False, "BLOCK": 128}, JOIN, REAL),
         Launch({"HAS_FIRST": False, "FACTOR_PER_ROW": False, "REVERSE": True, "BLOCK": 128}, JOIN, REAL),
