@@ -237,6 +237,15 @@ def test_poisoned_weights_come_back(name, what, tmp_path, late):
     assert guard.report().taken == 7 and not same(last[0], last[1])
 
 
+def test_values_that_were_moved_to_other_memory_are_seen(tmp_path):
+    """`p.data = ...`, as offloading and weight averaging do it."""
+    guard = guarded(tmp_path)
+    run(guard, [batch()])
+    guard.model.linear.bias.data = torch.full((1,), NAN)
+    run(guard, [batch()])
+    assert guard.report().weights == 1 and guard.model.linear.bias.isfinite().all()
+
+
 def test_an_infinite_moment_is_found_though_the_weights_are_finite(tmp_path):
     """Adam's v overflows for a gradient above 1e19: its weight then never moves again, and nothing is ever NaN."""
     guard = guarded(tmp_path, keep_every=3)
