@@ -16,6 +16,7 @@ from stablekern import errors
 from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.causal_conv1d import causal_conv1d
+from stablekern.ops.cg import cg, cg_ex, select_solver
 from stablekern.ops.chol_solve_safe import chol_solve_safe
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.covariance_blend import covariance_blend, covariance_blend_ex
@@ -43,6 +44,8 @@ __all__ = [
     "assemble_adjacency",
     "available_backends",
     "causal_conv1d",
+    "cg",
+    "cg_ex",
     "chol_solve_safe",
     "cosine_edges",
     "covariance_blend",
@@ -63,6 +66,7 @@ __all__ = [
     "normalized_laplacian",
     "ridge_lstsq",
     "sample_covariance",
+    "select_solver",
     "selective_scan",
     "selective_state_update",
     "spectral_function",
