@@ -16,6 +16,7 @@ from stablekern import errors
 from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.causal_conv1d import causal_conv1d
+from stablekern.ops.cayley_step import cayley_step
 from stablekern.ops.cg import cg, cg_ex, select_solver
 from stablekern.ops.chol_solve_safe import chol_solve_safe
 from stablekern.ops.cosine_edges import cosine_edges
@@ -44,6 +45,7 @@ __all__ = [
     "assemble_adjacency",
     "available_backends",
     "causal_conv1d",
+    "cayley_step",
     "cg",
     "cg_ex",
     "chol_solve_safe",
@@ -76,7 +78,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training")
+_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training", "zoo")
 
 
 def __getattr__(name: str) -> ModuleType:

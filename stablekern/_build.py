@@ -35,6 +35,7 @@ except ImportError:  # loaded by path from setup.py
 SOURCES = (
     "bindings.cpp",
     "cpu/causal_conv1d.cpp",
+    "cpu/cayley_step.cpp",
     "cpu/cg.cpp",
     "cpu/chol_solve_safe.cpp",
     "cpu/complex_adamw.cpp",
