@@ -43,6 +43,7 @@ SOURCES = (
     "cpu/spectral_function.cpp",
     "cpu/laplacian_pe.cpp",
     "cpu/cayley_step.cpp",
+    "cpu/cg.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/covariance_blend.cpp",
     "cpu/causal_conv1d.cpp",
