@@ -191,8 +191,9 @@ LAUNCHES = {
     ),
     **{
         f"cosine_edges_{way}_kernel": (
-            Launch({**VECTORS, "CENTRE": False}, STRIDES, REAL),
+            Launch({**VECTORS, "CENTRE": False}, STRIDES, ("fp32",)),
             Launch({**VECTORS, "CENTRE": True}, STRIDES | WIDE_PAIRS, ("bf16",)),
+            Launch({**VECTORS, "FEATURES": 32, "CENTRE": True}, STRIDES, ("fp64",)),
         )
         for way in ("fwd", "bwd")
     },

@@ -14,7 +14,8 @@ from torch import Tensor
 from stablekern.triton_kernels.numerics import scalar
 
 # The vectors of a step, padded to powers of two, are a tile of at most this many numbers: 64 registers a thread.
-LARGEST_TILE = 8192
+# In float64, which is there for checks, a product of larger tiles spills on the GPUs that do it without tensor cores.
+LARGEST_TILE, LARGEST_DOUBLE_TILE = 8192, 1024
 _SMALLEST_SIDE = 16  # of a matrix product
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
@@ -173,10 +174,10 @@ def _sides(nodes: int, features: int) -> tuple[int, int]:
     return (max(triton.next_power_of_2(side), _SMALLEST_SIDE) for side in (nodes, features))
 
 
-def fits(nodes: int, features: int) -> bool:
+def fits(nodes: int, features: int, dtype: torch.dtype) -> bool:
     """Whether the vectors of a step, and the matrix of their pairs, fit a tile."""
     rows, columns = _sides(nodes, features)
-    return rows * max(rows, columns) <= LARGEST_TILE
+    return rows * max(rows, columns) <= (LARGEST_DOUBLE_TILE if dtype == torch.float64 else LARGEST_TILE)
 
 
 def _constants(x: Tensor, centre: bool) -> dict[str, object]:

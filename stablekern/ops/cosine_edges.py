@@ -143,7 +143,8 @@ def _(
 def _too_large(x: Tensor) -> str | None:
     from stablekern.triton_kernels.cosine_edges import fits
 
-    return None if fits(x.shape[1], x.shape[3]) else f"{x.shape[1]} nodes of {x.shape[3]} features exceed a tile"
+    rule = f"{x.shape[1]} nodes of {x.shape[3]} features exceed a tile of {x.dtype}"
+    return None if fits(x.shape[1], x.shape[3], x.dtype) else rule
 
 
 @launcher("cosine_edges_fwd", device="cuda", backend="triton", supports=lambda x, *_: _too_large(x))

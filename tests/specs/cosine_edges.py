@@ -62,7 +62,7 @@ SPECS = (
         samples=samples,
         dtypes=FLOATS + HALVES,
         interpreted=(
-            *("correlation", "odd-correlation", "zeros", "around-the-floors", "faint", "large-eps", "huge", "minute"),
+            *("correlation", "odd", "zeros", "around-the-floors", "faint", "large-eps", "huge", "minute"),
             *("length-1", "two-nodes", "one-node", "empty", "no-steps", "permuted", "strided"),
         ),
         errors=(
