@@ -74,7 +74,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training")
+_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training", "zoo")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -21,6 +21,7 @@ __all__ = [
     "CHOLESKY_JITTER_LIMIT",
     "CHOLESKY_JITTER_ULPS",
     "CLIP_NORM_OFFSET",
+    "CONSTANT_LOSS_MARGIN",
     "COSINE_EPS",
     "COSINE_GRAD_FLOOR",
     "COVARIANCE_TRACE_TOLERANCE",
@@ -32,10 +33,15 @@ __all__ = [
     "EIGH_MASK_GAP_ULPS",
     "EIGH_NOISE_KAPPA",
     "LAPLACIAN_ROTATION_ULPS",
+    "LOW_LEARNING_RATE",
+    "LOW_LEARNING_RATE_SHARE",
+    "LR_FACTOR_FLOOR",
     "MAMBA_DT_INIT_FLOOR",
     "MAMBA_DT_MAX",
     "MAMBA_DT_MIN",
     "NORM_EPS",
+    "OVERFLOW_SHARE",
+    "STILL_WEIGHTS",
     "SUBSPACE_RIDGE",
     "Constant",
 ]
@@ -166,6 +172,40 @@ COVARIANCE_TRACE_TOLERANCE = Constant(
     "of the target: a normalised trace is right to n eps, so a deviation of this size is a step that was left out (a "
     "load without a new normalisation doubles it), while half-precision storage stays within",
     "the sanity check of covariances in the radio-localisation pipeline, 1 %",
+)
+
+LOW_LEARNING_RATE = Constant(
+    1e-3,
+    "of the base rate: a step of Adam moves a weight by about the rate, so a thousandth of a rate that was chosen to "
+    "train in one run would need a thousand runs",
+    "linear warm-up over several epochs, of which published runs saw the first hundred steps",
+)
+LOW_LEARNING_RATE_SHARE = Constant(
+    5e-2,
+    "of the run: half a cosine is below a thousandth of its peak for the last 2 % of its steps, which is meant",
+    "arccos(1 - 2e-3) / pi = 0.02",
+)
+LR_FACTOR_FLOOR = Constant(
+    2.0**-10,
+    "halvings stop there: what a thousandth of the rate does not mend, a smaller one hides",
+    "as LOW_LEARNING_RATE",
+)
+STILL_WEIGHTS = Constant(
+    1e-6,
+    "of their norm, over many steps: eight float32 ulp, so what moved may be rounding alone; one step of Adam at the "
+    "usual rates moves weights of a usual size by 1e-3 to 1e-1 of it",
+    "eps of float32",
+)
+CONSTANT_LOSS_MARGIN = Constant(
+    1e-2,
+    "of the loss of the best constant prediction: a mean of a hundred losses is known to about that",
+    "a hundred batches whose losses scatter by 10 %",
+)
+OVERFLOW_SHARE = Constant(
+    1e-2,
+    "of the root of the largest number: products of two such operands, summed over 1e4 terms, leave the range; an "
+    "infinity that comes from smaller ones is a division by 0, a logarithm of 0 or the like",
+    "a square overflows from the root on; four decades for the number of terms in a sum",
 )
 
 BORN_FLOOR = Constant(

@@ -35,6 +35,7 @@ class Launch:
     types: dict[str, str] = field(default_factory=dict)
     io_types: tuple[str, ...] = IO_TYPES
     warps: int = 4
+    registers: int | None = None  # the launcher's `maxnreg`
 
 
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
@@ -51,12 +52,15 @@ def integers(*names: str) -> dict[str, str]:
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
 LINEAR, ROWS = integers("rows", "channels", "length"), {"STAGES": 4, "ROWS": 32}
 SSD = integers(
-    *("length", "heads", "width", "groups", "states", "chunk", "segments", "segment_length", "head_tiles"),
-    *("column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
+    *("length", "heads", "width", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length"),
+    *("head_tiles", "column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
     *("carry_item", "carry_segment", "carry_n", "carry_channel"),
 )
 
-
+CONV = integers(
+    *("channels", "length", "reverse_channels", "x_item", "x_channel", "x_step", "y_item", "y_channel", "y_step"),
+    *("dy_item", "dy_channel", "dy_step", "dx_item", "dx_channel", "dx_step"),
+)
 SELECTIVE = integers(
     *("channels", "length", "groups", "states", "chunk", "segments", "segment_length", "tiles"),
     *("start_item", "start_segment", "start_n", "start_channel"),
@@ -76,11 +80,19 @@ def selective(io: str, K: int, N: int, R: int, **constants: bool) -> Launch:
 
 def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     """A tile of K * R channels (heads of P) x N states, as the launcher makes them."""
-    tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R}
-    return Launch(tile | constants, SSD, (io,), warps=1)
+    tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R, "HAS_BACKWARD": False}
+    backward = "HAS_CARRY" in constants
+    return Launch(tile | constants, SSD, (io,), warps=1, registers=255 if backward else None)
 
 
 LAUNCHES = {
+    **{
+        f"causal_conv1d_{way}_kernel": tuple(
+            Launch({"HAS_BIAS": True, "SILU": True, "WIDTH": width, "BLOCK_C": c, "BLOCK_T": t}, CONV, REAL)
+            for width, c, t in ((4, 64, 8), (4, 4, 128), (3, 4, 128))
+        )
+        for way in ("fwd", "bwd")
+    },
     "covariance_blend_fwd_kernel": tuple(
         Launch(
             {**TILES, "PARTS": parts, "HAS_SAMP": full, "HAS_WEIGHTS": full, "WIDTH": 256},
@@ -107,16 +119,20 @@ LAUNCHES = {
         Launch({"HAS_FIRST": False, "FACTOR_PER_ROW": False, "REVERSE": True, "BLOCK": 128}, JOIN, REAL),
     ),
     # The streams of the detector (16 heads of 8, 16 states; 8 heads of 4, 8 states), and a large state.
-    "ssd_scan_segment_kernel": (ssd("fp32", 8, 4, 16, 8, REVERSE=False), ssd("fp64", 4, 4, 8, 8, REVERSE=True)),
+    "ssd_scan_segment_kernel": (
+        ssd("fp32", 8, 4, 16, 8, REVERSE=False, HAS_BACKWARD=True),
+        ssd("fp64", 4, 4, 8, 8, REVERSE=True),
+    ),
     "ssd_scan_fwd_kernel": (
         ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_START=True, FULL=True),
-        ssd("fp32", 4, 4, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True),
+        ssd("fp32", 4, 4, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True, HAS_BACKWARD=True),
         ssd("fp32", 4, 1, 128, 4, HAS_D=False, HAS_CLAMP=True, HAS_START=False, FULL=False),
         ssd("fp64", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=False),
     ),
     "ssd_scan_bwd_kernel": (
         ssd("fp32", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=True, FULL=True),
-        ssd("fp32", 4, 2, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True),
+        ssd("fp32", 8, 1, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=True, FULL=True, HAS_BACKWARD=True),
+        ssd("fp32", 4, 2, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True, HAS_BACKWARD=True),
         ssd("fp32", 2, 1, 128, 2, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=False, FULL=False),
         ssd("fp64", 4, 1, 16, 4, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=False),
     ),
@@ -136,12 +152,12 @@ LAUNCHES = {
         selective("fp64", 1, 16, 2, HAS_CLAMP=True, FULL=True),
     ),
     "linear_scan_fwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1, 255),
     ),
     "linear_scan_bwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1, 255),
     ),
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
@@ -198,6 +214,7 @@ def compile_one(case: tuple[str, int, str, int]) -> dict[str, Any]:
     try:
         source = triton.compiler.ASTSource(kernel, signature(kernel, launch, io), constants)
         options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+        options |= {} if launch.registers is None else {"maxnreg": launch.registers}
         binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         row |= {"dynamic_shared": binary.metadata.shared, **resources(binary.asm["cubin"])}
     except Exception as error:

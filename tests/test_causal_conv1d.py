@@ -22,8 +22,11 @@ def case(*sizes: int, dtype=torch.float32):
     return [t.to(dtype) for t in inputs(torch.Generator().manual_seed(3), *sizes)]
 
 
-def test_same_bits_for_any_number_of_threads():
-    x, weight, bias, _ = (t.requires_grad_() for t in case(3, 37, 300, 4))
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_same_bits_for_any_number_of_threads(channels_last):
+    x, weight, bias, _ = case(3, 37, 1500, 4)
+    x = x.mT.contiguous().mT if channels_last else x
+    x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -76,11 +79,39 @@ def test_half_precision_is_rounded_float32(backend, half):
     torch.testing.assert_close(mixed, wide.to(half), rtol=0, atol=0)
 
 
-def test_channels_stay_side_by_side(backend):
+def test_what_is_side_by_side_stays_so(backend):
     x, weight, _, _ = case(2, 5, 40, 4)
-    for layout in (x, x.mT.contiguous().mT):
+    for axis, layout in ((2, x), (1, x.mT.contiguous().mT)):
         leaf = layout.detach().requires_grad_()
         y = causal_conv1d(leaf, weight)
-        assert y.transpose(1, 2).is_contiguous()
         (grad,) = torch.autograd.grad(y.sum(), leaf)
-        assert grad.shape == x.shape
+        assert y.stride(axis) == grad.stride(axis) == 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_nothing_is_copied(channels_last, monkeypatch):
+    """Both layouts are read where they are, parts of wider rows too."""
+    x, weight, bias, _ = case(2, 6, 40, 4)
+    x = x[:, :4] if not channels_last else x.mT.contiguous()[..., :4].mT
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: t if t.dim() < 3 else pytest.fail("a copy"))
+    with stablekern.use_backend("native"):
+        leaf = x.detach().requires_grad_()
+        y = causal_conv1d(leaf, weight[:4], bias[:4], activation="silu")
+        torch.autograd.grad(y, leaf, y.detach())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_both_directions_in_one_call_are_two_calls(backend, channels_last):
+    x, weight, bias, _ = case(2, 38, 300, 4)
+    x = x.mT.contiguous().mT if channels_last else x
+
+    def run(part, **direction):
+        leaves = [t.detach().requires_grad_() for t in (x[:, part], weight[part], bias[part])]
+        y = causal_conv1d(*leaves, activation="silu", **direction)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    both = run(slice(None), bidirectional=True)
+    for half, part in enumerate((slice(0, 19), slice(19, 38))):
+        alone = run(part, reverse=bool(half))
+        for a, b in zip(both, alone, strict=True):
+            torch.testing.assert_close(a[:, part] if a.dim() == 3 else a[part], b)

@@ -164,6 +164,23 @@ def test_bimamba2_is_its_formula(layerscale):
     compare(stack, stack(x), expected)
 
 
+@pytest.mark.parametrize("forced", ["0", "1"])
+@pytest.mark.parametrize("clamp", [None, 0.01])
+def test_both_directions_at_once_are_two_blocks(monkeypatch, forced, clamp):
+    monkeypatch.setenv(FALLBACK, forced)
+    monkeypatch.setattr(mamba_parts, "_told_fallback", True)
+    sizes = {"d_state": 3, "headdim": 4, "ngroups": 2, "num_layers": 1, "dropout": 0.0, "state_clamp": clamp}
+    layer = snn.BiMamba2(8, **sizes).double().layers[0]
+    x = torch.randn(2, 70, 8, dtype=torch.float64, requires_grad=True)
+    ahead, back = layer.forward_mamba_real(x), layer.backward_mamba_real(x, reverse=True)
+    two = layer.layer_norm(x + layer.output_proj(torch.cat((ahead, back), -1)))
+    inputs = [x, *(p for n, p in layer.named_parameters() if forced == "0" or not n.endswith(("A_log", "dt_bias")))]
+    torch.testing.assert_close(layer(x), two)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), inputs) for y in (layer(x), two))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_bimamba2_sees_both_ways():
     stack = snn.BiMamba2(16, d_state=8, headdim=4, num_layers=1).eval()
     x = torch.randn(1, 16, 30)

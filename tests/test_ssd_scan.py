@@ -75,6 +75,24 @@ def test_reverse_is_the_scan_of_flipped_inputs(backend, clamp):
 
 
 @pytest.mark.parametrize("clamp", [None, 0.5])
+def test_both_directions_in_one_call_are_two_calls(backend, clamp):
+    """One call on twice the heads: the bits of a scan of the first half and a reverse one of the second; the gradients
+    of parameters, sums over time, but for their rounding."""
+    args, optional = case(2, 70, 8, 8, 2, 16)
+    optional |= {"dt_softplus": True, "state_clamp": clamp}
+    both = with_gradients(args, optional | {"bidirectional": True})
+    axes = {"x": 2, "dt": 2, "A": 0, "B": 2, "C": 2, "D": 0, "z": 2, "dt_bias": 0, "initial_state": 1}
+    result_axes = [2, 1, *axes.values()]
+    for half in (0, 1):
+        parts = [t.chunk(2, axis)[half] for t, axis in zip(args, axes.values(), strict=False)]
+        own = {k: v.chunk(2, axes[k])[half] if k in axes else v for k, v in optional.items()}
+        alone = with_gradients(parts, own | {"reverse": bool(half)})
+        for a, b, axis in zip(both, alone, result_axes, strict=True):
+            exactly = {} if b.dim() == 1 else {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(a.chunk(2, axis)[half], b, **exactly)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
 @pytest.mark.parametrize("cut", [1, 31, 32, 50])
 def test_a_sequence_may_be_cut_anywhere(backend, cut, clamp):
     """The last state carries over: the same bits, and the same gradients, as in one piece."""
@@ -192,7 +210,7 @@ def test_only_what_is_asked_for_gets_a_gradient_and_is_kept(backend):
     y.sum().backward()
     assert args[2].grad is not None and all(args[i].grad is None for i in (0, 1, 3, 4))
     args = [a.detach() for a in args]
-    kept = [_fwd(*args, None, None, None, None, False, chunk)[2] for chunk in (_CHUNK, 70)]
+    kept = [_fwd(*args, None, None, None, None, 0, chunk)[2] for chunk in (_CHUNK, 70)]
     assert [tuple(states.shape) for states in kept] == [(2, 3, 4, 2, 3), (2, 1, 4, 2, 3)], "one every _CHUNK steps"
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.scan import clamped, stack8, unstack8
+from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, stack8, unstack8
 
 _ROWS = {"cuda": 32, "cpu": 1024}  # of a program, a lane each; the interpreter pays per operation, not per row
 _STAGES = 4
@@ -150,6 +150,7 @@ def _launch(
         STAGES=_STAGES,
         ROWS=rows,
         num_warps=1,
+        maxnreg=ALL_REGISTERS,
         enable_fp_fusion=True,
     )
 

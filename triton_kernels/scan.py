@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 _JOIN_BLOCK = 128
-_FEW, _ENOUGH = (
-    1024,
-    2048,
-)  # programs of one warp; a GPU has 300 to 600 warp schedulers, and each hides latency with several
+# Programs of one warp; a GPU has 300 to 600 warp schedulers, and each hides latency with several.
+_FEW, _ENOUGH = 1024, 2048
+# As many as a thread can have. Left to itself, the assembler stops at 168, for twelve warps at a time, and spills.
+ALL_REGISTERS = 255
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 

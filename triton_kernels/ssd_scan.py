@@ -19,14 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.scan import clamped, join, segments_of
+from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, join, segments_of
 
 _LANE_CHANNELS = 8  # R
 # States of a program, by the size of their type: 16 registers of a lane forward; the backward pass holds more of each.
-# The interpreter pays per operation, not per state.
+# Bounds take registers of their own, and so does a direction for each group. The interpreter pays per operation, not
+# per state.
 _FORWARD_TILE = {"cuda": {4: 512, 8: 256}, "cpu": {4: 2**15, 8: 2**14}}
 _BACKWARD_TILE = {"cuda": {4: 256, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
-_CLAMPED_BACKWARD_TILE = {"cuda": {4: 128, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
+_SMALL_BACKWARD_TILE = {"cuda": {4: 128, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
 _SUB = 4
 _SHORTEST_SEGMENT = 32
 _STAGES = 4
@@ -35,8 +36,21 @@ _STAGES = 4
 
 
 @triton.jit
-def _place(groups, heads, width, segments, head_tiles, column_tiles, P: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
-    """item, segment, group, tile, and of each of the K x R channels: head, channel, whether it exists.
+def _place(
+    length,
+    groups,
+    reverse_groups,
+    heads,
+    width,
+    segments,
+    head_tiles,
+    column_tiles,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+):
+    """item, whether it goes backwards, segment, group, tile, and of each of the K x R channels: head, channel, whether
+    it exists.
 
     A tile is K * R / P heads of P columns each.
     """
@@ -52,7 +66,15 @@ def _place(groups, heads, width, segments, head_tiles, column_tiles, P: tl.const
     column = tile % column_tiles * P + slot % P
     real = (head < heads // groups) & (column < width)
     head += group * (heads // groups)
-    return item, segment, group, tile, head, head * width + column, real
+    return item, group >= groups - reverse_groups, segment, group, tile, head, head * width + column, real
+
+
+@triton.jit
+def _time(item, step, length, backward, HAS_BACKWARD: tl.constexpr):
+    """Where a step lies in memory, in steps."""
+    if HAS_BACKWARD:
+        step = tl.where(backward, length - 1 - step, step)
+    return item * length + step
 
 
 @triton.jit
@@ -80,20 +102,22 @@ def ssd_scan_segment_kernel(
     heads,
     width,
     groups,
+    reverse_groups,
     states,
     segments,
     segment_length,
     head_tiles,
     column_tiles,
     REVERSE: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     STAGES: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, head, channel, real = _place(
-        groups, heads, width, segments, head_tiles, column_tiles, P, K, R
+    item, backward, segment, group, tile, head, channel, real = _place(
+        length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
     begin = segment * segment_length
@@ -101,7 +125,7 @@ def ssd_scan_segment_kernel(
     state = tl.zeros((K, N, R), row_ptr.dtype.element_ty)
     factor = tl.full((K, R), 1.0, row_ptr.dtype.element_ty)
     for i in tl.range(0, steps, num_stages=STAGES):
-        t = item * length + begin + (steps - 1 - i if REVERSE else i)
+        t = _time(item, begin + (steps - 1 - i if REVERSE else i), length, backward, HAS_BACKWARD)
         decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
         row = tl.load(row_ptr + t * heads * width + channel, mask=real, other=0.0)
         vector = tl.load(vector_ptr + (t * groups + group) * states + n, mask=n < states, other=0.0)
@@ -135,6 +159,7 @@ def ssd_scan_fwd_kernel(
     heads,
     width,
     groups,
+    reverse_groups,
     states,
     chunk,
     segments,
@@ -148,6 +173,7 @@ def ssd_scan_fwd_kernel(
     HAS_D: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
     HAS_START: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
     P: tl.constexpr,
@@ -155,8 +181,8 @@ def ssd_scan_fwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, head, channel, real = _place(
-        groups, heads, width, segments, head_tiles, column_tiles, P, K, R
+    item, backward, segment, group, tile, head, channel, real = _place(
+        length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
     exists = real[:, None, :] & (n < states)[None, :, None]
@@ -172,7 +198,7 @@ def ssd_scan_fwd_kernel(
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
     for step in tl.range(begin, end, num_stages=STAGES):
-        t = item * length + step
+        t = _time(item, step, length, backward, HAS_BACKWARD)
         decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
         dt = tl.load(dt_ptr + t * heads + head, mask=real, other=0.0)
         x = tl.load(x_ptr + t * heads * width + channel, mask=real, other=0.0)
@@ -220,6 +246,7 @@ def ssd_scan_bwd_kernel(
     heads,
     width,
     groups,
+    reverse_groups,
     states,
     chunk,
     segments,
@@ -233,6 +260,7 @@ def ssd_scan_bwd_kernel(
     HAS_D: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
     HAS_CARRY: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
     SUB: tl.constexpr,
@@ -241,8 +269,8 @@ def ssd_scan_bwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, head, channel, real = _place(
-        groups, heads, width, segments, head_tiles, column_tiles, P, K, R
+    item, backward, segment, group, tile, head, channel, real = _place(
+        length, groups, reverse_groups, heads, width, segments, head_tiles, column_tiles, P, K, R
     )
     n = tl.arange(0, N)
     exists = real[:, None, :] & (n < states)[None, :, None]
@@ -279,7 +307,7 @@ def ssd_scan_bwd_kernel(
         at = item * tl.cdiv(length, chunk) + chunk_begin // chunk
         state = tl.load(chunk_ptr + at * states * heads * width + by_channel, mask=exists, other=0.0)
         for step in tl.range(chunk_begin, chunk_begin + (blocks - 1) * SUB, num_stages=STAGES):
-            t = item * length + step
+            t = _time(item, step, length, backward, HAS_BACKWARD)
             decay = tl.load(decay_ptr + t * heads + head, mask=real, other=0.0)
             dt = tl.load(dt_ptr + t * heads + head, mask=real, other=0.0)
             x = tl.load(x_ptr + t * heads * width + channel, mask=real, other=0.0)
@@ -302,7 +330,7 @@ def ssd_scan_bwd_kernel(
                 left = chunk_end - first - u
                 here = channel_needs < left
                 some = n_needs < left
-                t = item * length + first + u
+                t = _time(item, first + u, length, backward, HAS_BACKWARD)
                 decay = tl.load(decay_ptr + t * heads + head, mask=here, other=1.0)
                 dt = tl.load(dt_ptr + t * heads + head, mask=here, other=0.0)
                 x = tl.load(x_ptr + t * heads * width + channel, mask=here, other=0.0)
@@ -318,7 +346,7 @@ def ssd_scan_bwd_kernel(
                 left = chunk_end - first - u
                 here = channel_needs < left
                 some = n_needs < left
-                t = item * length + first + u
+                t = _time(item, first + u, length, backward, HAS_BACKWARD)
                 decay = tl.load(decay_ptr + t * heads + head, mask=here, other=1.0)
                 dt = tl.load(dt_ptr + t * heads + head, mask=here, other=0.0)
                 x = tl.load(x_ptr + t * heads * width + channel, mask=here, other=0.0)
@@ -382,6 +410,7 @@ class _Plan:
     heads: int
     width: int
     groups: int
+    reverse_groups: int
     states: int
     P: int
     K: int
@@ -391,7 +420,9 @@ class _Plan:
     segment_length: int
 
     @staticmethod
-    def of(x: Tensor, B: Tensor, tiles: dict[str, dict[int, int]], unit: int, *, cut: bool) -> _Plan:
+    def of(
+        x: Tensor, B: Tensor, reverse_groups: int, tiles: dict[str, dict[int, int]], unit: int, *, cut: bool
+    ) -> _Plan:
         """`unit`: segments are a multiple of it. A head is padded to a power of two of columns P, or cut into such."""
         batch, length, heads, width = x.shape
         groups, states = B.shape[2:]
@@ -405,7 +436,7 @@ class _Plan:
         units = triton.cdiv(length, unit)
         segment_length = triton.cdiv(units, segments_of(programs, units) if cut else 1) * unit
         segments = triton.cdiv(length, segment_length)
-        return _Plan(batch, length, heads, width, groups, states, P, K, N, R, segments, segment_length)
+        return _Plan(batch, length, heads, width, groups, reverse_groups, states, P, K, N, R, segments, segment_length)
 
     @property
     def head_tiles(self) -> int:
@@ -421,7 +452,7 @@ class _Plan:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.length, self.heads, self.width, self.groups, self.states
+        return self.length, self.heads, self.width, self.groups, self.reverse_groups, self.states
 
     @property
     def cut(self) -> tuple[int, ...]:
@@ -436,7 +467,8 @@ class _Plan:
     @property
     def constants(self) -> dict[str, int | bool]:
         fusion = {"enable_fp_fusion": True}  # Triton warns where this is left open; a fused multiply-add rounds once
-        return {"STAGES": _STAGES, "P": self.P, "K": self.K, "N": self.N, "R": self.R, "num_warps": 1} | fusion
+        ways = {"HAS_BACKWARD": self.reverse_groups > 0}
+        return ways | {"STAGES": _STAGES, "P": self.P, "K": self.K, "N": self.N, "R": self.R, "num_warps": 1} | fusion
 
     def boundaries(
         self, row: Tensor, dt: Tensor, decay: Tensor, vector: Tensor, first: Tensor | None, *, reverse: bool
@@ -471,6 +503,7 @@ def ssd_scan_fwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
+    reverse_groups: int,
     chunk: int,
     y: Tensor,
     last_state: Tensor,
@@ -479,7 +512,7 @@ def ssd_scan_fwd(
     if x.numel() == 0:
         last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
         return
-    plan = _Plan.of(x, B, _FORWARD_TILE, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
+    plan = _Plan.of(x, B, reverse_groups, _FORWARD_TILE, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
     decay = _decay(dt, A)
     start = plan.boundaries(x, dt, decay, B, initial_state, reverse=False)
     ssd_scan_fwd_kernel[(plan.programs,)](
@@ -519,6 +552,7 @@ def ssd_scan_bwd(
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
+    reverse_groups: int,
     chunk: int,
     grad_x: Tensor,
     grad_dt: Tensor,
@@ -533,8 +567,8 @@ def ssd_scan_bwd(
             grad.zero_()
         grad_initial_state.zero_() if grad_last_state is None else grad_initial_state.copy_(grad_last_state)
         return
-    tiles = _BACKWARD_TILE if lower is None else _CLAMPED_BACKWARD_TILE
-    plan = _Plan.of(x, B, tiles, chunk, cut=lower is None)
+    tiles = _BACKWARD_TILE if lower is None and not reverse_groups else _SMALL_BACKWARD_TILE
+    plan = _Plan.of(x, B, reverse_groups, tiles, chunk, cut=lower is None)
     decay = _decay(dt, A)
     carry = plan.boundaries(grad_y, dt, decay, C, grad_last_state, reverse=True)
     tiles_of_group = plan.head_tiles * plan.column_tiles
@@ -573,6 +607,7 @@ def ssd_scan_bwd(
         HAS_CARRY=carry is not None,
         FULL=plan.full,
         SUB=_SUB,
+        maxnreg=ALL_REGISTERS,
         **plan.constants,
     )
     torch.sum(parts["dt"], 3, out=grad_dt)

@@ -12,6 +12,7 @@
 #include <limits>
 #include <vector>
 
+#include "stablekern/exchange.h"
 #include "stablekern/simd.h"
 
 namespace stablekern {
@@ -19,7 +20,6 @@ namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;  // numbers of one piece of work
@@ -28,15 +28,18 @@ constexpr int kStrip = 256;        // half-precision numbers that are widened at
 struct Span {  // a gradient as real numbers
   void* data;
   int64_t size;
-  ScalarType type;
+  SpanType type;
 };
 
-Span span_of(const Tensor& tensor, void* data) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::ComplexFloat: return {data, 2 * tensor.numel(), ScalarType::Float};
-    case ScalarType::ComplexDouble: return {data, 2 * tensor.numel(), ScalarType::Double};
-    default: return {data, tensor.numel(), tensor.scalar_type()};
+// The rows of an int64 table (gradients, kSpanColumns). Whoever made it keeps the tensors alive.
+std::vector<Span> spans_of(const Tensor& table) {
+  const auto* row = static_cast<const int64_t*>(table.const_data_ptr());
+  std::vector<Span> spans(table.numel() / kSpanColumns);
+  for (Span& span : spans) {
+    span = {reinterpret_cast<void*>(row[0]), row[1], static_cast<SpanType>(row[2])};
+    row += kSpanColumns;
   }
+  return spans;
 }
 
 // Blocks over all spans, so that the number and sizes of the tensors do not matter to the balance of the threads.
@@ -124,9 +127,9 @@ double sum_of_squares_half(const S* p, int64_t n) {
 double partial(const Span& span, int64_t from, int64_t to) {
   const int64_t n = to - from;
   switch (span.type) {
-    case ScalarType::Float: return sum_of_squares(static_cast<const float*>(span.data) + from, n);
-    case ScalarType::BFloat16: return sum_of_squares_half(static_cast<const BFloat16*>(span.data) + from, n);
-    case ScalarType::Half: return sum_of_squares_half(static_cast<const Half*>(span.data) + from, n);
+    case SpanType::kFloat: return sum_of_squares(static_cast<const float*>(span.data) + from, n);
+    case SpanType::kBfloat16: return sum_of_squares_half(static_cast<const BFloat16*>(span.data) + from, n);
+    case SpanType::kHalf: return sum_of_squares_half(static_cast<const Half*>(span.data) + from, n);
     default: return sum_of_squares(static_cast<const double*>(span.data) + from, n, 1);
   }
 }
@@ -141,10 +144,8 @@ double norm_in_units(const double* p, int64_t n) {
   return peak == 0 ? 0 : std::sqrt(sum_of_squares(p, n, peak)) * peak;
 }
 
-void gradient_norms(std::vector<Tensor> gradients, Tensor norms) {
-  std::vector<Span> spans;
-  spans.reserve(gradients.size());
-  for (const Tensor& g : gradients) spans.push_back(span_of(g, const_cast<void*>(g.const_data_ptr())));
+void gradient_norms(Tensor table, Tensor norms) {
+  const std::vector<Span> spans = spans_of(table);
   const Blocks blocks(spans);
   std::vector<double> sums(blocks.count());
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
@@ -160,7 +161,7 @@ void gradient_norms(std::vector<Tensor> gradients, Tensor norms) {
     double sum = 0;
     for (int64_t block = blocks.first(i); block < blocks.last(i); ++block) sum += sums[block];
     const bool safe = sum >= smallest && sum <= std::numeric_limits<double>::max();
-    out[i] = safe || spans[i].type != ScalarType::Double
+    out[i] = safe || spans[i].type != SpanType::kDouble
                  ? std::sqrt(sum)
                  : norm_in_units(static_cast<const double*>(spans[i].data), spans[i].size);
   }
@@ -180,12 +181,10 @@ void multiply_half(S* p, int64_t n, float factor) {
   for (int64_t i = 0; i < n; ++i) p[i] = static_cast<S>(static_cast<float>(p[i]) * factor);
 }
 
-void multiply_gradients(std::vector<Tensor> gradients, Tensor factor) {
+void multiply_gradients(Tensor table, Tensor factor) {
   const double f = *static_cast<const double*>(factor.const_data_ptr());
   if (f == 1) return;
-  std::vector<Span> spans;
-  spans.reserve(gradients.size());
-  for (Tensor& g : gradients) spans.push_back(span_of(g, g.mutable_data_ptr()));
+  const std::vector<Span> spans = spans_of(table);
   const Blocks blocks(spans);
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
     // Backwards: what the norms read last is still in the cache.
@@ -193,9 +192,9 @@ void multiply_gradients(std::vector<Tensor> gradients, Tensor factor) {
       const int64_t n = to - from;
       const auto single = static_cast<float>(f);
       switch (span.type) {
-        case ScalarType::Float: return multiply(static_cast<float*>(span.data) + from, n, single);
-        case ScalarType::BFloat16: return multiply_half(static_cast<BFloat16*>(span.data) + from, n, single);
-        case ScalarType::Half: return multiply_half(static_cast<Half*>(span.data) + from, n, single);
+        case SpanType::kFloat: return multiply(static_cast<float*>(span.data) + from, n, single);
+        case SpanType::kBfloat16: return multiply_half(static_cast<BFloat16*>(span.data) + from, n, single);
+        case SpanType::kHalf: return multiply_half(static_cast<Half*>(span.data) + from, n, single);
         default: return multiply(static_cast<double*>(span.data) + from, n, f);
       }
     });
@@ -206,8 +205,8 @@ void multiply_gradients(std::vector<Tensor> gradients, Tensor factor) {
 }  // namespace stablekern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
-  m.def("gradient_norms(Tensor[] gradients, Tensor(a!) norms) -> ()");
-  m.def("multiply_gradients(Tensor(a!)[] gradients, Tensor factor) -> ()");
+  m.def("gradient_norms(Tensor table, Tensor(a!) norms) -> ()");
+  m.def("multiply_gradients(Tensor table, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

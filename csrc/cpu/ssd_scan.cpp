@@ -44,15 +44,12 @@ constexpr int64_t kTasks = 32;   // fewer batch items and groups than this are s
 template <class T>
 struct Problem {
   int64_t batch, length, heads, width, groups, states, chunk;
-  bool reverse;  // step 0 is the last one in memory
+  int64_t reverse_groups;  // so many groups, the last ones, begin with the last step in memory
   const T *x, *dt, *A, *B, *C;
   const T *D, *lower, *upper;  // (heads, width) or null
 
   int64_t channels() const { return heads * width; }
   int64_t chunks() const { return (length + chunk - 1) / chunk; }
-  // Where a step lies in memory, in steps, and how far the next one is from it.
-  int64_t place(int64_t item, int64_t step) const { return item * length + (reverse ? length - 1 - step : step); }
-  int64_t direction() const { return reverse ? -1 : 1; }
 };
 
 // Channels of a group in slabs of whole heads and whole pairs of lane blocks.
@@ -79,6 +76,8 @@ struct Place {
   int64_t count;    // channels
   int64_t head;     // first one
   int64_t heads;
+  int64_t direction;  // from one step to the next, in steps of memory
+  int64_t origin;     // where step 0 lies, in steps
 
   Place(const Problem<T>& p, const Slabs<T>& slabs, int64_t task) {
     slab = task % slabs.count;
@@ -88,7 +87,10 @@ struct Place {
     count = std::min(slabs.size, slabs.group_channels - slab * slabs.size);
     head = channel / p.width;
     heads = count / p.width;
+    direction = group < p.groups - p.reverse_groups ? 1 : -1;
+    origin = item * p.length + (direction < 0 ? p.length - 1 : 0);
   }
+  int64_t place(int64_t step) const { return origin + direction * step; }
   int64_t blocks() const { return (count + kLanes<T> - 1) / kLanes<T>; }
 };
 
@@ -114,7 +116,7 @@ struct HeadSteps {
 
   void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps) const {
     for (int64_t t = 0; t < steps; ++t) {
-      const T* row = p.dt + p.place(at.item, start + t) * p.heads + at.head;
+      const T* row = p.dt + at.place(start + t) * p.heads + at.head;
       for (int64_t head = 0; head < at.heads; head += kLanes<T>) {
         const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, at.heads - head));
         const Vec<T> step = load_first(row + head, here), rate = load_first(p.A + at.head + head, here);
@@ -142,10 +144,10 @@ struct Strip {
   Strip(const Problem<T>& p, const Place<T>& at, int64_t channel, int64_t start, int64_t block_steps, Vec<T>* decay_,
         Vec<T>* token_)
       : steps(block_steps), count(std::min<int64_t>(at.count - channel, W * kLanes<T>)), decay(decay_), token(token_) {
-    const int64_t row = p.place(at.item, start) * p.groups + at.group;
+    const int64_t row = at.place(start) * p.groups + at.group;
     enter = p.B + row * p.states;
     leave = p.C + row * p.states;
-    stride = p.direction() * p.groups * p.states;
+    stride = at.direction * p.groups * p.states;
     const int64_t everywhere = at.channel + channel;
     for (int w = 0; w < W; ++w) {
       heads[w] = (channel + w * kLanes<T>) / p.width;
@@ -226,8 +228,8 @@ template <class T, int W, bool kClamp>
 void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& per_head, int64_t channel, int64_t start,
                    int64_t steps, Vec<T>* decay, Vec<T>* token, Vec<T>* state, T* y, T* chunk_states) {
   const Strip<T, W> s(p, at, channel, start, steps, decay, token);
-  const int64_t channels = p.channels(), row = p.direction() * channels, everywhere = at.channel + channel;
-  const int64_t offset = p.place(at.item, start) * channels + everywhere;
+  const int64_t channels = p.channels(), row = at.direction * channels, everywhere = at.channel + channel;
+  const int64_t offset = at.place(start) * channels + everywhere;
   s.prepare(per_head, p.x + offset, row);
   for (int w = 0; w < W; ++w) {
     const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
@@ -434,8 +436,8 @@ template <class T, int W, bool kClamp>
 void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z, int64_t channel, int64_t start,
                     int64_t steps, const T* grad_y, const T* chunk_states, T* grad_x) {
   const Strip<T, W> s(p, at, channel, start, steps, z.decay, z.token);
-  const int64_t channels = p.channels(), row = p.direction() * channels, everywhere = at.channel + channel;
-  const int64_t offset = p.place(at.item, start) * channels + everywhere;
+  const int64_t channels = p.channels(), row = at.direction * channels, everywhere = at.channel + channel;
+  const int64_t offset = at.place(start) * channels + everywhere;
   const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
   s.prepare(z.per_head, p.x + offset, row);
   for (int64_t t = 0; t < steps; ++t)
@@ -514,14 +516,14 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
           const auto strip = b + 1 < at.blocks() ? backward_strip<T, 2, kClamp> : backward_strip<T, 1, kClamp>;
           strip(p, at, z, b * kLanes<T>, start, steps, grad_y, chunk_states, out.x);
         }
-        const int64_t first = p.place(at.item, start), row = first * p.groups + at.group;
-        const int64_t to_next = p.direction() * p.groups * p.states;
+        const int64_t first = at.place(start), row = first * p.groups + at.group;
+        const int64_t to_next = at.direction * p.groups * p.states;
         reduce_lanes(z.grad_enter, steps, p.states, z.sums, grad_B + row * p.states, to_next);
         reduce_lanes(z.grad_leave, steps, p.states, z.sums, grad_C + row * p.states, to_next);
         T* grad_dt = out.dt + first * p.heads + at.head;
         for (int64_t t = 0; t < steps; ++t)
           for (int64_t head = 0; head < at.heads; ++head)
-            grad_dt[p.direction() * t * p.heads + head] = z.head_sums[head * padded + t];
+            grad_dt[at.direction * t * p.heads + head] = z.head_sums[head * padded + t];
       }
       states_out(z.carry, at.count, p.states, at.blocks(), out.initial_state + boundary);
       for (int64_t c = 0; c < at.count; ++c) rates[at.item * p.heads + at.head + c / p.width] += z.rate[c];
@@ -557,16 +559,17 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
 template <class T>
 Problem<T> problem(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                    const std::optional<Tensor>& D, const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
-                   bool reverse, int64_t chunk) {
-  return {x.size(0),   x.size(1),  x.size(2),  x.size(3),  B.size(2),  B.size(3),      chunk,         reverse, data<T>(x),
+                   int64_t reverse_groups, int64_t chunk) {
+  return {x.size(0),   x.size(1),  x.size(2),  x.size(3),  B.size(2),  B.size(3),      chunk, reverse_groups, data<T>(x),
           data<T>(dt), data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(lower), data<T>(upper)};
 }
 
 void ssd_scan_fwd(const Tensor x, const Tensor dt, const Tensor A, const Tensor B, const Tensor C,
                   const std::optional<Tensor> D, const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
-                  const std::optional<Tensor> upper, bool reverse, int64_t chunk, Tensor y, Tensor last_state, Tensor chunk_states) {
+                  const std::optional<Tensor> upper, int64_t reverse_groups, int64_t chunk, Tensor y, Tensor last_state,
+                  Tensor chunk_states) {
   for_dtype(x, [&]<class T>(T) {
-    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse, chunk);
+    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse_groups, chunk);
     if (p.batch * p.channels() == 0) return;
     const auto run = p.lower ? forward<T, true> : forward<T, false>;
     run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states));
@@ -576,10 +579,10 @@ void ssd_scan_fwd(const Tensor x, const Tensor dt, const Tensor A, const Tensor 
 void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_state, const Tensor x, const Tensor dt,
                   const Tensor A, const Tensor B, const Tensor C, const std::optional<Tensor> D,
                   const std::optional<Tensor> lower, const std::optional<Tensor> upper, const Tensor chunk_states,
-                  bool reverse, int64_t chunk, Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,
-                  Tensor grad_initial_state) {
+                  int64_t reverse_groups, int64_t chunk, Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B,
+                  Tensor grad_C, Tensor grad_D, Tensor grad_initial_state) {
   for_dtype(x, [&]<class T>(T) {
-    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse, chunk);
+    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse_groups, chunk);
     if (p.batch * p.channels() == 0) {
       for (Tensor* empty_sum : {&grad_dt, &grad_A, &grad_B, &grad_C, &grad_D})
         std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
@@ -598,11 +601,12 @@ void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_sta
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
-      " Tensor? upper, bool reverse, int chunk, Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
+      " Tensor? upper, int reverse_groups, int chunk, Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
   m.def(
       "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
-      " Tensor? lower, Tensor? upper, Tensor chunk_states, bool reverse, int chunk, Tensor(a!) grad_x, Tensor(b!) grad_dt,"
-      " Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C, Tensor(f!) grad_D, Tensor(g!) grad_initial_state) -> ()");
+      " Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_groups, int chunk, Tensor(a!) grad_x,"
+      " Tensor(b!) grad_dt, Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C, Tensor(f!) grad_D,"
+      " Tensor(g!) grad_initial_state) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

@@ -7,6 +7,7 @@ from stablekern.nn.graph import DynamicLaplacianPE, EdgeStream, GraphMixer
 from stablekern.nn.mamba import Mamba
 from stablekern.nn.mamba2 import BiMamba2, Mamba2
 from stablekern.nn.mamba_parts import MambaCache
+from stablekern.nn.mamba_stack import Mamba2Stack
 from stablekern.nn.norms import LayerScale, RMSNorm, RMSNormGated
 from stablekern.nn.tcn import ProjectionHead, TCNEncoder
 
@@ -25,6 +26,7 @@ __all__ = [
     "LayerScale",
     "Mamba",
     "Mamba2",
+    "Mamba2Stack",
     "MambaCache",
     "ProjectionHead",
     "RMSNorm",

@@ -31,7 +31,8 @@ from stablekern import _check, numerics
 from stablekern.errors import message
 from stablekern.nn import mamba_parts
 from stablekern.nn.mamba_parts import MambaCache
-from stablekern.nn.norms import LayerScale, RMSNormGated, wide
+from stablekern.nn.norms import LayerScale, RMSNormGated, gated_rms_norm, wide
+from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.ssd_state_update import ssd_state_update
 
@@ -180,6 +181,48 @@ class Mamba2(nn.Module):
         return mamba_parts.with_fallback(f"d_model={self.d_model}, d_state={self.d_state}, {heads}")
 
 
+def _side_by_side(blocks: tuple[Mamba2, Mamba2], name: str, sizes: tuple[int, ...] | None = None) -> Tensor:
+    """A parameter of both blocks along its first axis; its parts of `sizes` alternate between the blocks."""
+    both = [block.get_parameter(name) for block in blocks]
+    if sizes is None:
+        return torch.cat(both)
+    return torch.cat([part for pair in zip(*(p.split(sizes) for p in both), strict=True) for part in pair])
+
+
+def _both_ways(x: Tensor, ahead: Mamba2, back: Mamba2) -> Tensor:
+    """What the `out_proj` of `ahead(x)` and of `back(x, reverse=True)` get, side by side, for two blocks of the same
+    sizes: one projection, one convolution, one scan and one norm over the heads of both."""
+    blocks = ahead, back
+    fallback = mamba_parts.fallback_forced()
+    width = ahead.d_inner + 2 * ahead._states
+    rows = (ahead.d_inner, width, ahead.nheads)
+    projected = nn.functional.linear(x, _side_by_side(blocks, "in_proj.weight", rows))
+    z, channels, dt = projected.split([2 * size for size in rows], dim=-1)
+    taps, shift = _side_by_side(blocks, "conv1d.weight").squeeze(1), _side_by_side(blocks, "conv1d.bias")
+    channels = causal_conv1d(channels.mT, taps, shift, activation="silu", bidirectional=True).mT
+    inner, B, C = channels.unflatten(-1, (2, width)).split((ahead.d_inner, ahead._states, ahead._states), dim=-1)
+    inner = inner.unflatten(-1, (ahead.nheads, ahead.headdim)).flatten(2, 3)
+    D = _side_by_side(blocks, "D")
+    if fallback:
+        y = inner * D[:, None]
+    else:
+        B, C = (M.unflatten(-1, (ahead.ngroups, ahead.d_state)).flatten(2, 3) for M in (B, C))
+        y = ssd_scan(
+            inner,
+            dt.to(inner.dtype),
+            -torch.exp(wide(_side_by_side(blocks, "A_log"))),
+            B,
+            C,
+            D=D,
+            dt_bias=_side_by_side(blocks, "dt_bias"),
+            dt_softplus=True,
+            dt_limit=ahead.dt_limit,
+            state_clamp=ahead.state_clamp,
+            bidirectional=True,
+        )
+    return gated_rms_norm(y.flatten(-2), z, _side_by_side(blocks, "norm.weight"), ahead.norm.eps, 2 * ahead.ngroups)
+
+
 def drop_fallback_entries(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
     """A `load_state_dict` pre-hook: removes the `*_mamba_fallback.*` entries of V3 checkpoints, with one message."""
     entries = [key for key in state_dict if _FALLBACK_ENTRY.search(key)]
@@ -207,9 +250,13 @@ class _BiMamba2Layer(nn.Module):
         self.layer_norm = nn.LayerNorm(d_model, eps=numerics.NORM_EPS.value)
 
     def forward(self, x: Tensor) -> Tensor:
-        ahead = self.forward_mamba_real(x)
-        back = self.backward_mamba_real(x, reverse=True)
-        mixed = self.output_proj(torch.cat((ahead, back), dim=-1))
+        ahead, back = self.forward_mamba_real, self.backward_mamba_real
+        # W [V y; V' y'] = [W V, W' V'] [y; y']: a product of weights in place of two over all steps.
+        weights = zip(
+            self.output_proj.weight.chunk(2, dim=1), (ahead.out_proj.weight, back.out_proj.weight), strict=True
+        )
+        mix = torch.cat([outer @ inner for outer, inner in weights], dim=1)
+        mixed = nn.functional.linear(_both_ways(x, ahead, back), mix, self.output_proj.bias)
         return self.layer_norm(x + self.dropout(self.layerscale(mixed)))
 
 
@@ -218,7 +265,8 @@ class BiMamba2(nn.Module):
 
     Each layer runs one block forward and another, with its own weights, backward in time, joins both by a linear map
     and adds them to its input under a post-norm: $x \leftarrow \mathrm{LN}(x + \mathrm{dropout}(\gamma \odot (W[f(x);
-    g(x)] + b)))$. Nothing is clamped or replaced on the way: the values are bounded by the norm.
+    g(x)] + b)))$. Nothing is clamped or replaced on the way: the values are bounded by the norm. Both directions are
+    one projection, one convolution and one scan over heads that lie side by side; no flipped copy is made.
 
     **Arguments:** `d_model`, `d_state`, `d_conv`, `expand`, `headdim`, `ngroups`, `state_clamp` as in `Mamba2`;
     `num_layers`; `dropout` in [0, 1]; `layerscale`: the initial $\gamma$ of every layer, or None for none.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stablekern import _check, numerics
 
-__all__ = ["LayerScale", "RMSNorm", "RMSNormGated", "boundary_norm", "wide"]
+__all__ = ["LayerScale", "RMSNorm", "RMSNormGated", "boundary_norm", "gated_rms_norm", "wide"]
 
 
 def _rms_normalise(x: Tensor, eps: float) -> Tensor:
@@ -22,6 +22,16 @@ def _rms_normalise(x: Tensor, eps: float) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """Half precision to float32, anything else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """The function of `RMSNormGated`."""
+    gated = wide(y) * nn.functional.silu(wide(z))
+    if groups > 1:
+        normal = _rms_normalise(gated.unflatten(-1, (groups, -1)), eps).flatten(-2)
+    else:
+        normal = _rms_normalise(gated, eps)
+    return (normal * weight).to(y.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -69,12 +79,7 @@ class RMSNormGated(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:  # (..., dim), (..., dim) -> (..., dim)
-        gated = wide(y) * nn.functional.silu(wide(z))
-        if self.groups > 1:
-            normal = _rms_normalise(gated.unflatten(-1, (self.groups, -1)), self.eps).flatten(-2)
-        else:
-            normal = _rms_normalise(gated, self.eps)
-        return (normal * self.weight).to(y.dtype)
+        return gated_rms_norm(y, z, self.weight, self.eps, self.groups)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps:g}, groups={self.groups}"

@@ -22,7 +22,8 @@ recomputes the others a chunk at a time: memory and time are linear in the lengt
 which may have underflowed to 0. For $A < 0$ the argument of every exponential is $\le 0$.
 
 The op (`ssd_scan_fwd`, `ssd_scan_bwd`) takes $\Delta$, ready and positive, and `D` and the bounds as (h, p); softplus,
-limits and gate are plain torch around it.
+limits and gate are plain torch around it. The last `reverse_groups` of its groups run backwards in time: all of
+them, or half of them where both directions are scanned, in one launch.
 
 Sources: Dao & Gu 2024, arXiv:2405.21060, sec. 2 and 6 (the recurrence, and its names); the adjoint of a linear
 recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the derivative of $c$.
@@ -30,6 +31,7 @@ recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the der
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -64,9 +66,16 @@ def reference(
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
     reverse: bool = False,
+    bidirectional: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition: a loop over time in plain torch, differentiable, in the dtype of its arguments."""
     heads, width = x.shape[2:]
+
+    def turned(tensor: Tensor) -> Tensor:
+        ahead, back = tensor.tensor_split(2, dim=2)
+        return torch.cat((ahead, back.flip(1)), 2) if bidirectional else tensor
+
+    x, dt, B, C = (turned(tensor) for tensor in (x, dt, B, C))
     if dt_bias is not None:
         dt = dt + dt_bias
     if dt_softplus:
@@ -90,6 +99,7 @@ def reference(
     y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x * 0
     if D is not None:
         y = y + (D[:, None] if D.dim() == 1 else D) * x
+    y = turned(y)
     if z is not None:
         y = y * (z * torch.sigmoid(z))
     return (y, state) if return_last_state else y
@@ -105,7 +115,7 @@ def _fake_fwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
-    reverse: bool,
+    reverse_groups: int,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, width = x.shape
@@ -130,7 +140,7 @@ def _fake_bwd(
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
-    reverse: bool,
+    reverse_groups: int,
     chunk: int,
 ) -> tuple[Tensor, ...]:
     batch, _, heads, width = x.shape
@@ -140,13 +150,13 @@ def _fake_bwd(
 
 _fwd = define(
     "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
-    " Tensor? upper, bool reverse, int chunk) -> (Tensor y, Tensor last_state, Tensor chunk_states)",
+    " Tensor? upper, int reverse_groups, int chunk) -> (Tensor y, Tensor last_state, Tensor chunk_states)",
     fake=_fake_fwd,
 )
 _bwd = define(
     "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
-    " Tensor? lower, Tensor? upper, Tensor chunk_states, bool reverse, int chunk) -> (Tensor grad_x, Tensor grad_dt,"
-    " Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_initial_state)",
+    " Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_groups, int chunk) -> (Tensor grad_x,"
+    " Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_initial_state)",
     fake=_fake_bwd,
 )
 
@@ -170,50 +180,45 @@ def _(*arguments):
 
 
 def _flipped(function, steps: tuple[int, ...], results: tuple[int, ...]):
-    """A launcher for both directions, by one that only knows the forward one: it gets (and returns) flipped copies.
+    """A launcher for both directions, by one that only knows the forward one: it gets (and returns) copies in which the
+    heads or groups that run backwards are flipped.
 
     `steps` and `results` are the positions of the arguments and outputs that have a time axis.
     """
 
     def both(*arguments):
-        *tensors, reverse, chunk = arguments
-        if not reverse:
+        *tensors, reverse_groups, chunk = arguments
+        if not reverse_groups:
             return function(*tensors, chunk)
-        outputs = function(*(t.flip(1) if i in steps else t for i, t in enumerate(tensors)), chunk)
-        return tuple(t.flip(1) if i in results else t for i, t in enumerate(outputs))
+        groups = tensors[steps[-1]].shape[2]
+
+        def turned(tensor):
+            ahead, back = tensor.tensor_split([tensor.shape[2] * (groups - reverse_groups) // groups], dim=2)
+            return torch.cat((ahead, back.flip(1)), 2)
+
+        outputs = function(*(turned(t) if i in steps else t for i, t in enumerate(tensors)), chunk)
+        return tuple(turned(t) if i in results else t for i, t in enumerate(outputs))
 
     return both
 
 
-def _forward_launcher(function):
-    """For `ssd_scan_fwd`: x, dt, B, C; y."""
-    return _flipped(function, (0, 1, 3, 4), (0,))
-
-
-def _backward_launcher(function):
-    """For `ssd_scan_bwd`: grad_y, x, dt, B, C; grad_x, grad_dt, grad_B, grad_C."""
-    return _flipped(function, (0, 2, 3, 5, 6), (0, 1, 3, 4))
-
-
 @launcher("ssd_scan_fwd", device="cuda", backend="triton")
 @launcher("ssd_scan_fwd", device="cpu", backend="triton")
-@_forward_launcher
 def _(*arguments):
     from stablekern.triton_kernels.ssd_scan import ssd_scan_fwd
 
-    outputs = _fake_fwd(*arguments[:-1], False, arguments[-1])
-    ssd_scan_fwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    outputs = _fake_fwd(*arguments)
+    ssd_scan_fwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
     return outputs
 
 
 @launcher("ssd_scan_bwd", device="cuda", backend="triton")
 @launcher("ssd_scan_bwd", device="cpu", backend="triton")
-@_backward_launcher
 def _(*arguments):
     from stablekern.triton_kernels.ssd_scan import ssd_scan_bwd
 
-    outputs = _fake_bwd(*arguments[:-1], False, arguments[-1])
-    ssd_scan_bwd(*_contiguous(*arguments[:-1]), arguments[-1], *outputs)
+    outputs = _fake_bwd(*arguments)
+    ssd_scan_bwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
     return outputs
 
 
@@ -236,9 +241,9 @@ def _advance(
 
 @launcher("ssd_scan_fwd", device="cuda", backend="torch")
 @launcher("ssd_scan_fwd", device="cpu", backend="torch")
-@_forward_launcher
+@functools.partial(_flipped, steps=(0, 1, 3, 4), results=(0,))  # x, dt, B, C; y
 def _(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
-    outputs = y, last_state, chunk_states = _fake_fwd(x, dt, A, B, C, D, initial_state, lower, upper, False, chunk)
+    outputs = y, last_state, chunk_states = _fake_fwd(x, dt, A, B, C, D, initial_state, lower, upper, 0, chunk)
     heads = x.shape[2]
     decay, token = torch.exp(dt * A), dt[..., None] * x
     enter, leave = _per_head(B, heads), _per_head(C, heads)
@@ -256,7 +261,7 @@ def _(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
 
 @launcher("ssd_scan_bwd", device="cuda", backend="torch")
 @launcher("ssd_scan_bwd", device="cpu", backend="torch")
-@_backward_launcher
+@functools.partial(_flipped, steps=(0, 2, 3, 5, 6), results=(0, 1, 3, 4))  # grad_y, x, dt, B, C; of x, dt, B, C
 def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, chunk):
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
@@ -299,12 +304,12 @@ def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, ch
 
 class _SsdScan(torch.autograd.Function):
     @staticmethod
-    def forward(x, dt, A, B, C, D, initial_state, lower, upper, reverse, chunk):
-        return _fwd(x, dt, A, B, C, D, initial_state, lower, upper, reverse, chunk)
+    def forward(x, dt, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk):
+        return _fwd(x, dt, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, dt, A, B, C, D, initial_state, lower, upper, ctx.reverse, ctx.chunk = inputs
+        x, dt, A, B, C, D, initial_state, lower, upper, ctx.reverse_groups, ctx.chunk = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, A, B, C, D, lower, upper, output[2])
@@ -316,7 +321,7 @@ class _SsdScan(torch.autograd.Function):
             return (None,) * 11
         if grad_y is None:
             grad_y = torch.zeros_like(ctx.saved_tensors[0])
-        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.reverse, ctx.chunk)
+        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.reverse_groups, ctx.chunk)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None, None
 
@@ -337,6 +342,7 @@ def ssd_scan(
     initial_state: Tensor | None = None,  # (b, h, p, n)
     return_last_state: bool = False,
     reverse: bool = False,
+    bidirectional: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (b, l, h, p), and (b, h, p, n)
     r"""The Mamba-2 scan, linear in the length, with gradients to every tensor and an optional exact state clamp.
 
@@ -360,7 +366,10 @@ def ssd_scan(
     - `initial_state`: the state before the first step, (b, h, p, n); zero if None. It is not clamped.
     - `return_last_state`: also return the last state.
     - `reverse`: from the last step to the first, so that $h_t$ comes from $h_{t+1}$; the initial state stands after
-        step l - 1, and the last one is that of step 0. The native kernels walk backwards, without flipped copies.
+        step l - 1, and the last one is that of step 0. The kernels walk backwards, without flipped copies.
+    - `bidirectional`: both directions in one call: the first half of the heads (and of the groups, whose number must be
+        even) as without `reverse`, the second half as with it. Two blocks that read one input, each with parameters of
+        its own, lie side by side as heads.
 
     **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$, (b, h, p, n), in
     float32 for half precision; differentiable like $y$. States, sums and gates are computed in float32 or float64.
@@ -387,6 +396,11 @@ def ssd_scan(
     )
     if sizes["h"] % sizes["g"] if sizes["g"] else sizes["h"]:
         raise ValueError(message(_OP, "the groups of `B` and `C` must divide the heads of `x`", sizes["g"], sizes["h"]))
+    if reverse and bidirectional:
+        raise ValueError(message(_OP, "`reverse` and `bidirectional` exclude each other", "both"))
+    if bidirectional and sizes["g"] % 2:
+        raise ValueError(message(_OP, "`bidirectional` needs an even number of groups of `B` and `C`", sizes["g"]))
+    reverse_groups = sizes["g"] if reverse else sizes["g"] // 2 if bidirectional else 0
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, x=x)
     wide = torch.promote_types(dtype, torch.float32)
     named = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
@@ -418,7 +432,7 @@ def ssd_scan(
     tracked = (x, dt, A, B, C, D, dt_bias, initial_state)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
     chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
-    y, last_state, _ = _SsdScan.apply(x_wide, step, A, B, C, D, initial_state, lower, upper, reverse, chunk)
+    y, last_state, _ = _SsdScan.apply(x_wide, step, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk)
     if z is not None:
         y = y * torch.nn.functional.silu(z.to(wide))
     y = y.to(dtype)

@@ -71,6 +71,8 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("extreme", extreme, dtypes=FLOATS),
         sample("reverse", 2, 6, 4, 3, 2, 5, changes=softplus | {"reverse": yes}, gradcheck=True),
         sample("reverse-clamped", 2, 71, 3, 11, 1, 7, changes={"state_clamp": lambda *_: 0.6, "reverse": yes}),
+        sample("bidirectional", 2, 6, 4, 3, 2, 5, changes=softplus | {"bidirectional": yes}, gradcheck=True),
+        sample("bidirectional-odd", 2, 67, 6, 7, 2, 9, changes={"state_clamp": lambda *_: 0.6, "bidirectional": yes}),
     ]
 
 
@@ -106,7 +108,7 @@ SPECS = (
         floor_ulps=16.0,  # the gradient of A sums terms of every item and step, which cancel; as in tests/soak.py
         interpreted=(
             *("typical", "plain", "clamped", "clamped-odd", "one-lane", "length-1", "empty", "empty-batch"),
-            *("no-states", "permuted", "reverse"),
+            *("no-states", "permuted", "reverse", "bidirectional", "bidirectional-odd"),
         ),
         errors=(
             (_call(x=lambda a: a["x"][0]), ValueError, r"`x` must have the shape \(b, l, h, p\): got \(5, 4, 3\)"),
@@ -127,6 +129,12 @@ SPECS = (
                 r"one of the shapes \(\), \(h\), \(h p\): got \(3,\)",
             ),
             (_call(state_clamp=torch.ones(4, requires_grad=True)), ValueError, "`state_clamp` is not differentiable"),
+            (_call(bidirectional=True, reverse=True), ValueError, "`reverse` and `bidirectional` exclude each other"),
+            (
+                _call(bidirectional=True, B=lambda a: a["B"][:, :, :1], C=lambda a: a["C"][:, :, :1]),
+                ValueError,
+                "`bidirectional` needs an even number of groups of `B` and `C`: got 1",
+            ),
             (_call(initial_state=lambda a: a["initial_state"].mT), ValueError, "`initial_state` and `x` disagree on"),
         ),
     ),
