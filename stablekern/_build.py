@@ -50,6 +50,7 @@ SOURCES = (
     "cpu/sample_covariance.cpp",
     "cpu/selective_scan.cpp",
     "cpu/selective_state_update.cpp",
+    "cpu/small_cayley.cpp",
     "cpu/spectral_function.cpp",
     "cpu/ssd_scan.cpp",
     "cpu/ssd_state_update.cpp",

@@ -116,6 +116,7 @@ def cayley_step_apply(psi: Tensor, unitary: Tensor, conjugate: bool, out: Tensor
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         DEPTH=_DEPTH,
+        num_warps=8,
         enable_fp_fusion=True,
     )
 
