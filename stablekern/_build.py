@@ -54,6 +54,7 @@ SOURCES = (
     "cpu/focal_loss.cpp",
     "cpu/normalized_laplacian.cpp",
     "cpu/grad_guard.cpp",
+    "cpu/small_cayley.cpp",
     "cpu/selective_state_update.cpp",
     "cpu/ssd_state_update.cpp",
 )

@@ -140,7 +140,7 @@ LAUNCHES = {
         Launch({**TILES, "BY_PRED": True, "BY_WEIGHTS": True, "HAS_WEIGHTS": True}, TILE_TYPES, REAL),
     ),
     "cayley_step_apply_kernel": tuple(
-        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",))
+        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",), 8)
         for conjugate in (False, True)
     ),
     "cayley_step_edges_kernel": (Launch({**MATRIX, "SHARE": 1024}, integers("tokens", "nodes"), ("fp32",)),),
