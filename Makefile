@@ -39,6 +39,7 @@ check: lint test
 
 soak: $(VENV)/.test
 	$(BIN)/python tests/soak.py $(ARGS)
+	$(BIN)/python tests/training_soak.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

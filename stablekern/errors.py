@@ -14,6 +14,7 @@ __all__ = [
     "RecordingError",
     "SettingError",
     "StablekernError",
+    "TrainingStoppedError",
     "message",
 ]
 
@@ -40,6 +41,10 @@ class NonFiniteError(StablekernError, FloatingPointError):
 
 class SettingError(StablekernError, ValueError):
     """An environment variable holds a value outside its legal ones; the text lists them."""
+
+
+class TrainingStoppedError(StablekernError, RuntimeError):
+    """`TrainingGuard` gave up; the text is its report."""
 
 
 class RecordingError(StablekernError, ValueError):

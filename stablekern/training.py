@@ -21,20 +21,21 @@ import contextlib
 import dataclasses
 import math
 import os
+import pickle
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
 from stablekern import _check, settings
+from stablekern._files import replaced
 from stablekern.eeg.windows import WindowDataset, stitch
 from stablekern.errors import message
 from stablekern.nn.detector import DetectorConfig, SeizureDetector
@@ -44,6 +45,7 @@ __all__ = [
     "StepResult",
     "auroc",
     "balanced",
+    "default_optimizer",
     "fit",
     "guard_policy",
     "learning_rate_factor",
@@ -53,7 +55,6 @@ __all__ = [
     "positive_weight",
     "predict",
     "random_windows",
-    "replaced",
     "save_checkpoint",
     "training_step",
 ]
@@ -123,10 +124,12 @@ def training_step(
     optimizer: Optimizer,
     guard: GradGuard,
     step: int = 1,
+    autocast: torch.dtype | None = None,
 ) -> StepResult:
     """One checked step: `loss(model(windows), labels)`, backward, `guard`, optimizer.
 
-    The gradients go through `guard`, whose policy decides what becomes of non-finite ones. If the loss itself is not
+    With `autocast`, torch.bfloat16 say, the model runs under `torch.autocast` of that dtype; the loss is float32. The
+    gradients go through `guard`, whose policy decides what becomes of non-finite ones. If the loss itself is not
     finite the weights are left as they are under any policy. Under BGB_ANOMALY_DETECT forward and backward run in
     autograd's anomaly detection, which raises RuntimeError at the operation that made the first NaN.
     """
@@ -134,7 +137,9 @@ def training_step(
     anomaly = settings.get("BGB_ANOMALY_DETECT")
     with torch.autograd.set_detect_anomaly(True) if anomaly else contextlib.nullcontext():
         optimizer.zero_grad(set_to_none=True)
-        value = loss(model(windows), labels)
+        with torch.autocast(windows.device.type, autocast, enabled=autocast is not None):
+            outputs = model(windows)
+        value = loss(outputs if autocast is None else outputs.float(), labels)
         value.backward()
     norm = guard()
     bad = guard.first_bad()
@@ -178,6 +183,12 @@ def _endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor,
             raise ValueError(message("training.fit", "`batches` must give at least one batch each time it is iterated"))
 
 
+def default_optimizer(model: nn.Module, *, learning_rate: float = 1e-3, weight_decay: float = 1e-2) -> ComplexAdamW:
+    """`ComplexAdamW` over the parameters of `model`, with weight decay where it belongs (`parameter_groups`)."""
+    groups = parameter_groups(model, weight_decay)
+    return ComplexAdamW([group for group in groups if group["params"]], lr=learning_rate)
+
+
 def fit(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -188,6 +199,10 @@ def fit(
     weight_decay: float = 1e-2,
     max_norm: float = 1.0,
     warmup: float = 0.1,
+    rate_steps: int | None = None,
+    optimizer: Optimizer | None = None,
+    first: int = 1,
+    autocast: torch.dtype | None = None,
     before_step: Callable[[int, Tensor, Tensor], None] | None = None,
     after_step: Callable[[StepResult], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -200,6 +215,10 @@ def fit(
     - `steps`: >= 0. `learning_rate`: the peak; its course is in the module's text. `warmup`: its share of the steps, in
         [0, 1]. `max_norm`: gradients above are clipped to it.
     - `loss(outputs, labels)`: a 0-d tensor.
+    - `optimizer`: in place of the default one, for a run that goes on; its rates are set here all the same. `first`:
+        the number of the first step to take. The course of the rate is that of a run from 1 to `rate_steps`, or to
+        `steps` if None.
+    - `autocast`: see `training_step`.
     - `before_step(number, windows, labels)`, `after_step(result)`: called around each step; `stop()`, asked before each
         one, ends the training early if it is true.
 
@@ -208,22 +227,25 @@ def fit(
     """
     _check.integer("training.fit", "steps", steps, low=0)
     _check.number("training.fit", "warmup", warmup, low=0.0, high=1.0)
-    groups = parameter_groups(model, weight_decay)
-    optimizer = ComplexAdamW([g for g in groups if g["params"]], lr=learning_rate)
+    _check.integer("training.fit", "first", first, low=1)
+    if optimizer is None:
+        optimizer = default_optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay)
     guard = GradGuard(model, max_norm, policy=guard_policy())
     device = next(model.parameters()).device
     results: list[StepResult] = []
     source = _endless(batches)
     model.train()
-    for number in range(1, steps + 1):
+    for number in range(first, steps + 1):
         if stop is not None and stop():
             break
         windows, labels = (part.to(device, non_blocking=True) for part in next(source))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(number - 1, steps, warmup)
+            group["lr"] = learning_rate * learning_rate_factor(number - 1, rate_steps or steps, warmup)
         if before_step is not None:
             before_step(number, windows, labels)
-        result = training_step(model, windows, labels, loss=loss, optimizer=optimizer, guard=guard, step=number)
+        result = training_step(
+            model, windows, labels, loss=loss, optimizer=optimizer, guard=guard, step=number, autocast=autocast
+        )
         results.append(result)
         if after_step is not None:
             after_step(result)
@@ -263,28 +285,59 @@ def positive_weight(labels: np.ndarray | Tensor) -> float:
     return 1.0 if settings.get("BGB_SMOKE_TEST") or not 0 < share < 1 else math.sqrt((1 - share) / share)
 
 
-def _with_positives(windows: WindowDataset) -> Tensor:
+def _with_positives(windows: WindowDataset) -> np.ndarray:
     """For each window, whether a sample in it is labelled; (windows,) bool."""
-    counts = []
-    for recording in windows.recordings:
-        labels = np.zeros(recording.samples) if recording.labels is None else recording.labels > 0
-        counts.append(np.concatenate([[0], np.cumsum(labels)]))
-    return torch.tensor([bool(counts[i][s + windows.length] > counts[i][s]) for i, s in windows.starts])
+    starts = np.array(windows.starts).reshape(-1, 2)
+    found = np.zeros(len(starts), bool)
+    for index, recording in enumerate(windows.recordings):
+        mine = starts[:, 0] == index
+        before = np.concatenate([[0], np.cumsum(recording.label_mask())])  # labelled samples before each
+        found[mine] = before[starts[mine, 1] + windows.length] > before[starts[mine, 1]]
+    return found
 
 
-def random_windows(windows: WindowDataset, *, batch_size: int, steps: int, seed: int) -> DataLoader:
-    """`steps` batches of windows drawn at random with replacement: (batch, channels, L) and (batch, L).
+class _RandomBatches(torch.utils.data.Sampler):
+    """Indices of the windows of steps `first` to `steps`. Each step's depend on its number, not on those before."""
 
-    Where `balanced`, half of them hold a labelled sample and half hold none, if both kinds exist. Windows of a dataset
-    with a short stride serve as random crops. The same seed gives the same batches.
+    def __init__(self, positive: np.ndarray, batch_size: int, steps: int, key: tuple[int, ...], first: int) -> None:
+        self.batch_size, self.steps, self.key, self.first = batch_size, steps, key, first
+        self.kinds = [np.flatnonzero(positive), np.flatnonzero(~positive)]
+        self.both = balanced() and all(kind.size for kind in self.kinds)
+        self.count = len(positive)
+
+    def __len__(self) -> int:
+        return max(self.steps - self.first + 1, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.steps + 1):
+            generator = np.random.default_rng([*self.key, step])
+            if self.both:
+                kinds = generator.integers(2, size=self.batch_size)
+                yield [int(self.kinds[kind][generator.integers(self.kinds[kind].size)]) for kind in kinds]
+            else:
+                yield generator.integers(self.count, size=self.batch_size).tolist()
+
+
+def random_windows(
+    windows: WindowDataset,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    first: int = 1,
+    rank: int = 0,
+    workers: int = 0,
+) -> DataLoader:
+    """The batches of steps `first` to `steps`, drawn at random with replacement: (batch, channels, L) and (batch, L).
+
+    Where `balanced`, half of the draws are of windows that hold a labelled sample and half of those that hold none, if
+    both kinds exist. Windows of a dataset with a short stride serve as random crops. A batch depends on `seed`, `rank`
+    and the number of its step alone, so a run that goes on at step `first` sees what it would have seen. `workers`
+    processes read ahead.
     """
-    positive = _with_positives(windows).double()
-    weights = torch.ones_like(positive)
-    if balanced() and 0 < positive.mean() < 1:
-        weights = positive / positive.sum() + (1 - positive) / (1 - positive).sum()
-    generator = torch.Generator().manual_seed(seed)
-    sampler = WeightedRandomSampler(weights, batch_size * steps, replacement=True, generator=generator)
-    return DataLoader(windows, batch_size=batch_size, sampler=sampler, generator=generator)
+    batches = _RandomBatches(_with_positives(windows), batch_size, steps, (seed, rank), first)
+    generator = torch.Generator().manual_seed(seed)  # not the global one, of which the model's dropout draws
+    return DataLoader(windows, batch_sampler=batches, num_workers=workers, generator=generator)
 
 
 # ---- what came out -------------------------------------------------------------------------------------------------
@@ -330,18 +383,6 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name at the end: readers see all of a file or none of it."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: str | os.PathLike[str], model: SeizureDetector, **facts: Any) -> None:
     """Write the weights and the configuration of a detector, and `facts` of the run, for `load_checkpoint`.
 
@@ -367,9 +408,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[SeizureDetector, dict
     Nothing in the file is executed. ValueError if it is not a checkpoint of a detector; RuntimeError if names or shapes
     do not match.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    rule = f"`{path}` must be a checkpoint written by `save_checkpoint`"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as cause:
+        raise ValueError(message("training.load_checkpoint", rule, type(cause).__name__)) from cause
     if not isinstance(content, dict) or content.get("format") != "stablekern.SeizureDetector":
-        rule = f"`{path}` must be a checkpoint written by `save_checkpoint`"
         raise ValueError(message("training.load_checkpoint", rule, type(content).__name__))
     model = SeizureDetector(DetectorConfig(**content.pop("config")))
     model.load_state_dict(content.pop("state_dict"), strict=True)

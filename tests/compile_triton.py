@@ -41,6 +41,7 @@ class Launch:
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
 REAL = ("fp32", "fp64")
 TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
+MATRIX = {"ROWS": 64, "COLUMNS": 32, "DEPTH": 16}
 TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
 
 
@@ -91,6 +92,17 @@ def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     return Launch(tile | constants, SSD, (io,), warps=1, registers=255 if backward else None)
 
 
+CG = integers("n", "columns", "matrix_elements", "block_elements", "maxiter", "rtol_stride", "atol_stride")
+
+
+def cg(io: str, N: int, ROWS: int, **constants: int) -> Launch:
+    """Systems of N unknowns, read ROWS rows at a time; `io` is that of the real and imaginary parts."""
+    index = {f"{of}{name}_ptr": "*i64" for of in ("", "adjoint_") for name in ("crow", "col")}
+    types = CG | index | {"info_ptr": "*i32", "iterations_ptr": "*i32"}
+    warps = max(1, N // 128, 1 if constants.get("SPARSE") else 4)
+    return Launch({"WIDE": WIDE, "N": N, "ROWS": ROWS} | constants, types, (io,), warps=warps)
+
+
 LAUNCHES = {
     **{
         f"causal_conv1d_{way}_kernel": tuple(
@@ -99,6 +111,20 @@ LAUNCHES = {
         )
         for way in ("fwd", "bwd")
     },
+    "cg_fwd_kernel": (
+        cg("fp32", 64, 64, METHOD=0, PARTS=1, HAS_START=False, SIZE=0, SPARSE=False),
+        cg("fp32", 64, 32, METHOD=1, PARTS=2, HAS_START=True, SIZE=4, SPARSE=False),
+        cg("fp32", 1024, 4, METHOD=2, PARTS=1, HAS_START=True, SIZE=0, SPARSE=False),
+        cg("fp64", 64, 32, METHOD=0, PARTS=1, HAS_START=True, SIZE=1, SPARSE=False),
+        cg("fp32", 256, 16, METHOD=0, PARTS=1, HAS_START=False, SIZE=1, SPARSE=True),
+        cg("fp32", 256, 8, METHOD=1, PARTS=2, HAS_START=False, SIZE=4, SPARSE=True),
+        cg("fp32", 1024, 4, METHOD=0, PARTS=1, HAS_START=False, SIZE=0, SPARSE=True),
+    ),
+    "cg_bwd_kernel": (
+        cg("fp32", 64, 64, METHOD=0, PARTS=1),
+        cg("fp32", 64, 32, METHOD=1, PARTS=2),
+        cg("fp64", 64, 32, METHOD=2, PARTS=1),
+    ),
     "covariance_blend_fwd_kernel": tuple(
         Launch(
             {**TILES, "PARTS": parts, "HAS_SAMP": full, "HAS_WEIGHTS": full, "WIDTH": 256},
@@ -124,6 +150,11 @@ LAUNCHES = {
             (16, True, ("fp64",)),
         )
     ),
+    "cayley_step_apply_kernel": tuple(
+        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",), 8)
+        for conjugate in (False, True)
+    ),
+    "cayley_step_edges_kernel": (Launch({**MATRIX, "SHARE": 1024}, integers("tokens", "nodes"), ("fp32",)),),
     "scan_join_kernel": (
         Launch({"HAS_FIRST": True, "FACTOR_PER_ROW": True, "REVERSE": False, "BLOCK": 128}, JOIN, REAL),
         Launch({"HAS_FIRST": False, "FACTOR_PER_ROW": False, "REVERSE": True, "BLOCK": 128}, JOIN, REAL),

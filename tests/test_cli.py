@@ -276,9 +276,9 @@ def test_ctrl_c_ends_the_demo_with_a_report_of_what_ran(tmp_path):
 
 
 def test_the_second_ctrl_c_ends_at_once():
-    from stablekern.cli.demo import _Interrupt
+    from stablekern.cli.interrupt import Interrupt
 
-    with pytest.raises(KeyboardInterrupt), _Interrupt().watching() as interrupt:
+    with pytest.raises(KeyboardInterrupt), Interrupt().watching() as interrupt:
         assert not interrupt()
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt() and interrupt.seen
@@ -304,7 +304,7 @@ def test_a_bad_file_is_one_line(tmp_path, capfd):
 def test_a_run_on_ones_own_recording_that_is_stopped_before_the_first_step_still_reports(tmp_path, capsys, monkeypatch):
     from stablekern.cli import demo
 
-    monkeypatch.setattr(demo._Interrupt, "__init__", lambda self: setattr(self, "seen", True))
+    monkeypatch.setattr(demo.Interrupt, "__init__", lambda self: setattr(self, "seen", True))
     sample = next((Path(stablekern.__file__).parent / "eeg" / "data").glob("*.edf"))
     own = tmp_path / "own.edf"
     own.write_bytes(sample.read_bytes())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specs.eigh import repeated, separated
+from stablekern import available_backends, use_backend
 from stablekern.ops.eigenprojector import eigenprojector, eigenprojector_ex
 
 FLOATS = (torch.float32, torch.float64)
@@ -122,20 +123,25 @@ def test_finite_and_bounded_where_the_cut_is_closed(name, dtype):
             torch.testing.assert_close(gap.double(), w[k] - w[k - 1], rtol=0, atol=limit)
 
 
-def test_the_stand_in_is_the_documented_one():
+@pytest.mark.parametrize("n", [4, 40])
+def test_the_stand_in_is_the_documented_one(n):
     """For one pair across the cut, whose eigenvectors are exact: g / (g^2 + d^2) over max|w|, d = 4 n^1/2 eps."""
-    n = 4
     width = 4 * n**0.5 * torch.finfo(torch.float64).eps
     pair = torch.zeros(n, n, dtype=torch.float64)
     pair[0, 1] = pair[1, 0] = 1.0
     for gap in (0.0, width / 8, width, 8 * width, 1e3 * width, 0.5):
-        w = torch.tensor([1 - gap, 1.0, 1.5, 2.0], dtype=torch.float64)
+        w = torch.tensor([1 - gap, 1.0, *[1.5] * (n - 3), 2.0], dtype=torch.float64)
         relative = (w[1] - w[0]) / 2
         expected = -pair * relative / (relative**2 + width**2) / 2
         assert expected.abs().max() <= 1 / (2 * width) / 2
-        torch.testing.assert_close(gradient(torch.diag(w), 1, pair), expected, rtol=1e-12, atol=0)
+        if n == 40 and gap < 8 * width:  # rounding turns the eigenvectors of so close a pair of a large matrix
+            continue
+        exact_to = 1e-12 if n == 4 else 4 * torch.finfo(torch.float64).eps / float(relative)
+        actual = gradient(torch.diag(w), 1, pair)
+        torch.testing.assert_close(actual, expected, rtol=exact_to, atol=exact_to * float(expected.abs().max()))
         _, at_cut, info = eigenprojector_ex(torch.diag(w), 1)
-        assert at_cut == w[1] - w[0] and int(info) == (4 if relative <= width else 0)
+        torch.testing.assert_close(at_cut, w[1] - w[0], rtol=0, atol=0 if n == 4 else 8 * torch.finfo(w.dtype).eps)
+        assert int(info) == (4 if relative <= width else 0)
 
 
 def test_a_failed_matrix_stays_alone():
@@ -154,6 +160,121 @@ def test_a_failed_matrix_stays_alone():
     assert torch.autograd.grad(P, broken, G.expand(4, 5, 5))[0][1:3].isnan().all()
     for k in (0, 5):
         assert eigenprojector(broken, k)[1:3].isnan().all()
+
+
+# ---- large matrices, of which only a few eigenvectors are computed --------------------------------------------------
+
+ALL = (*FLOATS, torch.complex64, torch.complex128)
+
+
+def turned(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A, in a complex dtype D A D^H with a diagonal of phases D: the same spectrum, and no real entries off it."""
+    if not dtype.is_complex:
+        return A
+    phase = torch.polar(torch.ones(len(A), dtype=torch.float64), torch.arange(len(A), dtype=torch.float64) ** 2)
+    return phase[:, None] * A * phase.conj()
+
+
+def glued_wilkinson(copies: int) -> Tensor:
+    """Pairs of eigenvalues that agree to many digits, in `copies` copies that nearly do."""
+    m = 21
+    A = torch.diag((torch.arange(m * copies) % m - m // 2).abs().double())
+    joined = torch.ones(m * copies - 1, dtype=torch.float64)
+    joined[m - 1 :: m] = 1e-8
+    return A + torch.diag(joined, 1) + torch.diag(joined, -1)
+
+
+def large() -> dict[str, tuple[Tensor, int]]:
+    """Matrices with repeated eigenvalues and where to cut them, a third of them at most below or above."""
+    n = 48
+    found = repeated(n)
+    eye = torch.eye(n, dtype=torch.float64)
+    blocks = torch.block_diag(eye[:36, :36], 2 * eye[:12, :12])
+    graded = torch.diag(10.0 ** -torch.linspace(0, 12, n, dtype=torch.float64)) + 0.25 * found["complete"]
+    cuts = {"complete": n - 1, "star": 1, "rank-1": n - 1, "block-copies": 16}
+    return {name: (found[name], k) for name, k in cuts.items()} | {
+        "one-value": (found["star"] @ found["star"], n - 2),
+        "identity-blocks": (blocks, 36),
+        "wilkinson": (glued_wilkinson(2), 38),
+        "graded": (graded, n - 1),
+        "tridiagonal": (torch.diag(torch.ones(n - 1).double(), 1) + torch.diag(torch.ones(n - 1).double(), -1), 5),
+    }
+
+
+def forward(A: Tensor, k: int, largest: bool = False) -> tuple[Tensor, ...]:
+    n = A.shape[-1]
+    return torch.ops.stablekern.eigenprojector_fwd(A, k, largest, 4 * n**0.5 * torch.finfo(A.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("name", large())
+def test_large_and_exact_at_repeated_eigenvalues(name, dtype):
+    A, k = large()[name]
+    A, n = turned(A, dtype).to(dtype), len(A)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    w, V = torch.linalg.eigh(A.to(wide))
+    G = weight(n, wide)
+    exact, P = exact_gradient(A.to(wide), k, G), V[:, :k] @ V[:, :k].mH
+    # As in test_exact_at_repeated_eigenvalues.
+    bound = 8 * n * torch.finfo(dtype).eps * float(w.abs().max() / (w[k] - w[k - 1]))
+    found, gap, info = eigenprojector_ex(A, k)
+    assert int(info) == 0
+    assert (found - P).abs().max() <= bound and abs(float(gap - (w[k] - w[k - 1]))) <= bound * float(w[k] - w[k - 1])
+    for sign in (1, -1):
+        actual = gradient(sign * A, k, G.to(dtype), largest=sign < 0)
+        assert (sign * actual - exact).abs().max() <= bound * exact.abs().max()
+    torch.testing.assert_close(actual, actual.mH, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("name", repeated(3))
+def test_large_finite_and_bounded_where_the_cut_is_closed(name, dtype):
+    n = 40
+    A = turned(repeated(n)[name], dtype).to(dtype)
+    w = torch.linalg.eigvalsh(A.to(torch.complex128))
+    for k in (0, 1, 2, 5, 12, 20, n - 3, n):
+        P, gap, info = eigenprojector_ex(A, k)
+        limit = 5 * n * torch.finfo(dtype).eps
+        torch.testing.assert_close(P, P.mH, rtol=0, atol=0)
+        assert (P @ P - P).abs().max() <= limit and abs(float(P.diagonal().real.sum()) - k) <= n * limit
+        assert torch.isfinite(gradient(A, k, weight(n, dtype))).all()
+        closed = 0 < k < n and bool(w[k] - w[k - 1] <= limit * w.abs().max())
+        assert int(info) == (4 if closed else 0), k
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("power", [-100, 100])
+def test_large_at_extreme_scales(dtype, power):
+    A = separated(torch.Generator().manual_seed(3), (2,), 44, dtype=dtype if dtype.is_complex else torch.float64)
+    A, G = A.to(dtype), weight(44, dtype)
+    plain, scaled = eigenprojector_ex(A, 4), eigenprojector_ex(A * 2.0**power, 4)
+    torch.testing.assert_close(scaled.projector, plain.projector, rtol=0, atol=0)
+    torch.testing.assert_close(scaled.gap * 2.0**-power, plain.gap, rtol=0, atol=0)
+    grads = [gradient(A * 2.0**p, 4, G.expand(2, 44, 44)) * 2.0**p for p in (0, power)]
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ALL)
+def test_the_backward_of_another_backend(dtype):
+    """The native forward leaves large matrices as Q T Q^H; torch's backward takes them too, mixed with failed ones."""
+    if (reason := available_backends("eigenprojector")["native"]) is not None:
+        pytest.skip(f"no native kernels: {reason}")
+    n, k = 40, 4
+    A = separated(torch.Generator().manual_seed(4), (3,), n, dtype=dtype if dtype.is_complex else torch.float64)
+    A = turned(A.sum(0), dtype).expand(3, n, n).to(dtype).clone()
+    A[1, 0, 0] = torch.nan
+    G = weight(n, dtype).expand(3, n, n)
+    for largest in (False, True):
+        with use_backend("native"):
+            output = forward(A, k, largest)
+            assert output[4].tolist() == [1, 0, 1]
+            arguments = *output[2:5], G, k, largest, 4 * n**0.5 * torch.finfo(dtype).eps
+            native = torch.ops.stablekern.eigenprojector_bwd(*arguments)
+        with use_backend("torch"):
+            other = torch.ops.stablekern.eigenprojector_bwd(*arguments)
+        assert native[1].isnan().all() and other[1].isnan().all()
+        bound = 8 * n * torch.finfo(dtype).eps * float(torch.linalg.norm(A[0], 2) / output[1][0])
+        assert (native[::2] - other[::2]).abs().max() <= bound * other[::2].abs().max()
 
 
 def test_half_precision_and_no_columns():

@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from stablekern import focal_loss, training
+from stablekern._files import replaced
 from stablekern.eeg import Recording, WindowDataset
 from stablekern.errors import SettingError
 from stablekern.nn import SeizureDetector
@@ -348,10 +349,10 @@ def test_a_checkpoint_that_does_not_match_is_refused(tmp_path):
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), training.replaced(path) as partial:
+    with pytest.raises(KeyboardInterrupt), replaced(path) as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with training.replaced(path) as partial:
+    with replaced(path) as partial:
         partial.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -4,11 +4,17 @@
 // recurrence nor the sums over states need a horizontal sum, and any number of states is as good as 16. Rows of
 // (channels, time) are turned in registers as they come and go; step sizes, gate and skip are done on the way.
 //
-// Time goes in blocks of a few steps, and inside of those all blocks of lanes, so what they share (B and C) is brought
-// into place once. Backward, per chunk and a group of blocks of lanes: for each tile of states, from the saved start on,
-// recompute and keep states and decays, then sweep back. A few blocks go abreast and share each load and store of the
+// Forward, a segment of time is brought into place once for all blocks of lanes (B and C), and one block then passes it, a
+// few steps at a time. Backward, per chunk and a group of blocks of lanes: for each tile of states, from the saved start
+// on, recompute and keep states and decays, then sweep back. A few blocks go abreast and share each load and store of the
 // sums over channels for dB and dC, which stay vectors until all blocks of lanes of the chunk have been added. Sizes are
 // such that one tile's history, its sums and the group's rows stay in a first-level cache of 32 KB for 16 steps.
+//
+// What bounds it (AVX-512, one 64-byte multiply-add a cycle, as on Zen 4): a state's step is 9 of them forward, 6 of which
+// are the exponential, and 16 backward, which has to do the exponential again: keeping the decays would be 16 times the
+// memory of all else. The rest of the exponential (a sum, a shuffle, a scaling) and the clamp go through other ports. At
+// (8, 128, 960, 16) that is 80 % of the time forward. Backward it is half: 4 stores of 2 cycles each a state's step, rows
+// of 16 channels that lie in 16 pages each, and the sums for dB and dC, which pass between two levels of cache.
 //
 // One task is one batch item, group and slab of channels. The split depends on sizes alone and slabs are added in their
 // order, so no result depends on the number of threads. Fused multiply-adds are written out as `fma` for the same reason.
@@ -35,7 +41,7 @@ using torch::stable::Tensor;
 
 #if defined(SK_AVX512)
 constexpr int kForwardTile = 8;   // states held in registers
-constexpr int kBackwardTile = 4;  // with their sums for dA, of
+constexpr int kBackwardTile = 2;  // with their sums for dA, of
 constexpr int kAbreast = 2;       // this many blocks of lanes, which share the sums for dB and dC
 #else
 constexpr int kForwardTile = 8;
@@ -43,11 +49,12 @@ constexpr int kBackwardTile = 4;
 constexpr int kAbreast = 1;
 #endif
 constexpr int64_t kGroup = 2;  // blocks of lanes that a tile of states passes before the next tile
-constexpr int kBlockSteps = 16;           // of the forward pass
+constexpr int64_t kBlockSteps = 16;       // of the forward pass
+constexpr int64_t kSegment = 256;         // steps whose B and C are kept ready, likewise
 constexpr int64_t kThreadWork = 1 << 16;  // updates of a state, some 20 microseconds; less is done by one thread
 constexpr int64_t kSumGrain = 1 << 14;    // sums of a few numbers, likewise
 constexpr int64_t kTasks = 32;      // fewer batch items and groups than this are split into slabs of channels,
-constexpr int kExtreme = 1 << 20;   // exponents from here on take the exponential that bounds its argument
+constexpr int kExtreme = 1 << 16;   // exponents from here on take the exponential that bounds its argument
 constexpr int64_t kSlabBlocks = 4;  // of no less than this many blocks of lanes, which share the reductions of dB, dC
 
 template <class T>
@@ -105,16 +112,41 @@ SK_INLINE void for_tiles(int64_t states, const F& f) {
   if (states - first >= 1) f(std::integral_constant<int, 1>{}, first);
 }
 
-// Between rows (channels, states) in memory and vectors [blocks][states].
+// What one state has of its own, in all lanes of a block. A kernel reads it through one pointer, at fixed distances.
 template <class T>
-void states_in(const T* outside, int64_t count, int64_t states, Vec<T>* inside) {
-  T* lanes = reinterpret_cast<T*>(inside);
-  std::fill(lanes, lanes + padded_to_lanes<T>(count) * states, T(0));
-  if (outside)
-    for (int64_t c = 0; c < count; ++c) {
-      T* to = lanes + c / kLanes<T> * kLanes<T> * states + c % kLanes<T>;
-      for (int64_t i = 0; i < states; ++i) to[i * kLanes<T>] = outside[c * states + i];
+struct Law {
+  Vec<T> rate, high, low;  // A, and that as `Exponent`
+  Vec<T> lower, upper;     // of the clamp
+
+  // e^(step A)
+  template <bool kTame>
+  SK_INLINE Vec<T> decay(Vec<T> step) const {
+#if defined(SK_AVX512)
+    if constexpr (kTame && sizeof(T) == 4) return exp_of_product(step, high, low);
+#endif
+    return exp<T>(step * rate);
+  }
+  // The next state; `inside`, unless null, tells which lanes the clamp leaves alone.
+  template <bool kClamp>
+  SK_INLINE Vec<T> advance(Vec<T> h, Vec<T> decay, Vec<T> entering, Mask<T>* inside) const {
+    h = fma(decay, h, entering);
+    if constexpr (kClamp) {
+      const Vec<T> clamped = min(upper, max(lower, h));  // NaN, the second operand, passes
+      if (inside) *inside = equal(clamped, h);           // lower <= h <= upper
+      h = clamped;
     }
+    return h;
+  }
+};
+
+// Between rows (channels, states) in memory and vectors [blocks][states], `apart` vectors from one to the next.
+template <class T>
+void states_in(const T* outside, int64_t count, int64_t states, Vec<T>* inside, int64_t apart = 1) {
+  T* lanes = reinterpret_cast<T*>(inside);
+  for (int64_t c = 0; c < padded_to_lanes<T>(count); ++c) {
+    T* to = lanes + (c / kLanes<T> * states * apart) * kLanes<T> + c % kLanes<T>;
+    for (int64_t i = 0; i < states; ++i) to[i * apart * kLanes<T>] = outside && c < count ? outside[c * states + i] : T(0);
+  }
 }
 template <class T>
 void states_out(const Vec<T>* inside, int64_t count, int64_t states, T* outside) {
@@ -125,11 +157,23 @@ void states_out(const Vec<T>* inside, int64_t count, int64_t states, T* outside)
   }
 }
 
+// The laws of a slab of channels, and the fastest rate of each block.
 template <class T>
-void split_rates(const Vec<T>* rate, int64_t count, Vec<T>* high, Vec<T>* low) {
-  for (int64_t k = 0; k < count; ++k) {
-    const Exponent<T> exponent(rate[k]);
-    high[k] = exponent.high, low[k] = exponent.low;
+void laws_in(const Problem<T>& p, const Place<T>& at, Law<T>* laws, Vec<T>* fastest) {
+  constexpr int64_t apart = sizeof(Law<T>) / sizeof(Vec<T>);
+  const int64_t own = at.channel * p.states;
+  states_in(p.A + own, at.count, p.states, &laws->rate, apart);
+  if (p.upper) {
+    states_in(p.lower + own, at.count, p.states, &laws->lower, apart);
+    states_in(p.upper + own, at.count, p.states, &laws->upper, apart);
+  }
+  for (int64_t b = 0; b < at.blocks(); ++b) {
+    fastest[b] = Vec<T>{};
+    for (Law<T>* law = laws + b * p.states; law < laws + (b + 1) * p.states; ++law) {
+      const Exponent<T> exponent(law->rate);
+      law->high = exponent.high, law->low = exponent.low;
+      fastest[b] = max(fastest[b], abs(law->rate));
+    }
   }
 }
 
@@ -159,18 +203,22 @@ struct Projections {
   }
 };
 
-// One block of lanes, or several abreast, over one block of steps: what all tiles of states share.
+// What one step has, in all lanes of a block.
 template <class T>
+struct Row {
+  Vec<T> u, step, token;  // token: step u
+  Vec<T> y;
+};
+
+// One block of lanes, or several abreast, over one block of steps: what all tiles of states share.
+template <class T, class R>
 struct Strip {
-  int64_t steps;
-  int64_t states, row;              // from one block of lanes to the next: in what has states, in what has steps
-  int64_t lanes;                    // that are channels
-  const Vec<T> *rate, *lower, *upper;  // [states]
-  const Vec<T> *high, *low;         // [states], the rates as `Exponent`
-  Vec<T>* step;                     // [steps]
-  Vec<T>* token;                    // [steps], step u
-  const T *enter, *leave;           // B and C of the first step
-  int64_t stride;                   // from one step to the next in B and C
+  int64_t steps, lanes;    // lanes: that are channels
+  int64_t states, padded;  // from one block of lanes to the next among laws, among rows
+  const Law<T>* laws;      // [states]
+  R* rows;                 // [steps]
+  const T *enter, *leave;  // B and C of the first step,
+  int64_t stride;          // which is the way to the next
 };
 
 template <class T>
@@ -180,90 +228,84 @@ SK_INLINE Vec<T> sigmoid(Vec<T> x) {
   return select(less(x, Vec<T>{}), e, one) / (one + e);
 }
 
-// Step sizes and tokens of a strip; `slope`, unless null, becomes the derivative of the steps. u is left in `u`. True if
-// no exponent is extreme (or NaN).
-template <class T>
-SK_NOINLINE bool prepare(const Problem<T>& p, const Strip<T>& s, int64_t channel, int64_t offset, int64_t ahead, Vec<T>* u,
-                         Vec<T>* slope) {
-  load_turned(p.u + offset, p.length, s.lanes, s.steps, ahead, u);
-  load_turned(p.delta + offset, p.length, s.lanes, s.steps, ahead, s.step);
-  Vec<T> most_step{}, most_rate{};
-  for (int64_t i = 0; i < p.states; ++i) most_rate = max(most_rate, abs(s.rate[i]));
+// `of`, one member of each row of a strip, out of a row of `from` for each lane; and back.
+template <class T, class R>
+SK_INLINE void rows_in(const Strip<T, R>& s, const T* from, int64_t length, int64_t ahead, Vec<T> R::* of) {
+  load_turned(from, length, s.lanes, s.steps, ahead, &(s.rows->*of), sizeof(R) / sizeof(Vec<T>));
+}
+template <class T, class R>
+SK_INLINE void rows_out(const Strip<T, R>& s, Vec<T> R::* of, int64_t ahead, T* to, int64_t length) {
+  store_turned(&(s.rows->*of), s.lanes, s.steps, ahead, to, length, sizeof(R) / sizeof(Vec<T>));
+}
+
+// u, steps and tokens of a strip, and the steps' slopes where a row has them. Lowers `least` to the least step. True if no
+// exponent is extreme (or NaN).
+template <class T, class R>
+SK_NOINLINE bool prepare(const Problem<T>& p, const Strip<T, R>& s, Vec<T> fastest, int64_t channel, int64_t offset,
+                         int64_t ahead, Vec<T>& least) {
+  rows_in<T, R>(s, p.u + offset, p.length, ahead, &R::u);
+  rows_in<T, R>(s, p.delta + offset, p.length, ahead, &R::step);
+  Vec<T> largest{}, smallest{};
   const Vec<T> bias = p.bias ? load_first(p.bias + channel, static_cast<int>(s.lanes)) : Vec<T>{};
-  for (int64_t t = 0; t < s.steps; ++t) {
-    Vec<T> step = s.step[t] + bias;
+  for (R* row = s.rows; row < s.rows + s.steps; ++row) {
+    Vec<T> step = row->step + bias;
     if (p.softplus) {
       const Vec<T> e = exp<T>(-abs(step));
-      if (slope) slope[t] = select(less(step, Vec<T>{}), e, splat<T>(1)) / (splat<T>(1) + e);
+      if constexpr (requires { row->slope; })
+        row->slope = select(less(step, Vec<T>{}), e, splat<T>(1)) / (splat<T>(1) + e);
       step = max(Vec<T>{}, step) + log1p_unit<T>(e);  // NaN, the second operand, passes
     }
-    s.step[t] = step;
-    s.token[t] = step * u[t];
-    most_step = max(most_step, abs(step));
+    row->step = step;
+    row->token = step * row->u;
+    largest = max(largest, step);  // is NaN if the last one is: what a NaN does later does not matter
+    smallest = min(step, smallest);
   }
-  return !any(!less(most_step * most_rate, splat<T>(kExtreme)));
-}
-
-// e^(step A) of one state.
-template <bool kTame, class T>
-SK_INLINE Vec<T> decay_of(const Strip<T>& s, Vec<T> step, int64_t state) {
-#if defined(SK_AVX512)
-  if constexpr (kTame && sizeof(T) == 4) return exp_of_product(step, s.high[state], s.low[state]);
-#endif
-  return exp<T>(step * s.rate[state]);
-}
-
-template <class T, bool kClamp>
-SK_INLINE Vec<T> advance(const Strip<T>& s, int64_t state, Vec<T> h, Vec<T> decay, Vec<T> entering, Mask<T>* inside) {
-  h = fma(decay, h, entering);
-  if constexpr (kClamp) {
-    const Vec<T> clamped = min(s.upper[state], max(s.lower[state], h));  // NaN, the second operand, passes
-    if (inside) *inside = equal(clamped, h);                              // lower <= h <= upper
-    h = clamped;
-  }
-  return h;
+  least = min(least, smallest);
+  return !any(!less(max(largest, -smallest) * fastest, splat<T>(kExtreme)));
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
 // Tile of N states: `state` goes on by the strip's steps, y += h C.
 template <class T, bool kClamp, bool kTame, int N>
-SK_NOINLINE void forward_tile(const Strip<T>& s, int64_t first, Vec<T>* state, Vec<T>* y) {
+SK_NOINLINE void forward_tile(const Strip<T, Row<T>>& s, int64_t first, Vec<T>* state) {
+  const Law<T>* laws = s.laws + first;
+  state += first;
   Vec<T> h[N];
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) h[i] = state[first + i];
-  for (int64_t t = 0; t < s.steps; ++t) {
-    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
-    const Vec<T> step = s.step[t], token = s.token[t];
-    Vec<T> sum = y[t];
+  for (int i = 0; i < N; ++i) h[i] = state[i];
+  const T *enter = s.enter + first, *leave = s.leave + first;
+  for (Row<T>* row = s.rows; row < s.rows + s.steps; ++row, enter += s.stride, leave += s.stride) {
+    const Vec<T> step = row->step, token = row->token;
+    Vec<T> y = row->y;
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-      const Vec<T> decay = decay_of<kTame>(s, step, first + i);
-      h[i] = advance<T, kClamp>(s, first + i, h[i], decay, token * splat(enter[i]), nullptr);
-      sum = fma(h[i], splat(leave[i]), sum);
+      h[i] = laws[i].template advance<kClamp>(h[i], laws[i].template decay<kTame>(step), token * splat(enter[i]), nullptr);
+      y = fma(h[i], splat(leave[i]), y);
     }
-    y[t] = sum;
+    row->y = y;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) state[first + i] = h[i];
+  for (int i = 0; i < N; ++i) state[i] = h[i];
 }
 
+// The least step, or 0, goes to `least_step`.
 template <class T, bool kClamp>
-void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states) {
+void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states, T* least_step) {
   const Slabs<T> slabs(p);
-  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
-    const int64_t block_steps = std::min<int64_t>(kBlockSteps, p.chunk), padded = padded_to_lanes<T>(block_steps);
-    const int64_t stride = padded_to_lanes<T>(p.states), all_states = p.states * slabs.blocks();
-    Vec<T> *state, *rate, *high, *low, *lower = nullptr, *upper = nullptr, *step, *token, *u, *out;
+  const int64_t tasks = p.batch * p.groups * slabs.count;
+  std::vector<T> least_of(tasks);
+  torch::stable::parallel_for(0, tasks, slabs.grain, [&](int64_t begin, int64_t end) {
+    const int64_t segment = std::min(kSegment, p.length), stride = padded_to_lanes<T>(p.states);
+    Vec<T> *state, *fastest;
+    Law<T>* laws;
+    Row<T>* rows;
     T *enter, *leave;
     Arena arena;
     const auto each = [&](const auto& visit) {
-      visit(state, all_states);
-      for (auto* rates : {&rate, &high, &low}) visit(*rates, all_states);
-      if (kClamp) visit(lower, all_states), visit(upper, all_states);
-      for (auto* row : {&step, &token, &u, &out}) visit(*row, padded);
-      visit(enter, block_steps * stride);
-      visit(leave, block_steps * stride);
+      visit(state, p.states * slabs.blocks()), visit(laws, p.states * slabs.blocks()), visit(fastest, slabs.blocks());
+      visit(rows, padded_to_lanes<T>(kBlockSteps));
+      visit(enter, segment * stride), visit(leave, segment * stride);
     };
     each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
     arena.allocate();
@@ -273,43 +315,47 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
       const Place<T> at(p, slabs, task);
       const int64_t boundary = (at.item * p.channels + at.channel) * p.states;
       states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, state);
-      states_in(p.A + at.channel * p.states, at.count, p.states, rate);
-      split_rates<T>(rate, at.blocks() * p.states, high, low);
-      if (kClamp) {
-        states_in(p.lower + at.channel * p.states, at.count, p.states, lower);
-        states_in(p.upper + at.channel * p.states, at.count, p.states, upper);
-      }
-      for (int64_t start = 0, steps; start < p.length; start += steps) {
-        steps = std::min({block_steps, p.length - start, p.chunk - start % p.chunk});
-        projections.fill(p, at, start, steps);
+      laws_in(p, at, laws, fastest);
+      Vec<T> least{};
+      // A segment's B and C stay in a cache, and a block's states and laws in the first level, while its steps go by.
+      for (int64_t begun = 0; begun < p.length; begun += segment) {
+        const int64_t over = std::min(p.length, begun + segment);
+        projections.fill(p, at, begun, over - begun);
         for (int64_t b = 0; b < at.blocks(); ++b) {
-          const int64_t here = b * p.states, channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
-          const int64_t offset = (at.item * p.channels + channel) * p.length + start;
-          const Strip<T> s{steps,       p.states,   padded, lanes, rate + here, lower + here, upper + here,
-                           high + here, low + here, step, token, enter, leave, stride};
-          if (start % p.chunk == 0) {
-            T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
-            for (int64_t i = 0; i < p.states; ++i) store_block(save + i * p.channels, state[here + i], 0, lanes);
-          }
-          const bool tame = prepare(p, s, channel, offset, kBlockSteps, u, static_cast<Vec<T>*>(nullptr));
+          const int64_t channel = at.channel + b * kLanes<T>, lanes = at.in_block(b);
           const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(lanes)) : Vec<T>{};
-          for (int64_t t = 0; t < steps; ++t) out[t] = p.D ? skip * u[t] : Vec<T>{};
-          if (tame)
-            for_tiles<kForwardTile>(p.states, [&](auto size, int64_t first) {
-              forward_tile<T, kClamp, true, decltype(size)::value>(s, first, state + here, out);
-            });
-          else
-            for (int64_t i = 0; i < p.states; ++i) forward_tile<T, kClamp, false, 1>(s, i, state + here, out);
-          if (p.z) {
-            load_turned(p.z + offset, p.length, lanes, steps, kBlockSteps, u);
-            for (int64_t t = 0; t < steps; ++t) out[t] *= u[t] * sigmoid<T>(u[t]);
+          Vec<T>* own = state + b * p.states;
+          for (int64_t start = begun, steps; start < over; start += steps) {
+            steps = std::min({kBlockSteps, over - start, p.chunk - start % p.chunk});
+            const int64_t offset = (at.item * p.channels + channel) * p.length + start, ahead = kBlockSteps;
+            const int64_t from = (start - begun) * stride;
+            const Strip<T, Row<T>> s{steps, lanes, p.states, 0, laws + b * p.states, rows, enter + from, leave + from, stride};
+            if (start % p.chunk == 0) {
+              T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
+              for (int64_t i = 0; i < p.states; ++i) store_block(save + i * p.channels, own[i], 0, lanes);
+            }
+            const bool tame = prepare(p, s, fastest[b], channel, offset, ahead, least);
+            for (Row<T>* row = rows; row < rows + steps; ++row) row->y = p.D ? skip * row->u : Vec<T>{};
+            if (tame)
+              for_tiles<kForwardTile>(p.states, [&](auto size, int64_t first) {
+                forward_tile<T, kClamp, true, decltype(size)::value>(s, first, own);
+              });
+            else
+              for (int64_t i = 0; i < p.states; ++i) forward_tile<T, kClamp, false, 1>(s, i, own);
+            if (p.z) {
+              rows_in<T, Row<T>>(s, p.z + offset, p.length, ahead, &Row<T>::u);
+              for (Row<T>* row = rows; row < rows + steps; ++row) row->y *= row->u * sigmoid<T>(row->u);
+            }
+            rows_out<T, Row<T>>(s, &Row<T>::y, ahead, y + offset, p.length);
           }
-          store_turned(out, lanes, steps, kBlockSteps, y + offset, p.length);
         }
       }
       states_out(state, at.count, p.states, last_state + boundary);
+      for (int k = 0; k < kLanes<T>; ++k) least_of[task] = std::min(least_of[task], least[k]);
     }
   });
+  *least_step = T(0);
+  for (const T least : least_of) *least_step = std::min(*least_step, least);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------
@@ -321,138 +367,134 @@ struct Past {
   Vec<T> state, decay;
 };
 
+// And of a step in all lanes of a block.
+template <class T>
+struct RowBack : Row<T> {
+  Vec<T> slope;             // of the step
+  Vec<T> grad_y;            // before the gate
+  Vec<T> by_token, by_decay;  // sums over states of G B, and of a G h A
+  Vec<T> grad_out, z;       // behind the gate; the gate
+};
+
 template <class T>
 struct Scratch {
-  Vec<T> *rate, *high, *low;           // [blocks][states]
-  Vec<T> *lower, *upper;               // [blocks][states]
-  Vec<T> *carry, *grad_rate;           // [blocks][states]
-  Vec<T> *grad_skip, *grad_bias;       // [blocks]
-  Vec<T> *u, *step, *token, *slope;    // [kGroup][steps]
-  Vec<T> *grad_y, *grad_out, *z;       // [kGroup][steps]: before the gate, behind it, the gate
-  Vec<T> *y, *by_token, *by_decay;     // [kGroup][steps]: sums over states of h C, G B, and a G h A
-  Past<T>* past;                       // [steps][tile][kAbreast], of one tile of states
-  Mask<T>* inside;                     // [steps][tile][kAbreast]
-  Vec<T> *grad_enter, *grad_leave;     // [states][steps], to be summed over lanes
-  Vec<T> *rest_enter, *rest_leave;     // the same of a last, incomplete block
-  T *enter, *leave;                    // [steps][states]
-  int64_t padded;                      // steps
+  Law<T>* laws;                       // [blocks][states]
+  Vec<T>* fastest;                    // [blocks]
+  Vec<T> *carry, *grad_rate;          // [blocks][states]
+  Vec<T> *grad_skip, *grad_bias;      // [blocks]
+  RowBack<T>* rows;                   // [kGroup][steps]
+  Past<T>* past;                      // [steps][tile][kAbreast], of one tile of states
+  Mask<T>* inside;                    // [steps][tile][kAbreast]
+  Vec<T> *grad_enter, *grad_leave;    // [steps][states], to be summed over lanes
+  Vec<T> *rest_enter, *rest_leave;    // the same of a last, incomplete block
+  T *enter, *leave;                   // [steps][states]
+  int64_t padded;                     // steps
 
   template <class Visit>
   void each(int64_t steps, int64_t states, int64_t blocks, bool clamped, const Visit& visit) {
     padded = padded_to_lanes<T>(steps);
-    for (auto* all : {&rate, &high, &low, &carry, &grad_rate}) visit(*all, blocks * states);
-    if (clamped) visit(lower, blocks * states), visit(upper, blocks * states), visit(inside, steps * kBackwardTile * kAbreast);
-    visit(grad_skip, blocks), visit(grad_bias, blocks);
-    for (auto* row : rows()) visit(*row, kGroup * padded);
+    visit(laws, blocks * states);
+    for (auto* all : {&carry, &grad_rate}) visit(*all, blocks * states);
+    for (auto* all : {&fastest, &grad_skip, &grad_bias}) visit(*all, blocks);
+    visit(rows, kGroup * padded);
     visit(past, steps * kBackwardTile * kAbreast);
+    if (clamped) visit(inside, steps * kBackwardTile * kAbreast);
     for (auto* sum : {&grad_enter, &grad_leave, &rest_enter, &rest_leave}) visit(*sum, padded * states);
     visit(enter, steps * padded_to_lanes<T>(states)), visit(leave, steps * padded_to_lanes<T>(states));
-  }
-  std::array<Vec<T>**, 10> rows() {
-    return {&u, &step, &token, &slope, &grad_y, &grad_out, &z, &y, &by_token, &by_decay};
-  }
-  // As that block of a group sees it, the first one of which is block `first` of the slab.
-  Scratch of(int64_t first, int64_t block) const {
-    Scratch one = *this;
-    for (auto* row : one.rows()) *row += block * padded;
-    one.grad_skip += first + block, one.grad_bias += first + block;
-    return one;
   }
 };
 
 // The states of a tile, of W blocks abreast, from the chunk's start on, and sums of grad_y h and, with a gate, of h C.
 template <class T, bool kClamp, bool kGate, bool kTame, int N, int W>
-SK_NOINLINE void recompute_tile(const Strip<T>& s, const Scratch<T>& z, int64_t block, int64_t first, const T* saved,
-                                int64_t channels, Vec<T>* grad_leave) {
-  const int64_t rows = block * s.row;
+SK_NOINLINE void recompute_tile(const Strip<T, RowBack<T>>& s, int64_t first, const T* saved, int64_t channels, Past<T>* past,
+                                Mask<T>* inside, Vec<T>* grad_leave) {
   Vec<T> h[N][W];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i)
+  for (int i = 0; i < N; ++i) {
+    const T* from = saved + (first + i) * channels;
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
-      const T* from = saved + (first + i) * channels + w * kLanes<T>;
-      h[i][w] = load_block(from, 0, s.lanes);
-      __builtin_prefetch(from - s.states * channels, 0, 2);  // of the chunk that comes next
+      h[i][w] = load_block(from + w * kLanes<T>, 0, s.lanes);
+      __builtin_prefetch(from + w * kLanes<T> - s.states * channels, 0, 2);  // of the chunk that comes next
     }
-  for (int64_t t = 0; t < s.steps; ++t) {
-    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
+  }
+  const Law<T>* laws = s.laws + first;
+  const T *enter = s.enter + first, *leave = s.leave + first;
+  Vec<T>* total = grad_leave + first;
+  for (RowBack<T>* row = s.rows; row < s.rows + s.steps; ++row) {
     Vec<T> step[W], token[W], grad_y[W], y[W];
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
-      const int64_t at = rows + w * s.row + t;
-      step[w] = s.step[at], token[w] = s.token[at], grad_y[w] = z.grad_y[at];
-      if constexpr (kGate) y[w] = z.y[at];
+      const RowBack<T>& own = row[w * s.padded];
+      step[w] = own.step, token[w] = own.token, grad_y[w] = own.grad_y;
+      if constexpr (kGate) y[w] = own.y;
     }
-    Past<T>* past = z.past + t * N * W;
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      Vec<T>& total = grad_leave[(first + i) * z.padded + t];
-      Vec<T> sum = total;
+      Vec<T> sum = total[i];
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
-        const int64_t state = (block + w) * s.states + first + i;
-        const Vec<T> decay = decay_of<kTame>(s, step[w], state);
-        Mask<T>* inside = kClamp ? z.inside + (t * N + i) * W + w : nullptr;
+        const Law<T>& law = laws[w * s.states + i];
+        const Vec<T> decay = law.template decay<kTame>(step[w]);
         past[i * W + w] = {h[i][w], decay};
-        h[i][w] = advance<T, kClamp>(s, state, h[i][w], decay, token[w] * splat(enter[i]), inside);
+        h[i][w] = law.template advance<kClamp>(h[i][w], decay, token[w] * splat(enter[i]), kClamp ? inside + i * W + w : nullptr);
         sum = fma(grad_y[w], h[i][w], sum);
         if constexpr (kGate) y[w] = fma(h[i][w], splat(leave[i]), y[w]);
       }
-      total = sum;
+      total[i] = sum;
     }
     if constexpr (kGate)
-      for (int w = 0; w < W; ++w) z.y[rows + w * s.row + t] = y[w];
+      for (int w = 0; w < W; ++w) row[w * s.padded].y = y[w];
+    past += N * W, inside += N * W, total += s.states, enter += s.stride, leave += s.stride;
   }
 }
 
 // The sweep back over the steps of a chunk.
 template <class T, bool kClamp, int N, int W>
-SK_NOINLINE void adjoint_tile(const Strip<T>& s, const Scratch<T>& z, int64_t block, int64_t first, Vec<T>* carry,
-                              Vec<T>* grad_rate, Vec<T>* grad_enter) {
-  const int64_t rows = block * s.row;
+SK_NOINLINE void adjoint_tile(const Strip<T, RowBack<T>>& s, int64_t first, const Past<T>* past, const Mask<T>* inside,
+                              Vec<T>* carry, Vec<T>* grad_rate, Vec<T>* grad_enter) {
   Vec<T> r[N][W], by_rate[N][W];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 2
-    for (int w = 0; w < W; ++w) r[i][w] = carry[(block + w) * s.states + first + i], by_rate[i][w] = Vec<T>{};
-  for (int64_t t = s.steps - 1; t >= 0; --t) {
-    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
-    const Past<T>* past = z.past + t * N * W;
+    for (int w = 0; w < W; ++w) r[i][w] = carry[w * s.states + first + i], by_rate[i][w] = Vec<T>{};
+  const Law<T>* laws = s.laws + first;
+  const T *enter = s.enter + s.steps * s.stride + first, *leave = s.leave + s.steps * s.stride + first;
+  Vec<T>* total = grad_enter + s.steps * s.states + first;
+  past += s.steps * N * W, inside += s.steps * N * W;
+  for (RowBack<T>* row = s.rows + s.steps; row-- > s.rows;) {
+    past -= N * W, inside -= N * W, total -= s.states, enter -= s.stride, leave -= s.stride;
     Vec<T> step[W], token[W], grad_y[W], by_token[W], by_decay[W];
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
-      const int64_t at = rows + w * s.row + t;
-      step[w] = s.step[at], token[w] = s.token[at], grad_y[w] = z.grad_y[at];
-      by_token[w] = z.by_token[at], by_decay[w] = z.by_decay[at];
+      const RowBack<T>& own = row[w * s.padded];
+      step[w] = own.step, token[w] = own.token, grad_y[w] = own.grad_y;
+      by_token[w] = own.by_token, by_decay[w] = own.by_decay;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      Vec<T>& total = grad_enter[(first + i) * z.padded + t];
-      Vec<T> sum = total;
+      Vec<T> sum = total[i];
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
         Vec<T> grad = fma(grad_y[w], splat(leave[i]), r[i][w]);
-        if constexpr (kClamp) grad = select(z.inside[(t * N + i) * W + w], grad, Vec<T>{});
+        if constexpr (kClamp) grad = select(inside[i * W + w], grad, Vec<T>{});
         sum = fma(grad, token[w], sum);
         by_token[w] = fma(grad, splat(enter[i]), by_token[w]);
         r[i][w] = past[i * W + w].decay * grad;
         const Vec<T> by_exponent = r[i][w] * past[i * W + w].state;
         by_rate[i][w] = fma(by_exponent, step[w], by_rate[i][w]);
-        by_decay[w] = fma(by_exponent, s.rate[(block + w) * s.states + first + i], by_decay[w]);
+        by_decay[w] = fma(by_exponent, laws[w * s.states + i].rate, by_decay[w]);
       }
-      total = sum;
+      total[i] = sum;
     }
 #pragma GCC unroll 2
-    for (int w = 0; w < W; ++w) {
-      const int64_t at = rows + w * s.row + t;
-      z.by_token[at] = by_token[w], z.by_decay[at] = by_decay[w];
-    }
+    for (int w = 0; w < W; ++w) row[w * s.padded].by_token = by_token[w], row[w * s.padded].by_decay = by_decay[w];
   }
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
-      const int64_t state = (block + w) * s.states + first + i;
+      const int64_t state = w * s.states + first + i;
       carry[state] = r[i][w], grad_rate[state] += by_rate[i][w];
     }
 }
@@ -462,61 +504,69 @@ struct Gradients {
   T *u, *delta, *A, *B, *C, *D, *z, *bias, *initial_state;
 };
 
-// Rows of one block of lanes before its states, `s` and `z` being that block's. False if an exponent is extreme.
+// Rows of one block of lanes before its states. False if an exponent is extreme.
 template <class T, bool kGate>
-bool backward_rows(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z, int64_t channel, int64_t offset,
+bool backward_rows(const Problem<T>& p, const Strip<T, RowBack<T>>& s, Vec<T> fastest, int64_t channel, int64_t offset,
                    const T* grad_out) {
+  using R = RowBack<T>;
   const int64_t ahead = -p.chunk;
-  const bool tame = prepare(p, s, channel, offset, ahead, z.u, z.slope);
-  load_turned(grad_out + offset, p.length, s.lanes, s.steps, ahead, z.grad_y);
-  if constexpr (kGate) {
-    const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
-    load_turned(p.z + offset, p.length, s.lanes, s.steps, ahead, z.z);
-    for (int64_t t = 0; t < s.steps; ++t) {
-      z.grad_out[t] = z.grad_y[t];
-      z.grad_y[t] *= z.z[t] * sigmoid<T>(z.z[t]);
-      z.y[t] = skip * z.u[t];
+  Vec<T> least{};
+  const bool tame = prepare(p, s, fastest, channel, offset, ahead, least);
+  rows_in<T, R>(s, grad_out + offset, p.length, ahead, &R::grad_y);
+  if constexpr (kGate) rows_in<T, R>(s, p.z + offset, p.length, ahead, &R::z);
+  const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
+  for (R* row = s.rows; row < s.rows + s.steps; ++row) {
+    if constexpr (kGate) {
+      row->grad_out = row->grad_y;
+      row->grad_y *= row->z * sigmoid<T>(row->z);
+      row->y = skip * row->u;
     }
+    row->by_token = row->by_decay = Vec<T>{};
   }
-  std::fill_n(z.by_token, s.steps, Vec<T>{});
-  std::fill_n(z.by_decay, s.steps, Vec<T>{});
   return tame;
 }
 
 // And behind them: the gradients of the rows.
 template <class T, bool kGate>
-void row_gradients(const Problem<T>& p, const Strip<T>& s, const Scratch<T>& z, int64_t channel, int64_t offset,
-                   const Gradients<T>& out) {
+void row_gradients(const Problem<T>& p, const Strip<T, RowBack<T>>& s, int64_t channel, int64_t offset, Vec<T>& grad_skip,
+                   Vec<T>& grad_bias, const Gradients<T>& out) {
+  using R = RowBack<T>;
   const int64_t ahead = -p.chunk;
   const Vec<T> skip = p.D ? load_first(p.D + channel, static_cast<int>(s.lanes)) : Vec<T>{};
   Vec<T> by_skip{}, by_bias{};
-  for (int64_t t = 0; t < s.steps; ++t) {
-    const Vec<T> grad_y = z.grad_y[t], u = z.u[t], by_token = z.by_token[t];
-    Vec<T> grad_u = s.step[t] * by_token;
-    if (p.D) grad_u = fma(skip, grad_y, grad_u);
-    Vec<T> grad_delta = fma(u, by_token, z.by_decay[t]);
-    if (p.softplus) grad_delta *= z.slope[t];
-    by_skip = fma(grad_y, u, by_skip);
+  for (R* row = s.rows; row < s.rows + s.steps; ++row) {
+    Vec<T> grad_u = row->step * row->by_token, grad_delta = fma(row->u, row->by_token, row->by_decay);
+    if (p.D) grad_u = fma(skip, row->grad_y, grad_u);
+    if (p.softplus) grad_delta *= row->slope;
+    by_skip = fma(row->grad_y, row->u, by_skip);
     by_bias += grad_delta;
     if constexpr (kGate) {
-      const Vec<T> x = z.z[t], open = sigmoid<T>(x), one = splat<T>(1);
-      z.y[t] *= z.grad_out[t] * (open * fma(x, one - open, one));
+      const Vec<T> x = row->z, open = sigmoid<T>(x), one = splat<T>(1);
+      row->y *= row->grad_out * (open * fma(x, one - open, one));
     }
-    z.by_token[t] = grad_u, z.by_decay[t] = grad_delta;
+    row->by_token = grad_u, row->by_decay = grad_delta;
   }
-  *z.grad_skip += by_skip, *z.grad_bias += by_bias;
-  store_turned(z.by_token, s.lanes, s.steps, ahead, out.u + offset, p.length);
-  store_turned(z.by_decay, s.lanes, s.steps, ahead, out.delta + offset, p.length);
-  if constexpr (kGate) store_turned(z.y, s.lanes, s.steps, ahead, out.z + offset, p.length);
+  grad_skip += by_skip, grad_bias += by_bias;
+  rows_out<T, R>(s, &R::by_token, ahead, out.u + offset, p.length);
+  rows_out<T, R>(s, &R::by_decay, ahead, out.delta + offset, p.length);
+  if constexpr (kGate) rows_out<T, R>(s, &R::y, ahead, out.z + offset, p.length);
 }
 
-// sums += rest, without the lanes of `rest` that are no channels.
+// The sums over lanes of one state at kLanes steps; zeros are left behind, for the next chunk.
 template <class T>
-void add_rest(const Vec<T>* rest, int64_t lanes, int64_t count, Vec<T>* sums) {
+Vec<T> take_sums(Vec<T>* of, int64_t apart) {
+  const Vec<T> sums = horizontal_sums<T>(of, apart);
+  for (int k = 0; k < kLanes<T>; ++k) of[k * apart] = Vec<T>{};
+  return sums;
+}
+
+// sums += rest, without the lanes of `rest` that are no channels; zeros are left behind.
+template <class T>
+void add_rest(Vec<T>* rest, int64_t lanes, int64_t count, Vec<T>* sums) {
   IVec<T> lane;
   for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<typename VecTypes<T>::integer>(lanes - k);
   const Mask<T> channel = greater_than<T>(lane, 0);
-  for (int64_t k = 0; k < count; ++k) sums[k] += select(channel, rest[k], Vec<T>{});
+  for (int64_t k = 0; k < count; ++k) sums[k] += select(channel, rest[k], Vec<T>{}), rest[k] = Vec<T>{};
 }
 
 // Up to kGroup blocks of lanes over one chunk, tile after tile of states.
@@ -524,33 +574,25 @@ template <class T, bool kClamp, bool kGate>
 void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T>& shared, const Scratch<T>& z,
                     int64_t first_block, int64_t start, int64_t steps, const T* grad_out, const T* chunk_states,
                     const Gradients<T>& out) {
-  const int64_t blocks = std::min(kGroup, at.blocks() - first_block), here = first_block * p.states;
+  const int64_t blocks = std::min(kGroup, at.blocks() - first_block);
   const int64_t first_channel = at.channel + first_block * kLanes<T>;
   const int64_t whole = std::min(blocks, (at.count - first_block * kLanes<T>) / kLanes<T>);
-  const auto strip = [&](int64_t block, int64_t lanes) {
-    const int64_t own = here + block * p.states, row = block * z.padded;
-    return Strip<T>{steps,        p.states,    z.padded,     lanes,          z.rate + own,  z.lower + own, z.upper + own,
-                    z.high + own, z.low + own, z.step + row, z.token + row, shared.enter, shared.leave, shared.stride};
+  const auto strip = [&](int64_t b) {
+    return Strip<T, RowBack<T>>{steps,        at.in_block(first_block + b), p.states, z.padded, z.laws + (first_block + b) * p.states,
+                                z.rows + b * z.padded, shared.enter, shared.leave, shared.stride};
   };
-  const auto each_block = [&](const auto& visit) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t channel = first_channel + b * kLanes<T>;
-      const int64_t offset = (at.item * p.channels + channel) * p.length + start;
-      visit(strip(b, at.in_block(first_block + b)), z.of(first_block, b), channel, offset);
-    }
-  };
+  const auto offset = [&](int64_t b) { return (at.item * p.channels + first_channel + b * kLanes<T>) * p.length + start; };
   bool tame = true;
-  each_block([&](const Strip<T>& s, const Scratch<T>& own, int64_t channel, int64_t offset) {
-    tame &= backward_rows<T, kGate>(p, s, own, channel, offset, grad_out);
-  });
+  for (int64_t b = 0; b < blocks; ++b)
+    tame &= backward_rows<T, kGate>(p, strip(b), z.fastest[first_block + b], first_channel + b * kLanes<T>, offset(b), grad_out);
   const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + first_channel;
-  Vec<T>*carry = z.carry + here, *grad_rate = z.grad_rate + here;
   const auto tile = [&]<bool kTame, int N, int W>(int64_t first, int64_t b) {
-    const bool rest = b >= whole;
-    const Strip<T> s = strip(0, rest ? at.in_block(first_block + b) : kLanes<T>);
-    recompute_tile<T, kClamp, kGate, kTame, N, W>(s, z, b, first, saved + b * kLanes<T>, p.channels,
-                                                  rest ? z.rest_leave : z.grad_leave);
-    adjoint_tile<T, kClamp, N, W>(s, z, b, first, carry, grad_rate, rest ? z.rest_enter : z.grad_enter);
+    const Strip<T, RowBack<T>> s = strip(b);
+    const int64_t own = (first_block + b) * p.states;
+    recompute_tile<T, kClamp, kGate, kTame, N, W>(s, first, saved + b * kLanes<T>, p.channels, z.past, z.inside,
+                                                  b < whole ? z.grad_leave : z.rest_leave);
+    adjoint_tile<T, kClamp, N, W>(s, first, z.past, z.inside, z.carry + own, z.grad_rate + own,
+                                  b < whole ? z.grad_enter : z.rest_enter);
   };
   const auto tiles = [&]<bool kTame, int N>(int64_t first) {
     int64_t b = 0;
@@ -564,13 +606,13 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
     });
   else
     for (int64_t i = 0; i < p.states; ++i) tiles.template operator()<false, 1>(i);
-  each_block([&](const Strip<T>& s, const Scratch<T>& own, int64_t channel, int64_t offset) {
-    row_gradients<T, kGate>(p, s, own, channel, offset, out);
-  });
+  for (int64_t b = 0; b < blocks; ++b)
+    row_gradients<T, kGate>(p, strip(b), first_channel + b * kLanes<T>, offset(b), z.grad_skip[first_block + b],
+                            z.grad_bias[first_block + b], out);
   if (whole < blocks) {
     const int64_t lanes = at.in_block(first_block + whole);
-    add_rest<T>(z.rest_enter, lanes, z.padded * p.states, z.grad_enter);
-    add_rest<T>(z.rest_leave, lanes, z.padded * p.states, z.grad_leave);
+    add_rest<T>(z.rest_enter, lanes, steps * p.states, z.grad_enter);
+    add_rest<T>(z.rest_leave, lanes, steps * p.states, z.grad_leave);
   }
 }
 
@@ -594,30 +636,25 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
     const Vec<T> zero{};
     for (int64_t task = begin; task < end; ++task) {
       const Place<T> at(p, slabs, task);
-      const int64_t boundary = (at.item * p.channels + at.channel) * p.states, own = at.channel * p.states;
+      const int64_t boundary = (at.item * p.channels + at.channel) * p.states;
       T* grad_B = slabs.count > 1 ? parts.data() + 2 * at.slab * projections : out.B;
       T* grad_C = slabs.count > 1 ? grad_B + projections : out.C;
       states_in(grad_last_state ? grad_last_state + boundary : nullptr, at.count, p.states, z.carry);
-      states_in(p.A + own, at.count, p.states, z.rate);
-      split_rates<T>(z.rate, at.blocks() * p.states, z.high, z.low);
-      if (kClamp) states_in(p.lower + own, at.count, p.states, z.lower), states_in(p.upper + own, at.count, p.states, z.upper);
+      laws_in(p, at, z.laws, z.fastest);
       std::fill_n(z.grad_rate, at.blocks() * p.states, zero);
       std::fill_n(z.grad_skip, at.blocks(), zero);
       std::fill_n(z.grad_bias, at.blocks(), zero);
       for (int64_t start = (p.chunks() - 1) * p.chunk; start >= 0; start -= p.chunk) {
         const int64_t steps = std::min(p.chunk, p.length - start);
         shared.fill(p, at, start, steps);
-        for (auto* sums : {z.grad_enter, z.grad_leave}) std::fill_n(sums, z.padded * p.states, zero);
-        if (at.count % kLanes<T>)
-          for (auto* sums : {z.rest_enter, z.rest_leave}) std::fill_n(sums, z.padded * p.states, zero);
         for (int64_t first = 0; first < at.blocks(); first += kGroup)
           backward_group<T, kClamp, kGate>(p, at, shared, z, first, start, steps, grad_out, chunk_states, out);
         const int64_t to = (at.item * p.groups + at.group) * p.states * p.length + start;
         for (int64_t i = 0; i < p.states; ++i)
           for (int64_t t = 0; t < steps; t += kLanes<T>) {
-            const int64_t from = i * z.padded + t, into = to + i * p.length + t;
-            store_block(grad_B + into, horizontal_sums<T>(z.grad_enter + from), 0, steps - t);
-            store_block(grad_C + into, horizontal_sums<T>(z.grad_leave + from), 0, steps - t);
+            const int64_t from = t * p.states + i, into = to + i * p.length + t;
+            store_block(grad_B + into, take_sums<T>(z.grad_enter + from, p.states), 0, steps - t);
+            store_block(grad_C + into, take_sums<T>(z.grad_leave + from, p.states), 0, steps - t);
           }
       }
       states_out(z.carry, at.count, p.states, out.initial_state + boundary);
@@ -668,12 +705,16 @@ void selective_scan_fwd(const Tensor u, const Tensor delta, const Tensor A, cons
                         const std::optional<Tensor> D, const std::optional<Tensor> z, const std::optional<Tensor> bias,
                         const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
                         const std::optional<Tensor> upper, bool softplus, int64_t chunk, Tensor y, Tensor last_state,
-                        Tensor chunk_states) {
+                        Tensor chunk_states, Tensor least_step) {
   for_dtype(u, [&]<class T>(T) {
     const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, softplus, chunk);
-    if (p.batch * p.channels == 0) return;
+    if (p.batch * p.channels == 0) {
+      *mutable_data<T>(least_step) = T(0);
+      return;
+    }
     const auto run = p.upper ? forward<T, true> : forward<T, false>;
-    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states));
+    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states),
+        mutable_data<T>(least_step));
   });
 }
 
@@ -706,7 +747,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias,"
       " Tensor? initial_state, Tensor? lower, Tensor? upper, bool softplus, int chunk, Tensor(a!) y,"
-      " Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
+      " Tensor(b!) last_state, Tensor(c!) chunk_states, Tensor(d!) least_step) -> ()");
   m.def(
       "selective_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
       " Tensor? D, Tensor? z, Tensor? bias, Tensor? lower, Tensor? upper, Tensor chunk_states, bool softplus, int chunk,"

@@ -15,11 +15,19 @@ from stablekern.cli import doctor
 __all__ = ["EXTRAS", "main", "missing_extras"]
 
 # The extras of each command, and the modules that stand for them.
-EXTRAS = {"demo": {"cli": ("typer", "rich", "matplotlib"), "eeg": ("mne", "edfio")}}
+_CLI, _EEG = ("typer", "rich", "matplotlib"), ("mne", "edfio", "timescoring")
+EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")} | {"zoo": {"cli": _CLI}}
 _USAGE = """usage: stablekern COMMAND [--help]
 
   doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
+  doctor --replay FILE --model module:function [--json]
+                                 do a bad step again: data, weights or op
+  doctor --watch module:function [--steps N] [--html FILE] [--json]
+                                 run a training function: the first non-finite tensor, and why
+  zoo [--json] [--html FILE]     why training goes NaN: causes, published fixes and ours, counted
   demo                           train the smallest detector on a real recording, in minutes
+  train --config FILE            train a detector on a folder of recordings with annotations
+  detect FILE --checkpoint FILE  find the events in a recording
 
 python -m stablekern is the same. The usual commands need pip install 'stablekern[cli,eeg]'."""
 
@@ -60,6 +68,9 @@ def _without_typer(given: list[str]) -> int:
     if command in EXTRAS:
         print(missing_extras(command), file=sys.stderr)
         return 2
+    if command == "doctor" and flags & {"--replay", "--watch"}:
+        module = importlib.import_module(f"stablekern.cli.{'replay' if '--replay' in flags else 'watch'}")
+        return module.main(given[1:])
     if command == "doctor" and flags <= {"--json", "--no-build"}:
         return doctor.run(as_json="--json" in flags, build="--no-build" not in flags)
     wanted = bool({command, *flags} & {"--help", "-h"})

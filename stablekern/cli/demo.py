@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import signal
 import statistics
 import sys
 import textwrap
@@ -32,7 +30,9 @@ from torch import Tensor, nn
 
 import stablekern
 from stablekern import training
+from stablekern._files import replaced
 from stablekern.cli import doctor
+from stablekern.cli.interrupt import Interrupt
 from stablekern.cli.report import Comparison, HeldOut, render
 from stablekern.eeg import (
     Recording,
@@ -198,30 +198,6 @@ def gradient_with_torch_eigh(
 
 
 # ---- stopping and showing ------------------------------------------------------------------------------------------
-
-
-class _Interrupt:
-    """The first Ctrl-C sets `seen`; the second ends the program where it is."""
-
-    def __init__(self) -> None:
-        self.seen = False
-
-    @contextmanager
-    def watching(self) -> Iterator[_Interrupt]:
-        def first(*_: Any) -> None:
-            self.seen = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, b"\nstablekern: stopping after this step, then the report; Ctrl-C again stops at once\n")
-
-        before = signal.signal(signal.SIGINT, first)
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def __call__(self) -> bool:
-        return self.seen
 
 
 @contextmanager
@@ -404,7 +380,7 @@ def _run(options: Options, as_json: bool) -> int:
     for line in _opening(options, data, machine):
         say(line)
 
-    with _one_thread(), _Interrupt().watching() as interrupt:
+    with _one_thread(), Interrupt().watching() as interrupt:
         torch.manual_seed(options.seed)
         model = SeizureDetector.from_preset(_PRESET)
         results, comparisons = _train(options, data, model, interrupt, files["metrics"])
@@ -438,7 +414,7 @@ def _run(options: Options, as_json: bool) -> int:
             },
             "files": files,
         }
-        with training.replaced(files["report"]) as partial:
+        with replaced(files["report"]) as partial:
             page = render(summary, [_record(result) for result in results], comparisons, held, machine)
             partial.write_text(page, encoding="utf-8")
 
@@ -450,7 +426,7 @@ def _run(options: Options, as_json: bool) -> int:
 
 
 def _train(
-    options: Options, data: _Data, model: SeizureDetector, interrupt: _Interrupt, metrics: str
+    options: Options, data: _Data, model: SeizureDetector, interrupt: Interrupt, metrics: str
 ) -> tuple[list[training.StepResult], list[Comparison]]:
     """All steps, or those before Ctrl-C; each is written to `metrics` as soon as it is done."""
     crops = WindowDataset(data.train, window_seconds=options.window_seconds, stride_seconds=_CROP_STRIDE)

@@ -251,7 +251,7 @@ _PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <main>
-<h1>Training that stays finite</h1>
+<h1>{heading}</h1>
 <p class="lead">{lead}</p>
 {stopped}
 <dl class="tiles">{tiles}</dl>
@@ -422,6 +422,7 @@ def render(
     stopped = '<p class="note">Stopped by Ctrl-C: this report covers what ran until then.</p>'
     return _PAGE.format(
         title=f"stablekern demo, seed {summary['seed']}",
+        heading="Training that stays finite",
         style=_STYLE,
         lead=html.escape(f"stablekern demo on {summary['recording']['source']}, {summary['started']}"),
         stopped=stopped if summary["interrupted"] else "",

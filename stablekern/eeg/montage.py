@@ -3,7 +3,8 @@
 Names. Files spell an electrode in many ways: `EEG FP1-REF`, `Fp1`, `fp1-LE`, `T7` for what the older system calls T3.
 A label is read as `[EEG] electrode [-reference]`. A label whose part after the hyphen is itself an electrode
 (`FP1-F7`) is a bipolar derivation, the difference of two electrodes, from which neither can be had back; it is never
-mapped to one of them.
+mapped to one of them. Many derivations together can: where they connect a set of electrodes, the potentials of that
+set follow up to one constant, as least squares, and the constant is fixed by their mean being zero (`potentials`).
 
 Places. `positions` puts the 19 electrodes on the unit sphere by the definition of the system: neighbours on the nasion-
 vertex-inion arc and on the ear-vertex-ear arc are 36 degrees apart, the outer ring lies 72 degrees from the vertex in
@@ -59,6 +60,40 @@ def is_bipolar(label: str) -> bool:
     electrode, rest = split_label(label)
     second = (rest or "").partition("-")[0]
     return bool(_ELECTRODE.fullmatch(electrode) and _ELECTRODE.fullmatch(second))
+
+
+def derivation(label: str) -> tuple[str, str] | None:
+    """The two scalp electrodes of a bipolar label, `FP1-F7` -> `("Fp1", "F7")`; None for any other label.
+
+    A number behind it (`T8-P8-0`), with which some programs tell equal labels apart, does not matter.
+    """
+    if not is_bipolar(label):
+        return None
+    electrode, rest = split_label(label)
+    pair = [_BY_NAME.get(name) or _scalp_names().get(name) for name in (electrode, (rest or "").partition("-")[0])]
+    return (pair[0], pair[1]) if pair[0] and pair[1] and pair[0] != pair[1] else None
+
+
+def potentials(derivations: Sequence[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
+    """The largest set of electrodes that `derivations` connect, and the matrix that gives their potentials.
+
+    With $M$ the matrix of differences, (derivations, electrodes), its pseudoinverse $M^+$ has the least-squares
+    potentials of mean zero over each connected set: an average reference. Rows of other sets are left out, since
+    nothing relates their constant to this one. Returns the names, and float64 (electrodes, derivations).
+    """
+    names = list(dict.fromkeys(name for pair in derivations for name in pair))
+    group = {name: {name} for name in names}
+    for one, other in derivations:
+        if group[one] is not group[other]:
+            group[one] |= group[other]
+            for name in group[other]:
+                group[name] = group[one]
+    connected = max((group[name] for name in names), key=len, default=set())
+    differences = np.zeros((len(derivations), len(names)))
+    for row, (one, other) in enumerate(derivations):
+        differences[row, names.index(one)], differences[row, names.index(other)] = 1, -1
+    kept = [name for name in names if name in connected]
+    return kept, np.linalg.pinv(differences)[[names.index(name) for name in kept]]
 
 
 def canonical_name(label: str) -> str | None:

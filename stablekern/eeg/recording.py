@@ -16,9 +16,11 @@ from stablekern._check import integer, number
 from stablekern.eeg.montage import (
     CHANNELS,
     canonical_name,
+    derivation,
     electrode_name,
     interpolation_weights,
     is_bipolar,
+    potentials,
     split_label,
 )
 from stablekern.eeg.preprocess import FLAT_MICROVOLTS, resample
@@ -72,6 +74,15 @@ class Recording:
     @property
     def samples(self) -> int:
         return self.data.shape[1]
+
+    def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of the samples `start` to `stop`: data float32 (channels, L), labels float32 (L,), zeros if None."""
+        labels = np.zeros(stop - start, np.float32) if self.labels is None else self.labels[start:stop].copy()
+        return self.data[:, start:stop].copy(), labels
+
+    def label_mask(self) -> np.ndarray:
+        """bool (samples,): where a discharge is."""
+        return np.zeros(self.samples, bool) if self.labels is None else self.labels > 0
 
     @property
     def seconds(self) -> float:
@@ -161,9 +172,17 @@ def assemble(
         others.append(signal) if name is None else pick(name, signal)
     found = [name for name in CHANNELS if name in picked]
     missing = [name for name in CHANNELS if name not in picked]
+    derived: list[str] = []
     if len(missing) > max_interpolated:
-        raise RecordingError(_too_many_missing(where, source, found, missing, others, faults, max_interpolated))
-    if missing:
+        solved, derived, unusable = _from_derivations(others, sample_rate)
+        faults += unusable
+        if len(set(CHANNELS) - set(solved)) > max_interpolated:
+            raise RecordingError(_too_many_missing(where, source, found, missing, others, faults, max_interpolated))
+        picked, loaded = {}, solved
+        found = [name for name in CHANNELS if name in solved]
+        missing = [name for name in CHANNELS if name not in solved]
+        others = [signal for signal in others if signal.label not in derived]
+    elif missing:
         for signal in others:
             name = electrode_name(signal.label)
             if name is not None:
@@ -179,13 +198,15 @@ def assemble(
         data[[CHANNELS.index(name) for name in missing]] = weights @ stacked
 
     rates = sorted({signal.rate for signal in picked.values()} - {sample_rate})
-    spelled = {name: split_label(picked[name].label) for name in found}
-    renamed = [f"{picked[name].label} to {name}" for name in found if spelled[name][0] != name.upper()]
+    spelled = {name: split_label(picked[name].label) for name in found if name in picked}
+    renamed = [f"{picked[name].label} to {name}" for name in spelled if spelled[name][0] != name.upper()]
     references = sorted({reference or "none" for _, reference in spelled.values()})
     said = {
         f"resampled from {', '.join(f'{rate:g}' for rate in rates)} to {sample_rate:g} Hz": rates,
         f"renamed {', '.join(renamed)}": renamed,
         f"the channels name different references: {', '.join(references)}": len(references) > 1,
+        f"solved for the potentials from {len(derived)} bipolar derivations, against the mean of {len(sources)} "
+        "electrodes": derived,
         f"interpolated {', '.join(missing)} by spherical splines from {len(sources)} electrodes": missing,
         f"unusable: {'; '.join(faults)}": faults,
         f"left out as duplicates: {', '.join(duplicates)}": duplicates,
@@ -193,6 +214,31 @@ def assemble(
     }
     notes = (*notes, *(note for note, happened in said.items() if happened))
     return Recording(data, float(sample_rate), source, notes=notes)
+
+
+def _from_derivations(signals: list[Signal], sample_rate: float) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """Potentials of the electrodes that bipolar derivations connect; the labels used, and what was wrong with others.
+
+    The derivations are cut to the shortest. Nothing is returned if there are none.
+    """
+    pairs, rows, labels, faults = [], [], [], []
+    for signal in signals:
+        pair = derivation(signal.label)
+        if pair is None:
+            continue
+        data, fault = signal.load()
+        if fault:
+            faults.append(f"{signal.label}: {fault}")
+        else:
+            pairs.append(pair)
+            rows.append(resample(data, signal.rate, sample_rate))
+            labels.append(signal.label)
+    if not pairs:
+        return {}, [], faults
+    names, matrix = potentials(pairs)
+    length = min(row.size for row in rows)
+    solved = (matrix @ np.stack([row[:length] for row in rows])).astype(np.float32)
+    return dict(zip(names, solved, strict=True)), labels, faults
 
 
 def _too_many_missing(
@@ -211,8 +257,8 @@ def _too_many_missing(
     bipolar = [signal.label for signal in others if is_bipolar(signal.label)]
     if bipolar:
         rule += (
-            f"; {', '.join(bipolar)} are bipolar derivations, differences of two electrodes, and cannot be mapped to "
-            "either: export the recording against one common reference"
+            f"; {', '.join(bipolar)} are bipolar derivations, differences of two electrodes, which do not connect "
+            "enough of them to solve for their potentials: export the recording against one common reference"
         )
     rest = [signal.label for signal in others if signal.label not in bipolar]
     return message(where, rule, f"{', '.join(found) or 'none of them'}; not recognised: {', '.join(rest) or 'nothing'}")

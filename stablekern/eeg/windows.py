@@ -50,7 +50,7 @@ class WindowDataset(torch.utils.data.Dataset):
         where = "eeg.WindowDataset"
         number(where, "window_seconds", window_seconds, low=0, strict=True)
         number(where, "stride_seconds", stride_seconds, low=0, strict=True)
-        self.recordings = [recordings] if isinstance(recordings, Recording) else list(recordings)
+        self.recordings = list(recordings) if isinstance(recordings, Sequence) else [recordings]
         if not self.recordings:
             raise RecordingError(message(where, "`recordings` must hold at least one recording", 0))
         for name in ("sample_rate", "channels", "unit"):
@@ -79,12 +79,8 @@ class WindowDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         index, start = self.starts[item]
-        recording, stop = self.recordings[index], start + self.length
-        if recording.labels is None:
-            labels = torch.zeros(self.length)
-        else:
-            labels = torch.from_numpy(recording.labels[start:stop].copy())
-        return torch.from_numpy(recording.data[:, start:stop].copy()), labels
+        data, labels = self.recordings[index].window(start, start + self.length)
+        return torch.from_numpy(data), torch.from_numpy(labels)
 
 
 def stitch(dataset: WindowDataset, outputs: Tensor) -> list[Tensor]:

@@ -46,7 +46,9 @@ from stablekern.errors import message
 from stablekern.health.checks import assert_finite, clamp_and_check
 from stablekern.nn.graph import EdgeStream, GraphMixer
 from stablekern.nn.mamba2 import BiMamba2, drop_fallback_entries
+from stablekern.nn.mamba_stack import Mamba2Stack
 from stablekern.nn.norms import boundary_norm
+from stablekern.nn.stream import CausalStream, Memory, WindowStream
 from stablekern.nn.tcn import DOWNSAMPLING, ProjectionHead, TCNEncoder
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 
@@ -93,6 +95,7 @@ class DetectorConfig:
     mamba_layerscale: float | None = None
     dropout: float = 0.1  # of the Mamba stacks and the graph layers
     boundary_norm: str = "layernorm"  # or "rmsnorm"
+    causal: bool = False  # every layer looks back only, but for the graph's block of `graph_stride` frames
 
 
 _PRESETS = {
@@ -143,13 +146,17 @@ class SeizureDetector(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
+        if config.causal and (config.pe_interval != 1 or config.pe_align == "temporal"):
+            rule = "a causal detector must have `pe_interval` = 1, and `pe_align` not temporal"
+            raise ValueError(message(_OP, rule, config.pe_interval, repr(config.pe_align)))
         self.config = config
         features, nodes, dim = config.tcn_channels[-1], config.channels, config.electrode_dim
-        self.tcn_encoder = TCNEncoder(nodes, config.tcn_channels, config.tcn_kernel, config.tcn_dropout)
+        self.tcn_encoder = TCNEncoder(nodes, config.tcn_channels, config.tcn_kernel, config.tcn_dropout, config.causal)
         self.proj_to_electrodes = nn.Conv1d(features, nodes * dim, 1)
         self.norm_electrodes = boundary_norm(config.boundary_norm, dim)
         shared = {"dropout": config.dropout, "layerscale": config.mamba_layerscale}
-        self.node_mamba = BiMamba2(
+        stack = Mamba2Stack if config.causal else BiMamba2
+        self.node_mamba = stack(
             dim, d_state=config.node_state, headdim=config.node_headdim, num_layers=config.node_layers, **shared
         )
         self.edge_stream = EdgeStream(
@@ -157,6 +164,7 @@ class SeizureDetector(nn.Module):
             config.edge_dim,
             metric=config.edge_metric,
             stride=config.graph_stride,
+            causal=config.causal,
             d_state=config.edge_state,
             headdim=config.edge_headdim,
             num_layers=config.edge_layers,
@@ -176,7 +184,7 @@ class SeizureDetector(nn.Module):
         self.norm_graph = boundary_norm(config.boundary_norm, dim)
         self.proj_from_electrodes = nn.Conv1d(nodes * dim, features, 1)
         self.norm_decoded = boundary_norm(config.boundary_norm, features)
-        self.proj_head = ProjectionHead(features, nodes)
+        self.proj_head = ProjectionHead(features, nodes, causal=config.causal)
         self.detection_head = nn.Conv1d(nodes, 1, 1)
         # Here as well as in the stacks, so that a whole model says it once.
         self.register_load_state_dict_pre_hook(drop_fallback_entries)
@@ -194,21 +202,45 @@ class SeizureDetector(nn.Module):
         """The number of trainable scalars."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
+    def stream(self, *, window: int | None = None, hop: int | None = None) -> CausalStream | WindowStream:
+        """Logits for a signal that comes in pieces: `push` each piece, `finish` at the end.
+
+        A causal detector takes no arguments, and gives the logits of one pass over the whole signal, at most
+        `16 * graph_stride` samples late. Any other one works on windows of `window` samples (60 s at 256 Hz if None),
+        one every `hop` (half a window if None), at most `window` samples late. Memory does not grow with the signal.
+        """
+        where = f"{_OP}.stream"
+        if self.config.causal:
+            if window is not None or hop is not None:
+                raise ValueError(message(where, "a causal detector takes no `window` and no `hop`", window, hop))
+            return CausalStream(self)
+        window = _check.integer(where, "window", 15_360 if window is None else window, low=DOWNSAMPLING)
+        if window % DOWNSAMPLING:
+            raise ValueError(message(where, f"`window` must be a multiple of {DOWNSAMPLING}", window))
+        hop = _check.integer(where, "hop", window // 2 if hop is None else hop, low=1, high=window)
+        return WindowStream(self, window, hop)
+
     def forward(self, x: Tensor) -> Tensor:  # (b, channels, L) -> (b, L)
+        return self.logits(x)
+
+    def logits(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # (b, channels, L) -> (b, L)
+        """As `forward`; with a memory a causal detector goes on after what it has seen."""
+        past = () if memory is None else (memory,)
         _check.dtypes(_OP, _check.REAL + _check.HALF, x=x)
         nodes, length = self.config.channels, _check.shapes(_OP, x=(x, f"b {self.config.channels} l"))["l"]
         if length % DOWNSAMPLING or not length:
             raise ValueError(message(_OP, f"the length of `x` must be a positive multiple of {DOWNSAMPLING}", length))
-        encoded = clamp_and_check(self.tcn_encoder(assert_finite("input", x)), tag="tcn")
+        encoded = clamp_and_check(self.tcn_encoder(assert_finite("input", x), *past), tag="tcn")
 
         projected = self.proj_to_electrodes(encoded).unflatten(1, (nodes, -1)).transpose(2, 3)  # (b, N, T, D)
         electrodes = assert_finite("electrodes", self.norm_electrodes(projected))
-        streams = self.node_mamba(electrodes.flatten(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(0, (-1, nodes))
+        streams = self.node_mamba(electrodes.flatten(0, 1).transpose(1, 2), *past)
+        streams = streams.transpose(1, 2).unflatten(0, (-1, nodes))
         streams = clamp_and_check(streams, tag="nodes")
-        weights = assert_finite("edge weights", self.edge_stream(electrodes))
+        weights = assert_finite("edge weights", self.edge_stream(electrodes, *past))
         adjacency = assert_finite("adjacency", assemble_adjacency(weights, nodes, top_k=self.config.top_k))
         mixed = clamp_and_check(self.norm_graph(self.gnn(streams, adjacency, self.config.graph_stride)), tag="graph")
 
         joined = self.proj_from_electrodes(mixed.transpose(2, 3).flatten(1, 2))  # (b, C, T)
         decoded = assert_finite("decoded", self.norm_decoded(joined.transpose(1, 2)).transpose(1, 2))
-        return assert_finite("logits", self.detection_head(self.proj_head(decoded)).squeeze(1))
+        return assert_finite("logits", self.detection_head(self.proj_head(decoded, *past)).squeeze(1))

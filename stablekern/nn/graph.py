@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from stablekern import _check, numerics
 from stablekern.errors import message
 from stablekern.nn.mamba2 import BiMamba2
+from stablekern.nn.mamba_stack import Mamba2Stack
 from stablekern.nn.norms import LayerScale, wide
+from stablekern.nn.stream import Memory
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.laplacian_pe import laplacian_pe
 
@@ -36,12 +38,20 @@ class EdgeStream(nn.Module):
     read-out starts along the centred $w$, so that a larger cosine is a larger weight before any training; and there is
     no tanh or clamp on the way.
 
-    **Arguments:** `n_nodes`; `d_model` >= 2; `metric`, `"cosine"` or `"correlation"` over D; `stride` >= 1; further
-    keywords are those of `BiMamba2`. Under autocast the cosines are computed in float32.
+    **Arguments:** `n_nodes`; `d_model` >= 2; `metric`, `"cosine"` or `"correlation"` over D; `stride` >= 1; `causal`, a
+    `Mamba2Stack` in place of the `BiMamba2`; further keywords are those of either. Under autocast the cosines are
+    computed in float32.
     """
 
     def __init__(
-        self, n_nodes: int = 19, d_model: int = 16, *, metric: str = "cosine", stride: int = 1, **mamba: Any
+        self,
+        n_nodes: int = 19,
+        d_model: int = 16,
+        *,
+        metric: str = "cosine",
+        stride: int = 1,
+        causal: bool = False,
+        **mamba: Any,
     ) -> None:
         super().__init__()
         _check.choice("nn.EdgeStream", "metric", metric, ("cosine", "correlation"))
@@ -50,7 +60,7 @@ class EdgeStream(nn.Module):
         self.metric = metric
         _check.integer("nn.EdgeStream", "d_model", d_model, low=2)  # a norm over one channel leaves nothing
         self.edge_in_proj = nn.Conv1d(1, d_model, 1)
-        self.edge_mamba = BiMamba2(d_model, **mamba)
+        self.edge_mamba = Mamba2Stack(d_model, **mamba) if causal else BiMamba2(d_model, **mamba)
         self.edge_out_proj = nn.Conv1d(d_model, 1, 1)
         with torch.no_grad():
             # Between 1/2 and 1 times a random sign: no channel is blind, neither to the cosine nor to its absence.
@@ -64,14 +74,15 @@ class EdgeStream(nn.Module):
             # No share of the constant part in the read-out: the weight at a cosine of 0 starts near softplus(0).
             self.edge_in_proj.bias.sub_((readout.flatten() @ self.edge_in_proj.bias) * readout.flatten())
 
-    def forward(self, electrodes: Tensor) -> Tensor:  # (b, N, T, D) -> (b, E, T_g)
+    def forward(self, electrodes: Tensor, memory: Memory | None = None) -> Tensor:  # (b, N, T, D) -> (b, E, T_g)
         _check.shapes("nn.EdgeStream", electrodes=(electrodes, f"b {self.n_nodes} t d"))
         cosines = cosine_edges(wide(electrodes), metric=self.metric)
         if self.stride > 1:  # with ceil_mode the last window is shorter, and its mean is over what it holds
             cosines = nn.functional.avg_pool1d(cosines, self.stride, ceil_mode=True)
         batch, edges = cosines.shape[:2]
         lifted = self.edge_in_proj(cosines.flatten(0, 1).unsqueeze(1))
-        weights = nn.functional.softplus(wide(self.edge_out_proj(self.edge_mamba(lifted))))
+        past = () if memory is None else (memory,)
+        weights = nn.functional.softplus(wide(self.edge_out_proj(self.edge_mamba(lifted, *past))))
         return weights.view(batch, edges, -1)
 
 

@@ -6,7 +6,8 @@ the widths agree, and the sum scaled by $\sqrt{1/2}$, which keeps its variance:
 
 (b, 19, L) -> (b, c_0, L/2) -> (b, c_1, L/4) -> (b, c_2, L/8) -> (b, c_3, L/16) -> ... -> (b, c_last, L/16).
 
-Not causal: both sides are padded alike, and frame t is centred on sample 16 t.
+Both sides are padded alike, and frame t is centred on sample 16 t; a causal encoder is padded at the start only, and
+frame t, like every layer's step, depends on nothing after its own last sample, 16 t + 15.
 
 Departures from the encoder that this shape comes from (8 layers, 64 to 512 channels, 7.4 M parameters):
 
@@ -27,11 +28,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from stablekern import _check
 from stablekern.errors import message
+from stablekern.nn.stream import Memory, carried
 
 __all__ = ["DOWNSAMPLING", "ProjectionHead", "TCNEncoder"]
 
@@ -50,7 +53,7 @@ class TCNEncoder(nn.Module):
     r"""Electrodes to features, (b, in_channels, L) -> (b, channels[-1], L / 16), L a multiple of 16.
 
     **Arguments:** `in_channels`; `channels`, the width after each layer, four or more; `kernel_size`, odd; `dropout` in
-    [0, 1].
+    [0, 1]; `causal`. `forward(x, memory)`: a causal encoder with a memory goes on after what that has seen.
 
     **Raises:** `ValueError` for sizes outside these rules and for inputs of another shape.
     """
@@ -61,6 +64,7 @@ class TCNEncoder(nn.Module):
         channels: Sequence[int] = (64, 128, 256, 512, 512, 512, 512, 512),
         kernel_size: int = 7,
         dropout: float = 0.15,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = _check.integer("nn.TCNEncoder", "in_channels", in_channels, low=1)
@@ -71,24 +75,33 @@ class TCNEncoder(nn.Module):
         if _check.integer("nn.TCNEncoder", "kernel_size", kernel_size, low=1) % 2 == 0:
             raise ValueError(message("nn.TCNEncoder", "`kernel_size` must be odd", kernel_size))
         _check.number("nn.TCNEncoder", "dropout", dropout, low=0.0, high=1.0)
+        self.causal = causal
         self.layers = nn.ModuleList()
         for i, (width_in, width) in enumerate(zip((in_channels, *channels[:-1]), channels, strict=True)):
             stride, dilation = (2, 1) if i < _HALVINGS else (1, 2 ** (i - _HALVINGS))
-            padding = dilation * (kernel_size // 2)
+            padding = 0 if causal else dilation * (kernel_size // 2)
             conv = nn.Conv1d(width_in, width, kernel_size, stride=stride, padding=padding, dilation=dilation)
             self.layers.append(weight_norm(_he(conv)))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, in_channels, L) -> (b, channels[-1], L / 16)
+    def forward(
+        self, x: Tensor, memory: Memory | None = None
+    ) -> Tensor:  # (b, in_channels, L) -> (b, channels[-1], L/16)
         length = _check.shapes("nn.TCNEncoder", x=(x, f"b {self.in_channels} l"))["l"]
         if length % DOWNSAMPLING or not length:
             raise ValueError(
                 message("nn.TCNEncoder", f"the length of `x` must be a positive multiple of {DOWNSAMPLING}", length)
             )
         for layer in self.layers:
-            new = self.dropout(nn.functional.gelu(layer(x)))
+            new = self.dropout(nn.functional.gelu(layer(self._padded(layer, x, memory))))
             x = (x + new) * math.sqrt(0.5) if new.shape == x.shape else new
         return x
+
+    def _padded(self, layer: nn.Conv1d, x: Tensor, memory: Memory | None) -> Tensor:
+        if not self.causal:
+            return x
+        left = layer.dilation[0] * (layer.kernel_size[0] - 1) - (layer.stride[0] - 1)
+        return carried(memory, layer, x, left)
 
 
 class ProjectionHead(nn.Module):
@@ -98,15 +111,25 @@ class ProjectionHead(nn.Module):
     16 times, a staircase of 62.5 ms, and led straight into a second linear 1x1 convolution, which made the two of them
     one. Interpolation and the non-linearity in between remove both.
 
-    **Arguments:** `in_channels`, `out_channels`. **Raises:** `ValueError` for inputs of another width.
+    A causal head interpolates between the frame before and its own, and reaches that at the last of its 16 samples.
+
+    **Arguments:** `in_channels`, `out_channels`, `causal`. **Raises:** `ValueError` for inputs of another width.
     """
 
-    def __init__(self, in_channels: int, out_channels: int = 19) -> None:
+    def __init__(self, in_channels: int, out_channels: int = 19, *, causal: bool = False) -> None:
         super().__init__()
+        self.causal = causal
         self.in_channels = _check.integer("nn.ProjectionHead", "in_channels", in_channels, low=1)
         self.proj = nn.Conv1d(in_channels, _check.integer("nn.ProjectionHead", "out_channels", out_channels, low=1), 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, in_channels, T) -> (b, out_channels, 16 T)
+    def forward(
+        self, x: Tensor, memory: Memory | None = None
+    ) -> Tensor:  # (b, in_channels, T) -> (b, out_channels, 16 T)
         _check.shapes("nn.ProjectionHead", x=(x, f"b {self.in_channels} t"))
+        if self.causal:
+            frames = carried(memory, self, self.proj(x), 1, hold=True)
+            share = torch.arange(1, DOWNSAMPLING + 1, dtype=frames.dtype, device=frames.device) / DOWNSAMPLING
+            samples = torch.lerp(frames[..., :-1, None], frames[..., 1:, None], share).flatten(-2)
+            return nn.functional.gelu(samples)
         samples = nn.functional.interpolate(self.proj(x), scale_factor=DOWNSAMPLING, mode="linear", align_corners=False)
         return nn.functional.gelu(samples)

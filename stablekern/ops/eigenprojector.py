@@ -14,7 +14,10 @@ and the derivative is unbounded nearby. There stands $g/(g^2 + \delta^2)$ for $1
 $\delta = 4\sqrt n\,\epsilon$, the accuracy of a computed eigenvalue: at most $1/(2\delta)$, 0 for $g = 0$, and nearer
 to $1/g$ than the rounding of $g$ is ($\delta^2/g^2$ against $\delta/g$) for every gap that is open.
 
-The pairs cost two products of k x n by n x n, and the smaller of the two sides gives $P$.
+The smaller of the two sides gives $P$, and the gradient too, since the sum over the partners $j$ of one $i$ is a
+resolvent: $\sum_j v_j v_j^H G v_i / (w_i - w_j) = (w_i - A)^{-1} (1 - P) G v_i$, and with the stand-in
+$\mathrm{Re}\,(w_i - A + i \delta)^{-1}$ in its place. So a large matrix need not be decomposed: the native kernel
+reduces it to $Q T Q^H$, tridiagonal, and computes the few eigenvectors and the resolvents of $T$.
 
 Sources: Kato, Perturbation Theory for Linear Operators, ch. II, sec. 2 (the derivative of an eigenprojection); Kasim
 2020, arXiv:2011.04366 (what a loss must satisfy at degeneracies).
@@ -63,21 +66,22 @@ def _fake_fwd(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tenso
         A.new_empty((batch, n), dtype=real),
         A.new_empty(A.shape),
         A.new_empty(batch, dtype=torch.int32),
+        A.new_empty(batch, dtype=torch.int32),
     )
 
 
-def _fake_bwd(values: Tensor, rows: Tensor, grad: Tensor, k: int, largest: bool, gap_floor: float) -> Tensor:
+def _fake_bwd(values: Tensor, rows: Tensor, reduced: Tensor, grad: Tensor, *cut) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
 _fwd = define(
     "eigenprojector_fwd(Tensor A, int k, bool largest, float gap_floor) -> (Tensor projector, Tensor gap,"
-    " Tensor eigenvalues, Tensor eigenvector_rows, Tensor info)",
+    " Tensor eigenvalues, Tensor eigenvector_rows, Tensor reduced, Tensor info)",
     fake=_fake_fwd,
 )
 _bwd = define(
-    "eigenprojector_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor grad_projector, int k, bool largest,"
-    " float gap_floor) -> Tensor grad_A",
+    "eigenprojector_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor reduced, Tensor grad_projector, int k,"
+    " bool largest, float gap_floor) -> Tensor grad_A",
     fake=_fake_bwd,
 )
 
@@ -90,10 +94,10 @@ def _(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
 
 
 @launcher("eigenprojector_bwd", device="cpu", backend="native", supports=lambda w, rows, *_: eigh.native_reason(rows))
-def _(values: Tensor, rows: Tensor, grad: Tensor, *cut) -> Tensor:
+def _(values: Tensor, rows: Tensor, reduced: Tensor, grad: Tensor, *cut) -> Tensor:
     grad = grad.contiguous()
-    result = _fake_bwd(values, rows, grad, *cut)
-    _load.native().eigenprojector_bwd(values, rows, grad, *cut, result)
+    result = _fake_bwd(values, rows, reduced, grad, *cut)
+    _load.native().eigenprojector_bwd(values, rows, reduced, grad, *cut, result)
     eigh.settle_failed(result, values, grad)
     return result
 
@@ -123,14 +127,37 @@ def _(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tensor, ...]:
         gap.masked_fill(failed, torch.nan),
         values,
         rows,
+        torch.zeros_like(info),
         info,
     )
 
 
+def _decomposed(values: Tensor, rows: Tensor, reduced: Tensor, few: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, also of the matrices that the native kernel left as Q T Q^H (its text says how)."""
+    n, chosen = values.shape[-1], reduced != 0
+    diagonal, rows_of = values[chosen], rows[chosen]
+    above = torch.triu_indices(n, n, 1)
+    kept = rows_of[:, above[0], above[1]][:, few * n :]
+    numbers = torch.view_as_real(kept[:, n:]).flatten(1) if kept.is_complex() else kept[:, n:]
+    couplings, inverse_h, unit = numbers[:, : n - 1], numbers[:, n : 2 * n], numbers[:, 2 * n + 2 * few + 1]
+    Q = torch.diag_embed(kept[:, :n])
+    for i in range(2, n):
+        u = rows_of[:, None, i, :i]
+        Q[:, :i] -= inverse_h[:, i, None, None] * u.mH @ (u @ Q[:, :i])
+    T = torch.diag_embed(diagonal) + torch.diag_embed(couplings, -1)
+    w, inner, _ = eigh.forward_of(T)
+    values, rows = values.clone(), rows.clone()
+    values[chosen] = w * unit[:, None]
+    rows[chosen] = inner.to(rows.dtype) @ Q.mT
+    return values, rows
+
+
 @launcher("eigenprojector_bwd", device="cuda", backend="torch")
 @launcher("eigenprojector_bwd", device="cpu", backend="torch")
-def _(values: Tensor, rows: Tensor, grad: Tensor, k: int, largest: bool, gap_floor: float) -> Tensor:
+def _(values: Tensor, rows: Tensor, reduced: Tensor, grad: Tensor, k: int, largest: bool, gap_floor: float) -> Tensor:
     cut = values.shape[-1] - k if largest else k
+    if 0 < cut < values.shape[-1] and rows.device.type == "cpu" and reduced.any():
+        values, rows = _decomposed(values, rows, reduced, min(k, values.shape[-1] - k))
     unit, top = eigh.gap_unit(values)
     w, floor = values / unit, (gap_floor * top)[..., None]
     low, high = rows[:, :cut], rows[:, cut:]
@@ -153,7 +180,7 @@ class _Eigenprojector(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         _, *ctx.cut = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[2], output[3])
+        ctx.save_for_backward(*output[2:5])
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
@@ -187,7 +214,7 @@ def eigenprojector_ex(
         P, info = flat, torch.zeros(flat.shape[:1], dtype=torch.int32, device=A.device)
     else:
         floor = numerics.EIGENPROJECTOR_GAP_ULPS.of(A.dtype) * n**0.5
-        P, gap, _, _, info = _Eigenprojector.apply(flat, k, largest, floor)
+        P, gap, *_, info = _Eigenprojector.apply(flat, k, largest, floor)
     return EigenprojectorEx(P.reshape(A.shape), gap.reshape(A.shape[:-2]), info.reshape(A.shape[:-2]))
 
 

@@ -219,6 +219,19 @@ _saturation = define(
 )
 
 
+def _require_steps(least: float) -> None:
+    if least < 0:
+        rule = "`delta` + `delta_bias` must be >= 0 without `delta_softplus`"
+        raise ValueError(message(_OP, rule, f"{least:g}"))
+
+
+def _check_steps(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> None:
+    """On a CPU, for launchers whose scan does not look at the steps itself."""
+    if not delta_softplus and _check.readable(delta) and delta.numel():
+        least = delta.amin(-1)
+        _require_steps((least if delta_bias is None else least + delta_bias).amin().item())
+
+
 def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in _widened(A, *tensors)]
 
@@ -229,7 +242,9 @@ def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 def _(*arguments):
     y, *states = outputs = _fake_fwd(*arguments)
     A, wide_y = arguments[2], y if y.dtype == arguments[2].dtype else arguments[2].new_empty(y.shape)
-    _load.native().selective_scan_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], wide_y, *states)
+    least_step = A.new_empty(())  # found on the way, which spares a pass over the steps
+    _load.native().selective_scan_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], wide_y, *states, least_step)
+    _require_steps(least_step.item())
     return wide_y.to(y.dtype), *outputs[1:]
 
 
@@ -252,6 +267,7 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
 def _(*arguments):
     from stablekern.triton_kernels.selective_scan import selective_scan_fwd
 
+    _check_steps(arguments[1], arguments[7], arguments[-2])
     outputs = _fake_fwd(*arguments)
     selective_scan_fwd(*_dense(*arguments[:-2]), *arguments[-2:], *outputs)
     return outputs
@@ -316,6 +332,7 @@ def _read(state: Tensor, leave: Tensor) -> Tensor:
 @launcher("selective_scan_fwd", device="cuda", backend="torch")
 @launcher("selective_scan_fwd", device="cpu", backend="torch")
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk):
+    _check_steps(delta, delta_bias, delta_softplus)
     outputs = _fake_fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk)
     y, last_state, chunk_states = outputs
     u, delta, B, C, z = _widened(A, u, delta, B, C, z)
@@ -564,13 +581,6 @@ def selective_scan(
     enter, leave = (M.to(deep) if is_complex or M.dim() == 2 else M for M in (enter, leave))
     D, delta_bias = (None if v is None else v.to(wide) for v in (D, delta_bias))
     initial_state = None if initial_state is None else initial_state.to(deep)
-    if not delta_softplus and _check.readable(delta) and delta.numel():
-        least = delta.detach()
-        if delta_bias is not None:
-            least = least.amin(-1) + delta_bias.detach()
-        if (came := least.amin().item()) < 0:
-            rule = "`delta` + `delta_bias` must be >= 0 without `delta_softplus`"
-            raise ValueError(message(_OP, rule, f"{came:g}"))
     if upper is None and _check.readable(A) and A.numel():
         most = (A.detach().real if is_complex else A.detach()).amax().item()
         if most >= 0:

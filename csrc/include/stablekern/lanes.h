@@ -57,7 +57,8 @@ SK_INLINE void store_block(T* p, Vec<T> v, int w, int64_t count) {
 // there is none). `out` holds whole vectors: padded_to_lanes(columns). What lies `ahead` of each row will be wanted next:
 // rows are far apart, and the machine's own prefetch does not see a sequence in them.
 template <class T>
-SK_NOINLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, Vec<T>* out) {
+SK_NOINLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, Vec<T>* out,
+                             int64_t apart = 1) {
   for (int64_t k = 0; k < rows; ++k) __builtin_prefetch(from + k * stride + ahead, 0, 2);
   for (int64_t c = 0; c < columns; c += kLanes<T>) {
     const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, columns - c));
@@ -67,17 +68,18 @@ SK_NOINLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_
     else
       for (int k = 0; k < kLanes<T>; ++k) r[k] = k < rows ? load_first(from + k * stride + c, here) : Vec<T>{};
     transpose<T>(r);
-    for (int k = 0; k < kLanes<T>; ++k) out[c + k] = r[k];
+    for (int k = 0; k < kLanes<T>; ++k) out[(c + k) * apart] = r[k];
   }
 }
 // The way back: lanes of v[columns] to rows.
 template <class T>
-SK_NOINLINE void store_turned(const Vec<T>* v, int64_t rows, int64_t columns, int64_t ahead, T* to, int64_t stride) {
+SK_NOINLINE void store_turned(const Vec<T>* v, int64_t rows, int64_t columns, int64_t ahead, T* to, int64_t stride,
+                              int64_t apart = 1) {
   for (int64_t k = 0; k < rows; ++k) __builtin_prefetch(to + k * stride + ahead, 1, 2);
   for (int64_t c = 0; c < columns; c += kLanes<T>) {
     const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, columns - c));
     Vec<T> r[kLanes<T>];
-    for (int k = 0; k < kLanes<T>; ++k) r[k] = v[c + k];
+    for (int k = 0; k < kLanes<T>; ++k) r[k] = v[(c + k) * apart];
     transpose<T>(r);
     if (rows == kLanes<T> && here == kLanes<T>)
       for (int k = 0; k < kLanes<T>; ++k) store(to + k * stride + c, r[k]);

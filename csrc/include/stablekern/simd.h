@@ -581,14 +581,14 @@ SK_INLINE void interleave(Vec<T> even, Vec<T> odd, Vec<T>& first, Vec<T>& second
 
 // Lane i of the result is the sum over the lanes of r[i], i < kLanes: three instructions a sum instead of eight.
 template <class T>
-SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r) {
+SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r, int64_t apart = 1) {
 #if defined(SK_AVX512)
   if constexpr (sizeof(T) == 4) {
     __m512 quads[4];  // lane 4 i + j of quads[k]: r[4 k + j] summed over the i-th 128 bits
     for (int k = 0; k < 4; ++k) {
-      const auto* x = reinterpret_cast<const __m512*>(r) + 4 * k;
-      const __m512d low = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-      const __m512d high = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+      const auto x = [&](int j) { return (__m512)r[(4 * k + j) * apart]; };
+      const __m512d low = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x(0), x(1)), _mm512_unpackhi_ps(x(0), x(1)));
+      const __m512d high = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x(2), x(3)), _mm512_unpackhi_ps(x(2), x(3)));
       quads[k] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(low, high), (__m512)_mm512_unpackhi_pd(low, high));
     }
     const auto fold = [](__m512 a, __m512 b) {
@@ -598,8 +598,8 @@ SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r) {
   } else {
     __m512d pairs[4];
     for (int k = 0; k < 4; ++k) {
-      const auto* x = reinterpret_cast<const __m512d*>(r) + 2 * k;
-      pairs[k] = _mm512_add_pd(_mm512_unpacklo_pd(x[0], x[1]), _mm512_unpackhi_pd(x[0], x[1]));
+      const auto x = [&](int j) { return (__m512d)r[(2 * k + j) * apart]; };
+      pairs[k] = _mm512_add_pd(_mm512_unpacklo_pd(x(0), x(1)), _mm512_unpackhi_pd(x(0), x(1)));
     }
     const auto fold = [](__m512d a, __m512d b) {
       return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
@@ -608,7 +608,7 @@ SK_INLINE Vec<T> horizontal_sums(const Vec<T>* r) {
   }
 #else
   Vec<T> sums;
-  for (int i = 0; i < kLanes<T>; ++i) sums[i] = horizontal_sum(r[i]);
+  for (int i = 0; i < kLanes<T>; ++i) sums[i] = horizontal_sum(r[i * apart]);
   return sums;
 #endif
 }
