@@ -62,6 +62,10 @@ SSD = integers(
     *("carry_item", "carry_segment", "carry_n", "carry_channel"),
 )
 
+STATE_UPDATE = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_CLAMP", "SOFTPLUS"), True)
+STATE_UPDATE_TYPES = integers(
+    *("rows", "width", "groups", "states", "state_item", "state_row", "state_n", "A_row", "A_n", "bound_row", "bound_n")
+)
 CONV = integers(
     *("channels", "length", "reverse_channels", "x_item", "x_channel", "x_step", "y_item", "y_channel", "y_step"),
     *("dy_item", "dy_channel", "dy_step", "dx_item", "dx_channel", "dx_step"),
@@ -73,14 +77,17 @@ SELECTIVE = integers(
 )
 
 
-def selective(io: str, K: int, N: int, R: int, **constants: bool) -> Launch:
+def selective(io: str, K: int, N: int, R: int, *, backward: bool = False, **constants: bool) -> Launch:
     """A tile of K * R channels x N states with all optional inputs, as the launcher makes them; `io` is that of u."""
     wide = "*fp64" if io == "fp64" else "*fp32"
     names = ("A", "D", "bias", "lower", "upper", "chunk", "carry", "start", "scratch", "last", "factor", "term")
     sums = ("dA", "dB", "dC", "dD", "dbias", "dstart")
     types = SELECTIVE | {f"{name}_ptr": wide for name in names + sums}
     given = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_START", "HAS_CARRY", "SOFTPLUS"), True)
-    return Launch({"K": K, "N": N, "R": R} | given | constants, types, (io,), warps=1)
+    given |= dict.fromkeys(("COMPLEX", "CONSTANT_B", "CONSTANT_C"), False) | constants
+    if given["COMPLEX"]:
+        types |= {"B_ptr": wide, "C_ptr": wide}
+    return Launch({"K": K, "N": N, "R": R} | given, types, (io,), warps=1, registers=255 if backward else None)
 
 
 def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
@@ -139,6 +146,15 @@ LAUNCHES = {
     "covariance_blend_diagonal_kernel": (
         Launch({**TILES, "BY_PRED": True, "BY_WEIGHTS": True, "HAS_WEIGHTS": True}, TILE_TYPES, REAL),
     ),
+    "state_update_kernel": tuple(
+        Launch({"WIDE": WIDE, "ROWS": rows, "N": 16, "COMPLEX": is_complex, **STATE_UPDATE}, STATE_UPDATE_TYPES, io)
+        for rows, is_complex, io in (
+            (64, False, ("fp32",)),
+            (32, False, ("fp64",)),
+            (32, True, ("fp32",)),
+            (16, True, ("fp64",)),
+        )
+    ),
     "cayley_step_apply_kernel": tuple(
         Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",), 8)
         for conjugate in (False, True)
@@ -175,11 +191,15 @@ LAUNCHES = {
         selective("fp32", 2, 16, 8, HAS_CLAMP=False, FULL=True),
         selective("bf16", 2, 16, 8, HAS_CLAMP=True, FULL=False),
         selective("fp64", 1, 16, 8, HAS_CLAMP=True, FULL=True),
+        selective("fp32", 1, 16, 8, HAS_CLAMP=True, FULL=False, COMPLEX=True),
+        selective("fp32", 1, 16, 8, HAS_CLAMP=False, FULL=True, CONSTANT_B=True, CONSTANT_C=True),
     ),
     "selective_scan_bwd_kernel": (
-        selective("fp32", 1, 16, 8, HAS_CLAMP=False, FULL=True),
-        selective("bf16", 1, 16, 8, HAS_CLAMP=True, FULL=False),
-        selective("fp64", 1, 16, 2, HAS_CLAMP=True, FULL=True),
+        selective("fp32", 1, 16, 8, backward=True, HAS_CLAMP=False, FULL=True),
+        selective("bf16", 1, 16, 8, backward=True, HAS_CLAMP=True, FULL=False),
+        selective("fp64", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=True),
+        selective("fp32", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=False, COMPLEX=True),
+        selective("fp32", 1, 16, 4, backward=True, HAS_CLAMP=False, FULL=True, CONSTANT_B=True, CONSTANT_C=True),
     ),
     "linear_scan_fwd_kernel": (
         Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
