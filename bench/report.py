@@ -1,4 +1,7 @@
-"""The README's speed table, from the newest committed result line of each case: `python -m bench.report [--write]`."""
+"""The speed tables of README.md and docs/speed.md and their figure, from the newest committed result line of each case.
+
+`python -m bench.report [--write]`
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,28 @@ from pathlib import Path
 
 from bench.store import RESULTS
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "speed.md"
+FIGURE = ROOT / "docs" / "figures" / "speed.svg"
+DEVICE = "cpu-amd-epyc-2-threads"
 BEGIN, END = "<!-- speed: begin (python -m bench.report --write) -->", "<!-- speed: end -->"
+
+# The workloads that the package is for: op, how the case begins, directions, what the baseline's name holds.
+HEADLINE = (
+    ("eigh", "15360x19x19 dense", ("fwd", "fwd+bwd"), "torch.linalg.eigh"),
+    ("eigh", "15360x19x19 top-3", ("fwd", "fwd+bwd"), "torch.linalg.eigh"),
+    ("laplacian_pe", "3840x19x19", ("fwd+bwd",), "chain"),
+    ("eigh", "64x144x144", ("fwd",), "torch.linalg.eigh"),
+    ("eigenprojector", "64x144x144", ("fwd+bwd",), "torch.linalg.eigh"),
+    ("selective_scan", "(8,128,960,16)", ("fwd", "fwd+bwd"), "mambapy"),
+    ("ssd_scan", "(76,960,16,8) n=16", ("fwd+bwd",), "sequential torch loop"),
+    ("cosine_edges", "(4,19,960,64)", ("fwd", "fwd+bwd"), "einsum"),
+    ("ComplexAdamW", "T>0, 1e7 reals, complex in 100", ("step",), ""),
+    ("GradGuard", "1e7 in 1000", ("step",), "clip_grad_norm_"),
+    ("cg", "256 x n=64", ("fwd",), "Cholesky"),
+    ("cayley_step", "", ("fwd+bwd",), "torch.linalg.solve"),
+    ("focal_loss", "1e7", ("fwd", "fwd+bwd"), "composite"),
+)
 
 
 def newest(device: Path) -> dict[tuple[str, ...], dict]:
@@ -24,42 +47,103 @@ def newest(device: Path) -> dict[tuple[str, ...], dict]:
     return found
 
 
-def table(device: Path) -> str:
-    """Markdown: one row per timed case, then what the machine was."""
+def _timed(device: Path) -> tuple[list[dict], dict[tuple[str, ...], float]]:
+    """The lines with memory kept, and the ratio with fresh pages of each case that has one."""
     results = newest(device)
-    timed = [r for r in results.values() if "ratio" in r and r.get("allocator", "keep") == "keep"]
-    fresh = {key[:4]: f"{r['ratio']:.1f}x" for key, r in results.items() if r.get("allocator") == "system"}
-    rows = [
-        f"| `{r['op']}` {r['case']}, {r['direction']} | {r['baseline']} | {r['baseline_ms']:.1f} ms | {r['ms']:.2f} ms "
-        f"| {r['ratio']:.1f}x | {fresh.get((r['op'], r['case'], r['direction'], r['baseline']), '')} "
-        f"| {100 * r['share_of_limit']:.0f} % |"
+    kept = [r for r in results.values() if "ratio" in r and r.get("allocator", "keep") == "keep"]
+    fresh = {key[:4]: r["ratio"] for key, r in results.items() if r.get("allocator") == "system" and "ratio" in r}
+    return kept, fresh
+
+
+def headlines(timed: list[dict]) -> list[dict]:
+    """The lines of `HEADLINE`, in its order."""
+    return [
+        r
+        for op, case, directions, baseline in HEADLINE
         for r in timed
+        if r["op"] == op and r["case"].startswith(case) and r["direction"] in directions and baseline in r["baseline"]
     ]
-    one = timed[-1]
-    rest = [
-        f"One training step of the detector, {r['case']}: {r['ms']:.0f} ms."
-        for r in results.values()
-        if r["op"] == "detector"
-    ]
-    for r in results.values():
-        if r["op"] == "startup":
-            rest.append(
-                f"`import stablekern` adds {max(r['import_added_s'], 0.0):.2f} s to `import torch`; "
-                f"the first native build takes {r['first_build_s']:.0f} s."
-            )
-    return "\n".join(
-        [
-            "| Op and workload | Against | Its time | Ours | Ratio of medians | ... fresh pages | Share of the limit |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            f"Measured interleaved in one run on {one['device']}, torch {one['torch']}. The limit is the larger of "
-            f"flops and bytes over what a matrix product ({one['limit_gflops']:.0f} GFLOP/s) and a copy "
-            f"({one['limit_gbytes_per_s']:.0f} GB/s) reached in that run. glibc keeps freed memory meanwhile, "
-            "for both sides; the second ratio is with fresh pages for every large block, glibc's default.",
-            *rest,
-        ]
+
+
+def _row(r: dict, fresh: dict[tuple[str, ...], float]) -> str:
+    other = fresh.get((r["op"], r["case"], r["direction"], r["baseline"]))
+    return (
+        f"| `{r['op']}` {r['case']}, {r['direction']} | {r['baseline']} | {r['baseline_ms']:.1f} ms | {r['ms']:.2f} ms "
+        f"| {r['ratio']:.1f}x | {'' if other is None else f'{other:.1f}x'} | {100 * r['share_of_limit']:.0f} % |"
     )
+
+
+def _table(rows: list[dict], fresh: dict[tuple[str, ...], float]) -> list[str]:
+    return [
+        "| Op and workload | Against | Its time | Ours | Ratio of medians | ... fresh pages | Share of the limit |",
+        "|---|---|---|---|---|---|---|",
+        *(_row(r, fresh) for r in rows),
+    ]
+
+
+def _machine(one: dict) -> str:
+    return (
+        f"Measured interleaved in one run on {one['device']}, torch {one['torch']}. The limit is the larger of "
+        f"flops and bytes over what a matrix product ({one['limit_gflops']:.0f} GFLOP/s) and a copy "
+        f"({one['limit_gbytes_per_s']:.0f} GB/s) reached in that run. glibc keeps freed memory meanwhile, "
+        "for both sides; the second ratio is with fresh pages for every large block, glibc's default."
+    )
+
+
+def _steps(results: list[dict]) -> list[str]:
+    lines = [
+        f"One training step of the detector, {r['case']}: {r['ms']:.0f} ms." for r in results if r["op"] == "detector"
+    ]
+    lines += [
+        f"Streaming, {r['case']}: {100 * r['share_of_real_time']:.1f} % of real time on one thread, "
+        f"{r['latency_s']:g} s late at most."
+        for r in results
+        if r["op"] == "streaming"
+    ]
+    lines += [
+        f"`import stablekern` adds {max(r['import_added_s'], 0.0):.2f} s to `import torch`; "
+        f"the first native build takes {r['first_build_s']:.0f} s."
+        for r in results
+        if r["op"] == "startup"
+    ]
+    return lines
+
+
+def table(device: Path) -> str:
+    """Markdown for the README: the headline rows, what the machine was, and the steps of whole models."""
+    timed, fresh = _timed(device)
+    rest = [f"{line}\\" for line in _steps(list(newest(device).values()))]
+    return "\n".join([*_table(headlines(timed), fresh), "", _machine(timed[-1]), "", *rest]).removesuffix("\\")
+
+
+def page(device: Path) -> str:
+    """Markdown for docs/speed.md: every row, an op at a time."""
+    timed, fresh = _timed(device)
+    return "\n".join([*_table(timed, fresh), "", _machine(timed[-1])])
+
+
+def draw(device: Path, path: Path) -> None:
+    """Bars of the headline ratios, logarithmic, the gate of each as a line across it."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    rows = headlines(_timed(device)[0])[::-1]
+    figure = Figure(figsize=(9, 0.34 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    met = [r["gate"] is None or r["ratio"] >= r["gate"] for r in rows]
+    axes.barh(range(len(rows)), [r["ratio"] for r in rows], color=["#2f6f9f" if m else "#c98b2b" for m in met])
+    for i, r in enumerate(rows):
+        if r["gate"] is not None:
+            axes.plot([r["gate"]] * 2, [i - 0.4, i + 0.4], color="#222", lw=1.5)
+        axes.text(r["ratio"] * 1.06, i, f"{r['ratio']:.1f}x", va="center", fontsize=8)
+    names = [f"{r['op']} {r['case']}, {r['direction']}" for r in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.axvline(1, color="#999", lw=0.8)
+    axes.set(xscale="log", xlabel="times faster than the baseline; black: the gate of the project; amber: below it")
+    axes.margins(x=0.15)
+    with rc_context({"svg.hashsalt": "speed", "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
 
 
 def filled(text: str, body: str) -> str:
@@ -70,16 +154,23 @@ def filled(text: str, body: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu-amd-epyc-2-threads", help="folder of bench/results")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=DEVICE, help="folder of bench/results")
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables into README.md and docs/speed.md, and draw"
+    )
     options = parser.parse_args()
-    body = table(RESULTS / options.device)
+    device = RESULTS / options.device
+    for path, body in ((README, table(device)), (PAGE, page(device))):
+        if options.write:
+            temporary = path.with_suffix(".partial")
+            temporary.write_text(filled(path.read_text(), body))
+            temporary.replace(path)
+        sys.stdout.write(body + "\n\n")
     if options.write:
-        temporary = README.with_suffix(".partial")
-        temporary.write_text(filled(README.read_text(), body))
-        temporary.replace(README)
-    sys.stdout.write(body + "\n")
+        temporary = FIGURE.with_suffix(".partial")
+        draw(device, temporary)
+        temporary.replace(FIGURE)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 // The ops themselves register with the dispatcher when the library is loaded; nothing of them is bound here.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
+#include "stablekern/exchange.h"
 #include "stablekern/lapack.h"
+#include "stablekern/philox.h"
 #include "stablekern/simd.h"
 
 PYBIND11_MODULE(_native, m) {
@@ -10,5 +14,21 @@ PYBIND11_MODULE(_native, m) {
   m.attr("vector_bytes") = stablekern::kVectorBytes;
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target") = "2.10";
+  const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");
+  const stablekern::DlpackExchange* exchange = stablekern::exchange_of(tensor.ptr());
+  // The gradients of a list of parameters, with one row for each in the int64 table at an address; None: not all plain.
+  m.def("gather_gradients", [tensor, exchange](pybind11::list parameters, uintptr_t table) {
+    auto* rows = reinterpret_cast<int64_t*>(table);
+    PyObject* found = stablekern::gather_gradients(parameters.ptr(), rows, tensor.ptr(), exchange);
+    if (found == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
+  });
+  m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+    stablekern::Words word[1][4];
+    stablekern::philox4x32<1>({stablekern::Words{} + c0}, c1, {c2, c3, k0, k1}, word);
+    pybind11::tuple answer(4);
+    for (int k = 0; k < 4; ++k) answer[k] = static_cast<uint32_t>(word[0][k][k % stablekern::kWordLanes]);  // all alike
+    return answer;
+  });
   m.attr("lapack") = stablekern::lapack_found();  // whether torch brings what "stablekern/lapack.h" calls
 }

@@ -11,6 +11,17 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "BORN_FLOOR",
+    "CAYLEY_DENSE_NODES",
+    "CAYLEY_FACTOR_COST",
+    "CAYLEY_MOST_TERMS",
+    "CAYLEY_REAL_LIMIT",
+    "CAYLEY_SPARSE_COST",
+    "CAYLEY_TRUNCATION_ULPS",
+    "CG_ASYMMETRY_ULPS",
+    "CG_FACTOR_PRODUCTS",
+    "CG_RTOL",
+    "CG_WARN_FACTOR",
     "CHOLESKY_JITTER_LIMIT",
     "CHOLESKY_JITTER_ULPS",
     "CLIP_NORM_OFFSET",
@@ -167,6 +178,30 @@ COVARIANCE_TRACE_TOLERANCE = Constant(
     "the sanity check of covariances in the radio-localisation pipeline, 1 %",
 )
 
+CG_RTOL = Constant(
+    1e-6,
+    "of |b|, in single precision, and its square in double: what CG reaches for condition numbers of some thousand, "
+    "and far below the noise of a training step",
+    "the attainable residual, eps |A| |x| / |b|: Greenbaum 1997",
+)
+CG_ASYMMETRY_ULPS = Constant(
+    64.0,
+    "of the largest entry: a matrix whose mirrored entries differ by more is not Hermitian but for rounding (sums of "
+    "thousands of products differ by less)",
+    "the statistical growth of rounding in n steps: Higham, Accuracy and Stability, sec. 2.8",
+    ulps=True,
+)
+CG_WARN_FACTOR = Constant(
+    10.0,
+    "a residual above this many tolerances is no near miss: the solve has failed, and whoever uses x must know",
+    "twice the decade within which the recurrence and the true residual usually differ",
+)
+CG_FACTOR_PRODUCTS = Constant(
+    200.0,
+    "products with a matrix that take as long as its Cholesky factorisation: 170 to 340 for n = 32 to 512, since small "
+    "matrices are factored at a fraction of the machine's speed",
+    "measured on 2 cores in float32; bench/cases/cg.py has n = 64",
+)
 LOW_LEARNING_RATE = Constant(
     1e-3,
     "of the base rate: a step of Adam moves a weight by about the rate, so a thousandth of a rate that was chosen to "
@@ -199,4 +234,45 @@ OVERFLOW_SHARE = Constant(
     "of the root of the largest number: products of two such operands, summed over 1e4 terms, leave the range; an "
     "infinity that comes from smaller ones is a division by 0, a logarithm of 0 or the like",
     "a square overflows from the root on; four decades for the number of terms in a sum",
+)
+
+BORN_FLOOR = Constant(
+    1e-6,
+    "of the mean power, added to each before the logarithm: an amplitude that crosses 0 would have a logit of -inf and "
+    "a gradient of 1/|amplitude|",
+    "the collapse of the complex language model, three decades of amplitude",
+)
+CAYLEY_TRUNCATION_ULPS = Constant(
+    2.0,
+    "what is cut off the expansion, and the residual at which an iteration stops, are of the size of the rounding in "
+    "the products: eight layers of it move a norm by less than 1e-6 in float32",
+    "each further term is a factor |q|, 4 to 30 for usual steps: Trefethen, Approximation Theory, ch. 8",
+    ulps=True,
+)
+CAYLEY_MOST_TERMS = Constant(
+    4096.0,
+    "an expansion this long belongs to a |H| of 1e5 and more, where other methods are cheaper by far; also the most "
+    "iterations of COCG, which needs no more than the expansion has terms",
+    "the expansion's ratio is about 1 - 1/sqrt(a |H|), so that 16 sqrt(a |H|) terms reach float32",
+)
+CAYLEY_DENSE_NODES = Constant(
+    4096.0,
+    "a dense factor is made for no more nodes: its complex128 inverse takes 256 MB and half a minute on a CPU",
+    "8 n^3 multiply-adds at the 10 GFLOP/s that a core reaches in double",
+)
+CAYLEY_REAL_LIMIT = Constant(
+    32.0,
+    "the error of the real factor is about a |H| ulp, from the cancellation in psi - i a H psi; above this it would "
+    "show beside that of the matrix product, and U itself is formed",
+    "relative error of a sum with terms of size a |H|: Higham, Accuracy and Stability, sec. 4.2",
+)
+CAYLEY_SPARSE_COST = Constant(
+    1.3,
+    "cost of one nonzero of H in the expansion, in multiply-adds of the dense kernel",
+    "bench/cases/cayley_step.py, D = 256, on Zen 4 with AVX-512",
+)
+CAYLEY_FACTOR_COST = Constant(
+    8.0,
+    "cost of the dense factor per D^3, in multiply-adds of the dense kernel",
+    "as CAYLEY_SPARSE_COST",
 )

@@ -33,8 +33,19 @@ def test_make_targets_exist():
 
 def test_speed_table_is_that_of_the_result_lines():
     report = pytest.importorskip("bench.report", reason="the benches live in the checkout")
-    device = ROOT / "bench" / "results" / "cpu-amd-epyc-2-threads"
+    device = ROOT / "bench" / "results" / report.DEVICE
     assert report.filled(README, report.table(device)) == README
+    page = report.PAGE.read_text()
+    assert report.filled(page, report.page(device)) == page
+
+
+def test_every_headline_has_a_line():
+    report = pytest.importorskip("bench.report", reason="the benches live in the checkout")
+    timed, _ = report._timed(ROOT / "bench" / "results" / report.DEVICE)
+    for headline in report.HEADLINE:
+        op, case, directions, baseline = headline
+        found = [r for r in report.headlines(timed) if r["op"] == op and r["case"].startswith(case)]
+        assert {r["direction"] for r in found} >= set(directions), headline
 
 
 def test_demo_figures_are_those_of_the_result_lines():

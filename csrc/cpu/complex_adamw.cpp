@@ -28,8 +28,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;  // elements of one piece of work, a multiple of kTile
-constexpr int kAhead = 4;          // tiles
-constexpr int kLine = 64;          // bytes of a cache line
 constexpr int kQuietTile = 256;    // elements at a time where no normals are drawn
 
 // As stablekern/optim/complex_adamw.py numbers them.
@@ -62,6 +60,7 @@ template <class T>
 struct Rule {
   T take_first, keep_second, take_second, eps, decay, noise_scale, noise_eps, cap, dead_cap, grad_scale;
   bool noisy, scales_grad;
+  bool offset;  // whether noise_eps changes any gain that is below the cap
 };
 
 template <class T>
@@ -100,90 +99,83 @@ SK_INLINE void put_pairs(T* p, Vec<T> even, Vec<T> odd, int count) {
   if (2 * count > lanes) put(p + lanes, second, 2 * count - lanes);
 }
 
-// sqrt(v) and 1 / s for v, s >= 0. In float by estimates with a Newton step, within an ulp: a root and two divisions of
-// whole vectors take as long as all other arithmetic of a step. Infinities, of which the estimates make NaN, apart.
+// 1 / sqrt(s) for s > 0, whose square is 1 / s: both are wanted, and estimates with a Newton step are much cheaper than
+// divisions. Infinity, of which the estimate makes NaN, apart.
 template <class T>
-SK_INLINE Vec<T> root_of(Vec<T> v) {
-  if constexpr (sizeof(T) == 8) return sqrt(v);
-  const Vec<T> above_zero = max(splat<T>(std::numeric_limits<T>::denorm_min()), v);
-  const auto finite = less_equal(v, splat<T>(std::numeric_limits<T>::max()));
-  return select<T>(finite, v * reciprocal_sqrt(above_zero), v);
-}
-template <class T>
-SK_INLINE Vec<T> inverse_of(Vec<T> s) {
-  if constexpr (sizeof(T) == 8) return splat<T>(1) / s;
-  return select<T>(greater(s, splat<T>(std::numeric_limits<T>::max())), Vec<T>{}, reciprocal(s));
+SK_INLINE Vec<T> inverse_root_of(Vec<T> s) {
+  return select<T>(greater(s, splat<T>(std::numeric_limits<T>::max())), Vec<T>{}, reciprocal_sqrt(s));
 }
 
-// The gain of the noise, from s and 1 / s.
+// The gain of the noise, r / (1 + noise_eps r) but capped, from r = 1 / sqrt(s).
 template <class T>
-SK_INLINE Vec<T> gain_of(Vec<T> square, Vec<T> inverse, const Rule<T>& rule) {
-  const Vec<T> r = root_of<T>(inverse);
-  const Vec<T> gain = r * inverse_of<T>(fma(splat<T>(rule.noise_eps), r, splat<T>(1)));
-  const Vec<T> cap = select<T>(equal(square, Vec<T>{}), splat<T>(rule.dead_cap), splat<T>(rule.cap));
+SK_INLINE Vec<T> gain_of(Vec<T> square, Vec<T> r, const Rule<T>& rule) {
+  Vec<T> gain = r, cap = splat<T>(rule.cap);
+  if (rule.offset) gain = r / fma(splat<T>(rule.noise_eps), r, splat<T>(1));
+  if (rule.dead_cap != rule.cap) cap = select<T>(equal(square, Vec<T>{}), splat<T>(rule.dead_cap), cap);
   return splat<T>(rule.noise_scale) * min(cap, gain);
+}
+
+// Elements i to i + kLanes, or the first `here` of them.
+template <class T, Kind kKind>
+SK_INLINE void update_vector(const Pointers<T>& at, int i, int here, const Rule<T>& rule, T step_size, T inverse_root) {
+  constexpr bool side_by_side = kKind == Kind::kComplex;
+  constexpr int parts = kKind == Kind::kComplex || kKind == Kind::kPair ? 2 : 1;
+  Vec<T> g[2], m[2], p[2];
+  if constexpr (side_by_side) {
+    take_pairs(at.grad[0] + 2 * i, here, g[0], g[1]);
+    take_pairs(at.exp_avg[0] + 2 * i, here, m[0], m[1]);
+    take_pairs(at.value[0] + 2 * i, here, p[0], p[1]);
+  } else {
+    for (int part = 0; part < parts; ++part) {
+      g[part] = take(at.grad[part] + i, here);
+      m[part] = take(at.exp_avg[part] + i, here);
+      p[part] = take(at.value[part] + i, here);
+    }
+  }
+  if (rule.scales_grad)
+    for (int part = 0; part < parts; ++part) g[part] = g[part] / splat<T>(rule.grad_scale);
+  Vec<T> size = g[0] * g[0];
+  if constexpr (parts == 2) size = fma(g[1], g[1], size);
+  Vec<T> v = fma(splat<T>(rule.take_second), size, splat<T>(rule.keep_second) * take(at.square + i, here));
+  put(at.square + i, v, here);
+  if (at.largest != nullptr) {
+    v = max(take(at.largest + i, here), v);
+    put(at.largest + i, v, here);
+  }
+  const Vec<T> r = inverse_root_of<T>(fma(sqrt(v), splat<T>(inverse_root), splat<T>(rule.eps)));
+  const Vec<T> inverse = r * r;
+  for (int part = 0; part < parts; ++part) {
+    m[part] = fma(splat<T>(rule.take_first), g[part] - m[part], m[part]);
+    p[part] = fma(m[part] * inverse, splat<T>(-step_size), p[part] * splat<T>(rule.decay));
+  }
+  if (rule.noisy) {
+    const Vec<T> gain = gain_of(v, r, rule);
+    if constexpr (kKind == Kind::kReal) {
+      p[0] = fma(gain, take(at.normals + i, here), p[0]);
+    } else {
+      Vec<T> n[2];
+      take_pairs(at.normals + 2 * i, here, n[0], n[1]);
+      p[0] = fma(gain, n[kKind == Kind::kSecond ? 1 : 0], p[0]);
+      if constexpr (parts == 2) p[1] = fma(gain, n[1], p[1]);
+    }
+  }
+  if constexpr (side_by_side) {
+    put_pairs(at.exp_avg[0] + 2 * i, m[0], m[1], here);
+    put_pairs(at.value[0] + 2 * i, p[0], p[1], here);
+  } else {
+    for (int part = 0; part < parts; ++part) {
+      put(at.exp_avg[part] + i, m[part], here);
+      put(at.value[part] + i, p[part], here);
+    }
+  }
 }
 
 template <class T, Kind kKind>
 SK_INLINE void update(const Pointers<T>& at, int count, const Rule<T>& rule, T step_size, T inverse_root) {
   constexpr int lanes = kLanes<T>;
-  constexpr bool side_by_side = kKind == Kind::kComplex;
-  constexpr int parts = kKind == Kind::kComplex || kKind == Kind::kPair ? 2 : 1;
-  for (int i = 0; i < count; i += lanes) {
-    const int here = count - i;
-    Vec<T> g[2], m[2], p[2];
-    if constexpr (side_by_side) {
-      const int pairs = here < lanes ? here : lanes;
-      take_pairs(at.grad[0] + 2 * i, pairs, g[0], g[1]);
-      take_pairs(at.exp_avg[0] + 2 * i, pairs, m[0], m[1]);
-      take_pairs(at.value[0] + 2 * i, pairs, p[0], p[1]);
-    } else {
-      for (int part = 0; part < parts; ++part) {
-        g[part] = take(at.grad[part] + i, here);
-        m[part] = take(at.exp_avg[part] + i, here);
-        p[part] = take(at.value[part] + i, here);
-      }
-    }
-    if (rule.scales_grad)
-      for (int part = 0; part < parts; ++part) g[part] = g[part] / splat<T>(rule.grad_scale);
-    Vec<T> size = g[0] * g[0];
-    if constexpr (parts == 2) size = fma(g[1], g[1], size);
-    Vec<T> v = fma(splat<T>(rule.take_second), size, splat<T>(rule.keep_second) * take(at.square + i, here));
-    put(at.square + i, v, here);
-    if (at.largest != nullptr) {
-      v = max(take(at.largest + i, here), v);
-      put(at.largest + i, v, here);
-    }
-    const Vec<T> inverse = inverse_of<T>(fma(root_of<T>(v), splat<T>(inverse_root), splat<T>(rule.eps)));
-    for (int part = 0; part < parts; ++part) {
-      m[part] = fma(splat<T>(rule.take_first), g[part] - m[part], m[part]);
-      p[part] = fma(m[part] * inverse, splat<T>(-step_size), p[part] * splat<T>(rule.decay));
-    }
-    if (rule.noisy) {
-      const Vec<T> gain = gain_of(v, inverse, rule);
-      if constexpr (kKind == Kind::kReal) {
-        p[0] = fma(gain, take(at.normals + i, here), p[0]);
-      } else {
-        Vec<T> n[2];
-        take_pairs(at.normals + 2 * i, here < lanes ? here : lanes, n[0], n[1]);
-        if constexpr (kKind == Kind::kSecond)
-          p[0] = fma(gain, n[1], p[0]);
-        else
-          p[0] = fma(gain, n[0], p[0]);
-        if constexpr (parts == 2) p[1] = fma(gain, n[1], p[1]);
-      }
-    }
-    if constexpr (side_by_side) {
-      const int pairs = here < lanes ? here : lanes;
-      put_pairs(at.exp_avg[0] + 2 * i, m[0], m[1], pairs);
-      put_pairs(at.value[0] + 2 * i, p[0], p[1], pairs);
-    } else {
-      for (int part = 0; part < parts; ++part) {
-        put(at.exp_avg[part] + i, m[part], here);
-        put(at.value[part] + i, p[part], here);
-      }
-    }
-  }
+  int i = 0;
+  for (; i + lanes <= count; i += lanes) update_vector<T, kKind>(at, i, lanes, rule, step_size, inverse_root);
+  if (i < count) update_vector<T, kKind>(at, i, count - i, rule, step_size, inverse_root);
 }
 
 // A float32 value whose rounded form is no longer the parameter has been written from outside: it follows.
@@ -204,11 +196,6 @@ void round_to(const float* from, S* to, int count) {
   for (int i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
 }
 
-template <bool kWritten>
-SK_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(p) + at, kWritten);
-}
-
 template <class T, Kind kKind>
 void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
   constexpr int width = kKind == Kind::kReal ? 1 : 2;  // normals per element
@@ -222,18 +209,6 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
     if (draws) {
       const int64_t first = (unit.offset + e) * width, tile = first / kTile;
       stop = std::min(end, (tile + 1) * (kTile / width) - unit.offset);
-      // Drawing touches no memory for long enough that the hardware forgets the streams: ask for what comes after.
-      constexpr int64_t elements = kTile / width;
-      const int64_t next = stop + kAhead * elements;
-      if (next + elements <= end) {
-        constexpr int64_t bytes = elements * sizeof(T);
-        for (int part = 0; part < unit.members; ++part) {
-          prefetch<true>(static_cast<T*>(unit.value[part]) + next * step, bytes * step);
-          prefetch<false>(static_cast<const T*>(unit.grad[part]) + next * step, bytes * step);
-          prefetch<true>(static_cast<T*>(unit.exp_avg[part]) + next * step, bytes * step);
-        }
-        prefetch<true>(static_cast<T*>(unit.square) + next, bytes);
-      }
       draw_tile(tile, unit.stream, drawn);
       normals = drawn + (first - tile * kTile);
     } else if (rule.noisy) {
@@ -312,6 +287,8 @@ Rule<T> rule_of(const Options& o) {
   rule.grad_scale = static_cast<T>(o.maximize ? -o.grad_scale : o.grad_scale);
   rule.scales_grad = o.maximize || o.scales;
   rule.noisy = o.noisy;
+  // There r < cap / (1 - noise_eps cap), and from half an ulp on, 1 + noise_eps r is not 1.
+  rule.offset = o.noise_eps * o.max_noise_gain >= std::numeric_limits<T>::epsilon() / 4;
   return rule;
 }
 

@@ -13,73 +13,16 @@
 #include <vector>
 
 #include "stablekern/simd.h"
+#include "stablekern/spans.h"
 
 namespace stablekern {
 namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 16384;  // numbers of one piece of work
 constexpr int kStrip = 256;        // half-precision numbers that are widened at a time
-
-struct Span {  // a gradient as real numbers
-  void* data;
-  int64_t size;
-  ScalarType type;
-};
-
-Span span_of(const Tensor& tensor, void* data) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::ComplexFloat: return {data, 2 * tensor.numel(), ScalarType::Float};
-    case ScalarType::ComplexDouble: return {data, 2 * tensor.numel(), ScalarType::Double};
-    default: return {data, tensor.numel(), tensor.scalar_type()};
-  }
-}
-
-// Blocks over all spans, so that the number and sizes of the tensors do not matter to the balance of the threads.
-class Blocks {
- public:
-  explicit Blocks(const std::vector<Span>& spans) : spans_(spans), ends_(spans.size()) {
-    int64_t total = 0;
-    for (size_t i = 0; i < spans.size(); ++i) ends_[i] = total += (spans[i].size + kBlock - 1) / kBlock;
-  }
-  int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
-  int64_t first(size_t span) const { return span == 0 ? 0 : ends_[span - 1]; }
-  int64_t last(size_t span) const { return ends_[span]; }
-  // what(block, span, from, to) for [begin, end); last first if `backwards`.
-  template <class F>
-  void visit(int64_t begin, int64_t end, bool backwards, const F& what) const {
-    size_t i = std::upper_bound(ends_.begin(), ends_.end(), backwards ? end - 1 : begin) - ends_.begin();
-    for (int64_t n = 0; n < end - begin; ++n) {
-      const int64_t block = backwards ? end - 1 - n : begin + n;
-      while (block >= ends_[i]) ++i;
-      while (block < first(i)) --i;
-      const int64_t from = (block - first(i)) * kBlock;
-      what(block, spans_[i], from, std::min(spans_[i].size, from + kBlock));
-    }
-  }
-
- private:
-  const std::vector<Span>& spans_;
-  std::vector<int64_t> ends_;
-};
-
-// The lower and upper half of a vector of floats as doubles.
-SK_INLINE void widen(Vec<float> v, Vec<double>& low, Vec<double>& high) {
-#if defined(SK_AVX512)
-  low = (Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
-  high = (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
-#else
-  constexpr int half = kLanes<double>;
-  for (int i = 0; i < half; ++i) {
-    low[i] = v[i];
-    high[i] = v[half + i];
-  }
-#endif
-}
 
 double sum_of_squares(const float* p, int64_t n) {
   constexpr int lanes = kLanes<float>;
@@ -124,9 +67,9 @@ double sum_of_squares_half(const S* p, int64_t n) {
 double partial(const Span& span, int64_t from, int64_t to) {
   const int64_t n = to - from;
   switch (span.type) {
-    case ScalarType::Float: return sum_of_squares(static_cast<const float*>(span.data) + from, n);
-    case ScalarType::BFloat16: return sum_of_squares_half(static_cast<const BFloat16*>(span.data) + from, n);
-    case ScalarType::Half: return sum_of_squares_half(static_cast<const Half*>(span.data) + from, n);
+    case SpanType::kFloat: return sum_of_squares(static_cast<const float*>(span.data) + from, n);
+    case SpanType::kBfloat16: return sum_of_squares_half(static_cast<const BFloat16*>(span.data) + from, n);
+    case SpanType::kHalf: return sum_of_squares_half(static_cast<const Half*>(span.data) + from, n);
     default: return sum_of_squares(static_cast<const double*>(span.data) + from, n, 1);
   }
 }
@@ -141,10 +84,8 @@ double norm_in_units(const double* p, int64_t n) {
   return peak == 0 ? 0 : std::sqrt(sum_of_squares(p, n, peak)) * peak;
 }
 
-void gradient_norms(std::vector<Tensor> gradients, Tensor norms) {
-  std::vector<Span> spans;
-  spans.reserve(gradients.size());
-  for (const Tensor& g : gradients) spans.push_back(span_of(g, const_cast<void*>(g.const_data_ptr())));
+void gradient_norms(Tensor table, Tensor norms) {
+  const std::vector<Span> spans = spans_of(table);
   const Blocks blocks(spans);
   std::vector<double> sums(blocks.count());
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
@@ -160,7 +101,7 @@ void gradient_norms(std::vector<Tensor> gradients, Tensor norms) {
     double sum = 0;
     for (int64_t block = blocks.first(i); block < blocks.last(i); ++block) sum += sums[block];
     const bool safe = sum >= smallest && sum <= std::numeric_limits<double>::max();
-    out[i] = safe || spans[i].type != ScalarType::Double
+    out[i] = safe || spans[i].type != SpanType::kDouble
                  ? std::sqrt(sum)
                  : norm_in_units(static_cast<const double*>(spans[i].data), spans[i].size);
   }
@@ -180,12 +121,10 @@ void multiply_half(S* p, int64_t n, float factor) {
   for (int64_t i = 0; i < n; ++i) p[i] = static_cast<S>(static_cast<float>(p[i]) * factor);
 }
 
-void multiply_gradients(std::vector<Tensor> gradients, Tensor factor) {
+void multiply_gradients(Tensor table, Tensor factor) {
   const double f = *static_cast<const double*>(factor.const_data_ptr());
   if (f == 1) return;
-  std::vector<Span> spans;
-  spans.reserve(gradients.size());
-  for (Tensor& g : gradients) spans.push_back(span_of(g, g.mutable_data_ptr()));
+  const std::vector<Span> spans = spans_of(table);
   const Blocks blocks(spans);
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
     // Backwards: what the norms read last is still in the cache.
@@ -193,9 +132,9 @@ void multiply_gradients(std::vector<Tensor> gradients, Tensor factor) {
       const int64_t n = to - from;
       const auto single = static_cast<float>(f);
       switch (span.type) {
-        case ScalarType::Float: return multiply(static_cast<float*>(span.data) + from, n, single);
-        case ScalarType::BFloat16: return multiply_half(static_cast<BFloat16*>(span.data) + from, n, single);
-        case ScalarType::Half: return multiply_half(static_cast<Half*>(span.data) + from, n, single);
+        case SpanType::kFloat: return multiply(static_cast<float*>(span.data) + from, n, single);
+        case SpanType::kBfloat16: return multiply_half(static_cast<BFloat16*>(span.data) + from, n, single);
+        case SpanType::kHalf: return multiply_half(static_cast<Half*>(span.data) + from, n, single);
         default: return multiply(static_cast<double*>(span.data) + from, n, f);
       }
     });
@@ -206,8 +145,8 @@ void multiply_gradients(std::vector<Tensor> gradients, Tensor factor) {
 }  // namespace stablekern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
-  m.def("gradient_norms(Tensor[] gradients, Tensor(a!) norms) -> ()");
-  m.def("multiply_gradients(Tensor(a!)[] gradients, Tensor factor) -> ()");
+  m.def("gradient_norms(Tensor table, Tensor(a!) norms) -> ()");
+  m.def("multiply_gradients(Tensor table, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

@@ -45,25 +45,24 @@ def _first(found: Exhibit, case: str) -> int:
 
 
 def draw(found: Exhibit) -> Any:
-    """The figure of an exhibit, a matplotlib `Figure`: stock in orange, the published fix in grey, ours in blue."""
+    """The figure of an exhibit, a matplotlib `Figure`: stock in orange, published fixes dashed, ours broad and blue."""
     from stablekern.cli import report
 
     look = {
-        STOCK: {"color": report._ORANGE, "linewidth": 2.4, "linestyle": "-"},
-        FIX: {"color": report._INK, "linewidth": 1.3, "linestyle": "--"},
-        OURS: {"color": report._BLUE, "linewidth": 2.0, "linestyle": "-"},
+        STOCK: {"color": report._ORANGE, "linewidth": 2.2, "zorder": 3},
+        FIX: {"color": report._INK, "linewidth": 1.3, "zorder": 4},
+        OURS: {"color": report._BLUE, "linewidth": 5.0, "alpha": 0.5, "zorder": 2},  # below: it may coincide with stock
     }
-    figure, (axis,) = report._figure(3.3)
-    for number, series in enumerate(found.figure.series):
-        style = dict(look[series.who])
-        if series.who == FIX and number > 1:
-            style["linestyle"] = ":"
+    figure, (axis,) = report._figure(3.8)
+    dashes = iter(("--", ":", "-."))
+    for series in sorted(found.figure.series, key=lambda series: _ORDER.index(series.who)):
+        style = look[series.who] | ({"linestyle": next(dashes)} if series.who == FIX else {})
         axis.plot(series.x, series.y, label=f"{series.who}: {series.name}", **style)
     axis.set_xscale("log" if found.figure.x_log else "linear")
     axis.set_yscale("log" if found.figure.y_log else "linear")
     axis.set_xlabel(found.figure.x_label)
     axis.set_ylabel(found.figure.y_label)
-    axis.legend(frameon=False, fontsize=9, loc="best")
+    axis.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     return figure
 
 

@@ -1,5 +1,7 @@
 """Thin modules over the ops: parameters, and one call each. The numerics are in `stablekern.ops`."""
 
+from stablekern.nn.cayley import CayleyPropagator, GraphHamiltonian
+from stablekern.nn.complex_layers import BornHead, ComplexLinear, ComplexRMSNorm, ComplexSelectiveScan
 from stablekern.nn.detector import DetectorConfig, SeizureDetector
 from stablekern.nn.graph import DynamicLaplacianPE, EdgeStream, GraphMixer
 from stablekern.nn.mamba import Mamba
@@ -11,9 +13,15 @@ from stablekern.nn.tcn import ProjectionHead, TCNEncoder
 
 __all__ = [
     "BiMamba2",
+    "BornHead",
+    "CayleyPropagator",
+    "ComplexLinear",
+    "ComplexRMSNorm",
+    "ComplexSelectiveScan",
     "DetectorConfig",
     "DynamicLaplacianPE",
     "EdgeStream",
+    "GraphHamiltonian",
     "GraphMixer",
     "LayerScale",
     "Mamba",

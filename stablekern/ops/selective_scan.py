@@ -192,11 +192,9 @@ def _widened(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t.to(wide) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def _unsupported(A: Tensor, B: Tensor, C: Tensor) -> str | None:
-    """Why the Triton kernels (and the fastest native ones) cannot run these, or None."""
-    if A.is_complex():
-        return "complex states"
-    return "constant B or C" if B.dim() == 2 or C.dim() == 2 else None
+def _is_general(A: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether it takes the native kernel for complex states, or for a B or C that does not depend on time."""
+    return A.is_complex() or B.dim() == 2 or C.dim() == 2
 
 
 def _require_steps(least: float) -> None:
@@ -228,7 +226,7 @@ def _wide_outputs(A: Tensor, *outputs: Tensor) -> list[Tensor]:
 def _(*arguments):
     outputs, A = _fake_fwd(*arguments), arguments[2]
     wide, native = _wide_outputs(A, *outputs), _load.native()
-    if _unsupported(*arguments[2:5]):
+    if _is_general(*arguments[2:5]):
         _check_steps(arguments[1], arguments[7], arguments[-2])
         native.selective_scan_general_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
     else:
@@ -242,7 +240,7 @@ def _(*arguments):
 def _(*arguments):
     grads, A = _fake_bwd(*arguments), arguments[4]
     wide, native = _wide_outputs(A, *grads), _load.native()
-    run = native.selective_scan_general_bwd if _unsupported(*arguments[4:7]) else native.selective_scan_bwd
+    run = native.selective_scan_general_bwd if _is_general(*arguments[4:7]) else native.selective_scan_bwd
     run(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
     return tuple(ours.to(grad.dtype) for ours, grad in zip(wide, grads, strict=True))
 
@@ -251,12 +249,8 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@launcher(
-    "selective_scan_fwd", device="cuda", backend="triton", supports=lambda *arguments: _unsupported(*arguments[2:5])
-)
-@launcher(
-    "selective_scan_fwd", device="cpu", backend="triton", supports=lambda *arguments: _unsupported(*arguments[2:5])
-)
+@launcher("selective_scan_fwd", device="cuda", backend="triton")
+@launcher("selective_scan_fwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.selective_scan import selective_scan_fwd
 
@@ -266,12 +260,8 @@ def _(*arguments):
     return outputs
 
 
-@launcher(
-    "selective_scan_bwd", device="cuda", backend="triton", supports=lambda *arguments: _unsupported(*arguments[4:7])
-)
-@launcher(
-    "selective_scan_bwd", device="cpu", backend="triton", supports=lambda *arguments: _unsupported(*arguments[4:7])
-)
+@launcher("selective_scan_bwd", device="cuda", backend="triton")
+@launcher("selective_scan_bwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.selective_scan import selective_scan_bwd
 

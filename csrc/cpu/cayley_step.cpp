@@ -1,0 +1,483 @@
+// The Cayley step of a sparse Laplacian and its adjoint; the mathematics is in stablekern/ops/cayley_step.py.
+//
+// A tile is a few tokens: one vector holds the same node of kLanes / 2 of them, real and imaginary parts beside each
+// other, and kBlocks vectors make a node, so that one weight and one index serve them all. H is real, so a row of it
+// acts on whole vectors; what is complex (the coefficients) costs a swap of the pairs per node, not per entry. All
+// terms of the expansion are applied to a tile while it lies in the caches: a token is read once and written once.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "stablekern/lanes.h"
+#include "stablekern/simd.h"
+#include "stablekern/tensor.h"
+
+namespace stablekern {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kStreamBytes = 2 * 1024 * 1024;  // a result larger than a core's L2 leaves past the caches
+constexpr int64_t kGrainEntries = 32 * 1024;       // sparse entries times vectors that are worth a thread
+constexpr int64_t kFlushTiles = 16;                // tiles that are summed in T before the sum goes on in double
+constexpr int64_t kMostShares = 64;                // shares of the tokens, each with edge sums of its own
+constexpr int kBlocks = 4;                         // vectors to a node
+
+template <class T>
+constexpr int kTokens = kLanes<T> / 2;  // tokens to a vector, and nodes to a transpose
+template <class T>
+constexpr int kTile = kTokens<T> * kBlocks;
+
+// The neighbours of every node, in the order of the edges.
+struct Graph {
+  int64_t nodes, edges;
+  std::vector<int64_t> begin;  // of a node's entries; nodes + 1 of them
+  std::vector<int32_t> other;  // the node at the far end
+  std::vector<int32_t> edge;   // its number
+};
+
+Graph graph_of(const Tensor& edges, int64_t nodes) {
+  Graph g{nodes, edges.size(1), std::vector<int64_t>(nodes + 2), {}, {}};
+  const int64_t* first = data<int64_t>(edges);
+  const int64_t* second = first + g.edges;
+  g.other.resize(2 * g.edges);
+  g.edge.resize(2 * g.edges);
+  for (int64_t e = 0; e < g.edges; ++e) {
+    ++g.begin[first[e] + 2];
+    ++g.begin[second[e] + 2];
+  }
+  for (int64_t i = 2; i < nodes + 2; ++i) g.begin[i] += g.begin[i - 1];
+  for (int64_t e = 0; e < g.edges; ++e) {
+    const auto put = [&](int64_t at, int64_t far) {
+      const int64_t slot = g.begin[at + 1]++;
+      g.other[slot] = static_cast<int32_t>(far);
+      g.edge[slot] = static_cast<int32_t>(e);
+    };
+    put(first[e], second[e]);
+    put(second[e], first[e]);
+  }
+  return g;
+}
+
+// Twice (H - mid) / half, as the expansion wants it.
+template <class T>
+struct Operator {
+  std::vector<T> diagonal, weight;
+
+  Operator(const Graph& g, const T* weights, double mid, double half) : diagonal(g.nodes), weight(g.other.size()) {
+    const double scale = 2 / half;
+    for (int64_t i = 0; i < g.nodes; ++i) {
+      double degree = 0;
+      for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s) {
+        degree += weights[g.edge[s]];
+        weight[s] = static_cast<T>(-scale * weights[g.edge[s]]);
+      }
+      diagonal[i] = static_cast<T>(scale * (degree - mid));
+    }
+  }
+};
+
+// ---- tiles --------------------------------------------------------------------------------------------------------
+
+// Tokens to vectors: `to[node * kBlocks + block]`. The nodes are padded to whole transposes; missing tokens are 0.
+template <class T>
+SK_INLINE void load_tile(const T* from, int64_t nodes, int64_t tokens, Vec<T>* to) {
+  constexpr int side = kTokens<T>;
+  for (int block = 0; block < kBlocks; ++block) {
+    const int64_t rows = std::clamp<int64_t>(tokens - block * side, 0, side);
+    const T* first = from + block * side * 2 * nodes;
+    for (int64_t c = 0; c < nodes; c += side) {
+      const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes - c));
+      Vec<T> r[side];
+      for (int k = 0; k < side; ++k) {
+        const T* at = first + k * 2 * nodes + 2 * c;
+        r[k] = k >= rows ? Vec<T>{} : here == kLanes<T> ? load(at) : load_first(at, here);
+      }
+      transpose_pairs<T>(r);
+      for (int k = 0; k < side; ++k) to[(c + k) * kBlocks + block] = r[k];
+    }
+  }
+}
+
+template <class T>
+SK_INLINE void store_tile(const Vec<T>* from, int64_t nodes, int64_t tokens, bool streaming, T* to) {
+  constexpr int side = kTokens<T>;
+  for (int block = 0; block < kBlocks; ++block) {
+    const int64_t rows = std::clamp<int64_t>(tokens - block * side, 0, side);
+    T* first = to + block * side * 2 * nodes;
+    for (int64_t c = 0; c < nodes; c += side) {
+      const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes - c));
+      Vec<T> r[side];
+      for (int k = 0; k < side; ++k) r[k] = from[(c + k) * kBlocks + block];
+      transpose_pairs<T>(r);
+      for (int k = 0; k < rows; ++k) {
+        T* at = first + k * 2 * nodes + 2 * c;
+        if (streaming)
+          stream<T>(at, r[k]);
+        else if (here == kLanes<T>)
+          store(at, r[k]);
+        else
+          store_first(at, r[k], here);
+      }
+    }
+  }
+}
+
+// A complex number to multiply pairs with: v * re + swapped(v) * (-im, im, ...).
+template <class T>
+struct Coefficient {
+  Vec<T> re, im;
+
+  Coefficient(double real, double imaginary) : re(splat(static_cast<T>(real))), im(splat(static_cast<T>(imaginary))) {
+    for (int k = 0; k < kLanes<T>; k += 2) im[k] = -im[k];
+  }
+  SK_INLINE Vec<T> times(Vec<T> v) const { return fma(swap_pairs<T>(v), im, v * re); }
+  SK_INLINE Vec<T> times_plus(Vec<T> v, Vec<T> sum) const { return fma(swap_pairs<T>(v), im, fma(v, re, sum)); }
+};
+
+// ---- the expansion ------------------------------------------------------------------------------------------------
+
+enum class Pass { kFirst, kSecond, kLater };
+
+// to = alpha * p + gamma * (Operator x) [- to], row by row; gamma is complex in the first pass, whose x is p, and real
+// afterwards.
+template <class T, Pass pass>
+SK_NOINLINE void sweep(const Graph& g, const Operator<T>& h, const Vec<T>* x, const Vec<T>* p, Coefficient<T> alpha,
+                       Coefficient<T> gamma, Vec<T>* to) {
+  for (int64_t i = 0; i < g.nodes; ++i) {
+    Vec<T> sum[kBlocks];
+    const Vec<T> d = splat(h.diagonal[i]);
+    for (int b = 0; b < kBlocks; ++b) sum[b] = d * x[i * kBlocks + b];
+    for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s) {
+      const Vec<T> w = splat(h.weight[s]);
+      const Vec<T>* far = x + static_cast<int64_t>(g.other[s]) * kBlocks;
+      for (int b = 0; b < kBlocks; ++b) sum[b] = fma(w, far[b], sum[b]);
+    }
+    for (int b = 0; b < kBlocks; ++b) {
+      const int64_t at = i * kBlocks + b;
+      if constexpr (pass == Pass::kFirst)
+        to[at] = alpha.times_plus(p[at], gamma.times(sum[b]));
+      else if constexpr (pass == Pass::kSecond)
+        to[at] = alpha.times_plus(p[at], gamma.re * sum[b]);
+      else
+        to[at] = alpha.times_plus(p[at], fma(gamma.re, sum[b], -to[at]));
+    }
+  }
+}
+
+// What is applied to a tile: sum of c_k T_k by Clenshaw's recurrence, and then, if there is a dense factor, that.
+template <class T>
+struct Solver {
+  const Graph& graph;
+  Operator<T> h;
+  const double* coefficients;  // (terms, 2)
+  int64_t terms;
+  const T* dense;  // null: none
+  int64_t padded;  // vectors of a tile
+
+  Solver(const Graph& g, const T* weights, const Tensor& c, double mid, double half, const Tensor& factor)
+      : graph(g),
+        h(g, weights, mid, half),
+        coefficients(data<double>(c)),
+        terms(c.size(0)),
+        dense(factor.numel() ? data<T>(factor) : nullptr),
+        padded((g.nodes + kTokens<T> - 1) / kTokens<T> * kTokens<T> * kBlocks) {}
+
+  int64_t work_per_tile() const {
+    const int64_t per_term = (graph.nodes + 2 * graph.edges) * kBlocks;
+    return per_term * std::max<int64_t>(terms - 1, 1) + (dense == nullptr ? 0 : graph.nodes * graph.nodes * kBlocks);
+  }
+
+  Coefficient<T> coefficient(int64_t k, double sign, double factor = 1) const {
+    return {factor * coefficients[2 * k], sign * factor * coefficients[2 * k + 1]};
+  }
+
+  // The result stands in one of `first` and `second`, which is returned; `sign` is -1 for the conjugate operator.
+  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign) const {
+    Vec<T>* result = expand(p, first, second, sign);
+    if (dense == nullptr) return result;
+    Vec<T>* to = result == first ? second : first;
+    multiply(result, p, to);
+    return to;
+  }
+
+  Vec<T>* expand(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign) const {
+    if (terms == 1) {
+      const Coefficient<T> c = coefficient(0, sign);
+      for (int64_t i = 0; i < graph.nodes * kBlocks; ++i) first[i] = c.times(p[i]);
+      return first;
+    }
+    const Coefficient<T> half(0.5, 0), one(1, 0);
+    if (terms == 2) {
+      sweep<T, Pass::kFirst>(graph, h, p, p, coefficient(0, sign), coefficient(1, sign, 0.5), first);
+      return first;
+    }
+    // b_{K-1} = c_{K-1} p is never formed: it is folded into the two that need it.
+    sweep<T, Pass::kFirst>(graph, h, p, p, coefficient(terms - 2, sign), coefficient(terms - 1, sign), first);
+    const double* c = coefficients + 2 * (terms - 3);
+    const Coefficient<T> alpha(c[0] - c[4], sign * (c[1] - c[5]));
+    sweep<T, Pass::kSecond>(graph, h, first, p, alpha, terms == 3 ? half : one, second);
+    for (int64_t k = terms - 4; k >= 0; --k) {
+      sweep<T, Pass::kLater>(graph, h, second, p, coefficient(k, sign), k == 0 ? half : one, first);
+      std::swap(first, second);
+    }
+    return second;
+  }
+
+  // to = dense x - p for the symmetric `dense`.
+  SK_NOINLINE void multiply(const Vec<T>* x, const Vec<T>* p, Vec<T>* to) const {
+    constexpr int rows = kVectorBytes == 64 ? 6 : 2;
+    int64_t i = 0;
+    for (; i + rows <= graph.nodes; i += rows) multiply_rows<rows>(x, p, i, to);
+    for (; i < graph.nodes; ++i) multiply_rows<1>(x, p, i, to);
+  }
+
+  template <int rows>
+  SK_INLINE void multiply_rows(const Vec<T>* x, const Vec<T>* p, int64_t i, Vec<T>* to) const {
+    Vec<T> sum[rows][kBlocks] = {};
+    for (int64_t k = 0; k < graph.nodes; ++k) {
+      const T* column = dense + k * graph.nodes + i;
+      for (int r = 0; r < rows; ++r) {
+        const Vec<T> m = splat(column[r]);
+        for (int b = 0; b < kBlocks; ++b) sum[r][b] = fma(m, x[k * kBlocks + b], sum[r][b]);
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int b = 0; b < kBlocks; ++b) to[(i + r) * kBlocks + b] = sum[r][b] - p[(i + r) * kBlocks + b];
+  }
+};
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+template <class T>
+bool streams(const Tensor& like, const T* to, int64_t nodes) {
+  return like.numel() * 2 * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
+         reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0 && nodes % kTokens<T> == 0;
+}
+
+template <class T>
+void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, const Tensor& coefficients, double mid,
+             double half, const Tensor& dense, bool conjugate, Tensor& out) {
+  const int64_t tokens = psi.size(0), nodes = psi.size(1);
+  if (tokens == 0 || nodes == 0) return;
+  const Graph graph = graph_of(edges, nodes);
+  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
+  const T* from = data<T>(psi);
+  T* to = mutable_data<T>(out);
+  const bool streaming = streams(out, to, nodes);
+  const int64_t grain = std::max<int64_t>(1, kGrainEntries / std::max<int64_t>(1, solver.work_per_tile()));
+  torch::stable::parallel_for(0, (tokens + kTile<T> - 1) / kTile<T>, grain, [&](int64_t begin, int64_t end) {
+    Arena arena;
+    for (int k = 0; k < 3; ++k) arena.reserve<Vec<T>>(solver.padded);
+    arena.allocate();
+    Vec<T>* p = arena.take<Vec<T>>(solver.padded);
+    Vec<T>* first = arena.take<Vec<T>>(solver.padded);
+    Vec<T>* second = arena.take<Vec<T>>(solver.padded);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t at = tile * kTile<T>, here = std::min<int64_t>(kTile<T>, tokens - at);
+      load_tile(from + at * 2 * nodes, nodes, here, p);
+      store_tile(solver.apply(p, first, second, conjugate ? -1 : 1), nodes, here, streaming, to + at * 2 * nodes);
+    }
+    if (streaming) stream_fence();
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+// Sums over the tokens of Im(conj(l_j - l_k) (z_j - z_k)), edge by edge: a vector each while a few tiles go by, then a
+// double each.
+template <class T>
+struct EdgeSums {
+  const Graph& graph;
+  Vec<T>* lanes;  // in the order in which `add` meets the edges
+  int64_t tiles = 0;
+
+  // l, and z turned by -90 degrees, (im, -re), so that the products of lanes sum up to the imaginary part.
+  SK_NOINLINE void add(const Vec<T>* l, const Vec<T>* z) {
+    Vec<T>* sum = lanes;
+    for (int64_t i = 0; i < graph.nodes; ++i) {
+      Vec<T> left[kBlocks], right[kBlocks];
+      for (int b = 0; b < kBlocks; ++b) {
+        left[b] = l[i * kBlocks + b];
+        right[b] = z[i * kBlocks + b];
+      }
+      for (int64_t s = graph.begin[i]; s < graph.begin[i + 1]; ++s) {
+        const int64_t k = graph.other[s];
+        if (k < i) continue;
+        for (int b = 0; b < kBlocks; ++b)
+          *sum = fma(left[b] - l[k * kBlocks + b], right[b] - z[k * kBlocks + b], *sum);
+        ++sum;
+      }
+    }
+    ++tiles;
+  }
+
+  void flush(double* to) {
+    if (tiles == 0) return;
+    Vec<T>* sum = lanes;
+    for (int64_t i = 0; i < graph.nodes; ++i)
+      for (int64_t s = graph.begin[i]; s < graph.begin[i + 1]; ++s)
+        if (graph.other[s] > i) {
+          to[graph.edge[s]] += static_cast<double>(horizontal_sum(*sum));
+          *sum++ = Vec<T>{};
+        }
+    tiles = 0;
+  }
+};
+
+// Without coefficients `grad_psi` is given, else it is the conjugate operator's result for `grad`.
+template <class T>
+void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Tensor& edges, const Tensor& weights,
+              const Tensor& coefficients, double mid, double half, const Tensor& dense, Tensor& grad_psi,
+              Tensor& edge_sums) {
+  const int64_t tokens = psi.size(0), nodes = psi.size(1), count = edges.size(1);
+  double* sums = mutable_data<double>(edge_sums);
+  std::fill_n(sums, count, 0.0);
+  if (tokens == 0 || nodes == 0) return;
+  const Graph graph = graph_of(edges, nodes);
+  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
+  const bool given = solver.terms == 0;
+  T* to = mutable_data<T>(grad_psi);
+  const bool streaming = !given && streams(grad_psi, to, nodes);
+
+  // The shares do not depend on the number of threads, so the sums have the same bits for any.
+  const int64_t tiles = (tokens + kTile<T> - 1) / kTile<T>;
+  const int64_t per_share = std::max(kFlushTiles, (tiles + kMostShares - 1) / kMostShares);
+  const int64_t shares = (tiles + per_share - 1) / per_share;
+  const std::unique_ptr<double[]> parts(new double[static_cast<size_t>(shares * count + 1)]());
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    constexpr int kArrays = 4;
+    Arena arena;
+    for (int k = 0; k < kArrays; ++k) arena.reserve<Vec<T>>(solver.padded);
+    arena.reserve<Vec<T>>(count);
+    arena.allocate();
+    Vec<T>* tile[kArrays];
+    for (auto& t : tile) t = arena.take<Vec<T>>(solver.padded);
+    auto [g, first, second, z] = tile;
+    EdgeSums<T> edge{graph, arena.take<Vec<T>>(count)};
+    Vec<T> sign = splat(T(1));
+    for (int k = 1; k < kLanes<T>; k += 2) sign[k] = -1;
+    for (int64_t share = begin; share < end; ++share) {
+      double* part = parts.get() + share * count;
+      for (int64_t t = share * per_share; t < std::min(tiles, (share + 1) * per_share); ++t) {
+        const int64_t at = t * kTile<T> * 2 * nodes, here = std::min<int64_t>(kTile<T>, tokens - t * kTile<T>);
+        load_tile(data<T>(grad) + at, nodes, here, g);
+        Vec<T>* result = first;
+        if (given) {
+          load_tile(data<T>(grad_psi) + at, nodes, here, first);
+        } else {
+          result = solver.apply(g, first, second, -1);
+          store_tile(result, nodes, here, streaming, to + at);
+        }
+        Vec<T>* other = result == first ? second : first;
+        load_tile(data<T>(psi) + at, nodes, here, z);
+        load_tile(data<T>(out) + at, nodes, here, other);
+        for (int64_t k = 0; k < nodes * kBlocks; ++k) {
+          result[k] += g[k];  // twice the solution of the adjoint system
+          z[k] = swap_pairs<T>(z[k] + other[k]) * sign;
+        }
+        edge.add(result, z);
+        if (edge.tiles == kFlushTiles) edge.flush(part);
+      }
+      edge.flush(part);
+    }
+    if (streaming) stream_fence();
+  });
+  for (int64_t share = 0; share < shares; ++share)
+    for (int64_t e = 0; e < count; ++e) sums[e] += parts[share * count + e];
+  for (int64_t e = 0; e < count; ++e) sums[e] /= 2;
+}
+
+// ---- the interval -------------------------------------------------------------------------------------------------
+
+// An interval that holds the eigenvalues: Gershgorin's below; above, the best of the bounds max (|H| x)_i / x_i
+// (Collatz and Wielandt) along a power iteration, which start at Gershgorin's.
+template <class T>
+void interval(const Graph& g, const T* weights, int64_t steps, double* to) {
+  std::vector<double> diagonal(g.nodes), x(g.nodes, 1.0), next(g.nodes);
+  double low = 0, high = -std::numeric_limits<double>::infinity(), absolute = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < g.nodes; ++i) {
+    double degree = 0, radius = 0;
+    for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s) {
+      degree += weights[g.edge[s]];
+      radius += std::abs(static_cast<double>(weights[g.edge[s]]));
+    }
+    finite = finite && std::isfinite(radius);
+    low = std::min(low, degree - radius);
+    high = std::max(high, degree + radius);
+    absolute = std::max(absolute, std::abs(degree) + radius);
+    diagonal[i] = std::abs(degree);
+  }
+  if (!finite) {
+    to[0] = to[1] = std::numeric_limits<double>::quiet_NaN();
+    return;
+  }
+  double best = absolute;
+  for (int64_t step = 0; step < steps && best > 0; ++step) {
+    const double down = 1 / best;
+    double bound = 0;
+    for (int64_t i = 0; i < g.nodes; ++i) {
+      double sum = diagonal[i] * x[i];
+      for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s)
+        sum += std::abs(static_cast<double>(weights[g.edge[s]])) * x[g.other[s]];
+      bound = std::max(bound, sum / x[i]);
+      // Positive, whatever underflows: the bound holds for every positive x.
+      next[i] = std::max<double>(sum * down, std::numeric_limits<float>::min());
+    }
+    best = std::min(best, bound);
+    x.swap(next);
+  }
+  to[0] = std::max(low, -best);
+  to[1] = std::min(std::max(high, 0.0), best);
+}
+
+// ---- entry --------------------------------------------------------------------------------------------------------
+
+void cayley_step_interval(Tensor edges, Tensor weights, int64_t nodes, int64_t steps, Tensor to) {
+  const Graph graph = graph_of(edges, nodes);
+  for_dtype(weights, [&](auto zero) {
+    using T = decltype(zero);
+    interval<T>(graph, data<T>(weights), steps, mutable_data<double>(to));
+  });
+}
+
+void cayley_step_fwd(Tensor psi, Tensor edges, Tensor weights, Tensor coefficients, double mid, double half,
+                     Tensor dense, bool conjugate, Tensor out) {
+  for_dtype(weights, [&](auto zero) {
+    forward<decltype(zero)>(psi, edges, weights, coefficients, mid, half, dense, conjugate, out);
+  });
+}
+
+void cayley_step_bwd(Tensor grad, Tensor psi, Tensor out, Tensor edges, Tensor weights, Tensor coefficients, double mid,
+                     double half, Tensor dense, Tensor grad_psi, Tensor edge_sums) {
+  for_dtype(weights, [&](auto zero) {
+    backward<decltype(zero)>(grad, psi, out, edges, weights, coefficients, mid, half, dense, grad_psi, edge_sums);
+  });
+}
+
+}  // namespace
+}  // namespace stablekern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
+  m.def("cayley_step_interval(Tensor edges, Tensor weights, int nodes, int steps, Tensor(a!) to) -> ()");
+  m.def(
+      "cayley_step_fwd(Tensor psi, Tensor edges, Tensor weights, Tensor coefficients, float mid, float half,"
+      " Tensor dense, bool conjugate, Tensor(a!) out) -> ()");
+  m.def(
+      "cayley_step_bwd(Tensor grad, Tensor psi, Tensor out, Tensor edges, Tensor weights, Tensor coefficients,"
+      " float mid, float half, Tensor dense, Tensor(a!) grad_psi, Tensor(b!) edge_sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
+  m.impl("cayley_step_interval", TORCH_BOX(&stablekern::cayley_step_interval));
+  m.impl("cayley_step_fwd", TORCH_BOX(&stablekern::cayley_step_fwd));
+  m.impl("cayley_step_bwd", TORCH_BOX(&stablekern::cayley_step_bwd));
+}
