@@ -47,7 +47,8 @@ def test_every_dispatcher_op_has_a_torch_launcher_on_both_devices():
 def test_every_kernel_file_belongs_to_an_op():
     spines = {path.stem for path in [*SPINES, *(ROOT / "stablekern" / "optim").glob("*.py")]}
     assert {path.stem for path in TRITON} - {"numerics", "scan"} <= spines
-    assert {path.stem for path in NATIVE} <= spines
+    # A second kernel of selective_scan: in one file the two would take too long to compile.
+    assert {path.stem for path in NATIVE} - {"selective_scan_general"} <= spines
 
 
 def test_every_bench_op_is_public():
