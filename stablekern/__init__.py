@@ -17,6 +17,7 @@ from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.cayley_step import cayley_step
+from stablekern.ops.cg import cg, cg_ex, select_solver
 from stablekern.ops.chol_solve_safe import chol_solve_safe
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.covariance_blend import covariance_blend, covariance_blend_ex
@@ -46,6 +47,8 @@ __all__ = [
     "available_backends",
     "causal_conv1d",
     "cayley_step",
+    "cg",
+    "cg_ex",
     "chol_solve_safe",
     "cosine_edges",
     "covariance_blend",
@@ -66,6 +69,7 @@ __all__ = [
     "normalized_laplacian",
     "ridge_lstsq",
     "sample_covariance",
+    "select_solver",
     "selective_scan",
     "selective_state_update",
     "small_cayley",
