@@ -35,7 +35,8 @@ def call(function, inputs, *, backward: bool, constant: tuple[int, ...]):
         return forward
     arguments = [x.detach().requires_grad_(i not in constant) for i, x in enumerate(inputs)]
     leaves = [x for x in arguments if x.requires_grad]
-    weights = [torch.randn_like(o) for o in tensors(function(*arguments))]
+    # A loss is the end of its graph: the gradient that comes in is 1.
+    weights = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in tensors(function(*arguments))]
     return lambda: torch.autograd.grad(tensors(function(*arguments)), leaves, weights)
 
 
@@ -66,6 +67,7 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
         "limit_gflops": round(top.flops / 1e9, 1), "limit_gbytes_per_s": round(top.bandwidth / 1e9, 1),
         "samples": len(ours.samples), "busy_samples": ours.busy + base.busy,
         "backend": backend(case, inputs, device), **stamp(device),
+        "facts": case.facts(*inputs) if case.facts else {},
     }  # fmt: skip
 
 
@@ -89,11 +91,12 @@ def backend(case: Case, inputs, device: str) -> str:
 def line(result: dict) -> str:
     gate = "" if result["gate"] is None else f"  gate {result['gate']:g}x"
     busy = f"  ({result['busy_samples']} samples while busy)" if result["busy_samples"] else ""
+    facts = "".join(f"  {name.replace('_', ' ')} {value:g}" for name, value in result["facts"].items())
     return (
         f"{result['op']:<13} {result['case']:<28} {result['direction']:<8} {result['backend']:<7}"
         f" {result['ms']:9.2f} ms"
         f"  {result['ratio']:7.1f}x of {result['baseline']} ({result['baseline_ms']:.0f} ms)"
-        f"  {100 * result['share_of_limit']:.0f} % of the limit{gate}{busy}"
+        f"  {100 * result['share_of_limit']:.0f} % of the limit{gate}{facts}{busy}"
     )
 
 

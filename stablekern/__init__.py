@@ -17,6 +17,7 @@ from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.cayley_step import cayley_step
+from stablekern.ops.cg import cg, cg_ex, select_solver
 from stablekern.ops.chol_solve_safe import chol_solve_safe
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.covariance_blend import covariance_blend, covariance_blend_ex
@@ -33,6 +34,7 @@ from stablekern.ops.ridge_lstsq import ridge_lstsq
 from stablekern.ops.sample_covariance import sample_covariance
 from stablekern.ops.selective_scan import selective_scan
 from stablekern.ops.selective_state_update import selective_state_update
+from stablekern.ops.small_cayley import small_cayley
 from stablekern.ops.spectral_function import spectral_function
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.ssd_state_update import ssd_state_update
@@ -45,6 +47,8 @@ __all__ = [
     "available_backends",
     "causal_conv1d",
     "cayley_step",
+    "cg",
+    "cg_ex",
     "chol_solve_safe",
     "cosine_edges",
     "covariance_blend",
@@ -65,8 +69,10 @@ __all__ = [
     "normalized_laplacian",
     "ridge_lstsq",
     "sample_covariance",
+    "select_solver",
     "selective_scan",
     "selective_state_update",
+    "small_cayley",
     "spectral_function",
     "ssd_scan",
     "ssd_state_update",

@@ -18,6 +18,10 @@ __all__ = [
     "CAYLEY_REAL_LIMIT",
     "CAYLEY_SPARSE_COST",
     "CAYLEY_TRUNCATION_ULPS",
+    "CG_ASYMMETRY_ULPS",
+    "CG_FACTOR_PRODUCTS",
+    "CG_RTOL",
+    "CG_WARN_FACTOR",
     "CHOLESKY_JITTER_LIMIT",
     "CHOLESKY_JITTER_ULPS",
     "CLIP_NORM_OFFSET",
@@ -174,6 +178,30 @@ COVARIANCE_TRACE_TOLERANCE = Constant(
     "the sanity check of covariances in the radio-localisation pipeline, 1 %",
 )
 
+CG_RTOL = Constant(
+    1e-6,
+    "of |b|, in single precision, and its square in double: what CG reaches for condition numbers of some thousand, "
+    "and far below the noise of a training step",
+    "the attainable residual, eps |A| |x| / |b|: Greenbaum 1997",
+)
+CG_ASYMMETRY_ULPS = Constant(
+    64.0,
+    "of the largest entry: a matrix whose mirrored entries differ by more is not Hermitian but for rounding (sums of "
+    "thousands of products differ by less)",
+    "the statistical growth of rounding in n steps: Higham, Accuracy and Stability, sec. 2.8",
+    ulps=True,
+)
+CG_WARN_FACTOR = Constant(
+    10.0,
+    "a residual above this many tolerances is no near miss: the solve has failed, and whoever uses x must know",
+    "twice the decade within which the recurrence and the true residual usually differ",
+)
+CG_FACTOR_PRODUCTS = Constant(
+    200.0,
+    "products with a matrix that take as long as its Cholesky factorisation: 170 to 340 for n = 32 to 512, since small "
+    "matrices are factored at a fraction of the machine's speed",
+    "measured on 2 cores in float32; bench/cases/cg.py has n = 64",
+)
 LOW_LEARNING_RATE = Constant(
     1e-3,
     "of the base rate: a step of Adam moves a weight by about the rate, so a thousandth of a rate that was chosen to "

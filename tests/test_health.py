@@ -142,6 +142,7 @@ def test_finite_stats_of_mixed_tensors():
     expected = torch.tensor([6e4, single, 5.0, NAN, 0.5], dtype=torch.float64)
     torch.testing.assert_close(stats.mean, expected, rtol=1e-15, atol=0, equal_nan=True)
     assert stats.max[1] == single and stats.min[2] == 5.0
+    assert all(field.shape == (0,) for field in finite_stats([]))
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])

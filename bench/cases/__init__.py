@@ -36,6 +36,7 @@ class Case:
     gates: dict[str, float]
     constant: tuple[int, ...] = ()  # inputs that get no gradient
     directions: tuple[str, ...] = ("fwd", "fwd+bwd")  # ("step",) for what changes its inputs and has no gradient
+    facts: Callable[..., dict[str, Any]] | None = None  # of the inputs: what stands beside the times, errors for one
 
 
 class Stepping:

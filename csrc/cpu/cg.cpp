@@ -1,0 +1,794 @@
+// Conjugate gradients, a whole solve at a time: dense systems one per thread, sparse ones (cg_lanes.h) one per lane.
+//
+// A product with a dense A is the sum of A's rows, each times one entry of the vector: for a Hermitian or symmetric A rows serve
+// as columns (conjugated, for a Hermitian one), so no sum runs across lanes but those of the inner products. A small
+// matrix stays in the first-level cache for all iterations; up to kHeld vectors long, so do x, r, p and A p in registers.
+#include "stablekern/cg_lanes.h"
+#include "stablekern/krylov.h"
+#include "stablekern/lanes.h"
+#include "stablekern/lapack.h"
+#include "stablekern/tensor.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <complex>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <utility>
+
+namespace stablekern {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kPrefetched = 64 * 64, kLine = 64;  // elements of a matrix; bytes
+constexpr int64_t kRowsPerTask = 64;
+constexpr int kHeld = 4;  // vectors of a row in registers
+// A matrix of sizes within 2^30 is used as it is: no square of what it makes of numbers around 1 leaves float's range.
+constexpr int kPlainExponent = 30;
+
+// ---- rows ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+SK_INLINE Vec<T> load_part(const T* p, int64_t w, int64_t count) {
+  return count > w * kLanes<T> ? load_block(p, static_cast<int>(w), count) : Vec<T>{};
+}
+template <class T>
+SK_INLINE void store_part(T* p, Vec<T> v, int64_t w, int64_t count) {
+  if (count > w * kLanes<T>) store_block(p, v, static_cast<int>(w), count);
+}
+// Vector w of the n elements at p, 0 beyond them.
+template <class S>
+SK_INLINE Element<S> load_elements(const S* p, int64_t w, int64_t n) {
+  using T = RealOf<S>;
+  if constexpr (kIsComplex<S>) {
+    const T* parts = reinterpret_cast<const T*>(p);
+    ComplexVec<T> v;
+    deinterleave<T>(load_part(parts, 2 * w, 2 * n), load_part(parts, 2 * w + 1, 2 * n), v.re, v.im);
+    return v;
+  } else {
+    return load_part(p, w, n);
+  }
+}
+template <class S>
+SK_INLINE void store_elements(S* p, Element<S> v, int64_t w, int64_t n) {
+  using T = RealOf<S>;
+  if constexpr (kIsComplex<S>) {
+    T* parts = reinterpret_cast<T*>(p);
+    Vec<T> first, second;
+    interleave<T>(v.re, v.im, first, second);
+    store_part(parts, first, 2 * w, 2 * n);
+    store_part(parts, second, 2 * w + 1, 2 * n);
+  } else {
+    store_part(p, v, w, n);
+  }
+}
+// Elements with their parts apart, as planes.
+template <class S>
+struct Planes {
+  RealOf<S>* re;
+  RealOf<S>* im;  // of complex S
+  SK_INLINE Element<S> vector(int64_t at) const {
+    if constexpr (kIsComplex<S>)
+      return {load(re + at), load(im + at)};
+    else
+      return load(re + at);
+  }
+  SK_INLINE void set_vector(int64_t at, Element<S> v) const {
+    if constexpr (kIsComplex<S>) {
+      store(re + at, v.re);
+      store(im + at, v.im);
+    } else {
+      store(re + at, v);
+    }
+  }
+  SK_INLINE Element<S> spread(int64_t at) const {
+    if constexpr (kIsComplex<S>)
+      return {splat(re[at]), splat(im[at])};
+    else
+      return splat(re[at]);
+  }
+  static void reserve(Arena& arena, int64_t count) {
+    arena.reserve<RealOf<S>>(count);
+    if (kIsComplex<S>) arena.reserve<RealOf<S>>(count);
+  }
+  static Planes take(Arena& arena, int64_t count) {
+    Planes planes{arena.take<RealOf<S>>(count), nullptr};
+    if (kIsComplex<S>) planes.im = arena.take<RealOf<S>>(count);
+    return planes;
+  }
+};
+
+// ---- the matrix ---------------------------------------------------------------------------------------------------
+
+template <class S>
+struct Matrix {
+  using T = RealOf<S>;
+  int64_t n, vectors, stride;
+  Planes<S> rows;     // of A, `stride` apart, whole vectors long
+  Planes<S> columns;  // for kAny
+  int exponent;       // of what A has been divided by
+  T largest;          // part of an entry, after that
+  int32_t info;
+};
+
+// Room for a thread's matrix.
+template <class S>
+struct MatrixRoom {
+  Planes<S> rows, columns;
+};
+
+// The largest part, the largest difference between mirrored entries, and whether all are finite.
+template <class T>
+struct Survey {
+  T largest, asymmetry;
+  bool finite;
+};
+
+// Of lanes that are not negative: their bits are ordered like them, and NaN comes last.
+template <class T>
+SK_INLINE T horizontal_largest(Vec<T> v) {
+  return std::bit_cast<T>(horizontal_max<T>((IVec<T>)v));
+}
+
+// `tiles` tiles a side; `sign` is what a mirrored entry is multiplied with.
+template <class T>
+SK_NOINLINE Survey<T> survey(const T* plane, int64_t stride, int64_t tiles, T sign) {
+  constexpr int L = kLanes<T>;
+  Vec<T> largest{}, asymmetry{}, probe{};
+  for (int64_t i = 0; i < tiles; ++i)
+    for (int64_t j = i; j < tiles; ++j) {
+      Vec<T> mirrored[L];
+      for (int k = 0; k < L; ++k) mirrored[k] = load(plane + (j * L + k) * stride + i * L);
+      if (i != j)
+        for (int k = 0; k < L; ++k) {
+          largest = max(abs(mirrored[k]), largest);
+          probe = fma(mirrored[k], Vec<T>{}, probe);
+        }
+      transpose<T>(mirrored);
+      for (int k = 0; k < L; ++k) {
+        const Vec<T> here = load(plane + (i * L + k) * stride + j * L);
+        largest = max(abs(here), largest);
+        probe = fma(here, Vec<T>{}, probe);
+        asymmetry = max(abs(fnma(splat(sign), mirrored[k], here)), asymmetry);
+      }
+    }
+  return {horizontal_largest<T>(largest), horizontal_largest<T>(asymmetry), horizontal_sum(probe) == 0};
+}
+
+template <class T>
+void transpose_plane(const T* from, int64_t stride, int64_t tiles, T* to) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < tiles; ++i)
+    for (int64_t j = 0; j < tiles; ++j) {
+      Vec<T> tile[L];
+      for (int k = 0; k < L; ++k) tile[k] = load(from + (i * L + k) * stride + j * L);
+      transpose<T>(tile);
+      for (int k = 0; k < L; ++k) store(to + (j * L + k) * stride + i * L, tile[k]);
+    }
+}
+
+template <class S>
+void copy_rows(const S* a, Matrix<S>& m, const Planes<S>& to) {
+  const int64_t padded = m.vectors * kLanes<RealOf<S>>;
+  for (int64_t i = 0; i < m.n; ++i)
+    for (int64_t w = 0; w < m.vectors; ++w)
+      to.set_vector(i * padded + w * kLanes<RealOf<S>>, load_elements(a + i * m.n, w, m.n));
+  m.rows = to;
+  m.stride = padded;  // the rows from n on are 0 since the arena was made
+}
+
+template <class S>
+SK_NOINLINE Matrix<S> read_matrix(const S* a, int64_t n, int method, RealOf<S> tolerance, const MatrixRoom<S>& room) {
+  using T = RealOf<S>;
+  constexpr int L = kLanes<T>;
+  Matrix<S> m{n, (n + L - 1) / L, n, {}, {}, 0, T(0), 0};
+  const bool direct = !kIsComplex<S> && method != kAny && n % L == 0;
+  if (direct)
+    m.rows.re = const_cast<T*>(reinterpret_cast<const T*>(a));
+  else
+    copy_rows(a, m, room.rows);
+  Survey<T> seen = survey<T>(m.rows.re, m.stride, m.vectors, T(1));
+  if constexpr (kIsComplex<S>) {
+    const Survey<T> other = survey<T>(m.rows.im, m.stride, m.vectors, T(method == kHermitian ? -1 : 1));
+    seen = {std::max(seen.largest, other.largest), std::max(seen.asymmetry, other.asymmetry), seen.finite && other.finite};
+  }
+  if (!seen.finite)
+    m.info = kNonFinite;
+  else if (method != kAny && seen.asymmetry > tolerance * seen.largest)
+    m.info = kAsymmetric;
+  m.largest = seen.largest;
+  const int exponent = exponent_of(seen.largest);
+  if (exponent > kPlainExponent || exponent < -kPlainExponent) {
+    if (direct) copy_rows(a, m, room.rows);
+    m.exponent = exponent;
+    const Power<T> down(-exponent);
+    m.largest = down * m.largest;
+    for (int64_t at = 0; at < n * m.stride; at += L) m.rows.set_vector(at, down * m.rows.vector(at));
+  }
+  if (method == kAny) {
+    m.columns = room.columns;
+    transpose_plane<T>(m.rows.re, m.stride, m.vectors, m.columns.re);
+    if constexpr (kIsComplex<S>) transpose_plane<T>(m.rows.im, m.stride, m.vectors, m.columns.im);
+  }
+  return m;
+}
+
+// The sum over j of row j, or its conjugate, times p[j]: W vectors of it, from element `at` on.
+template <class S, int W, bool kConjugate>
+SK_INLINE void combine(const Planes<S>& rows, int64_t stride, int64_t n, const Planes<S>& p, int64_t at, Element<S>* q) {
+  constexpr int L = kLanes<RealOf<S>>;
+  Element<S> sums[2][W] = {};  // two chains for each vector hide the latency of the additions
+  const auto add = [&](Element<S>* sum, int64_t j) __attribute__((always_inline)) {
+    const Element<S> factor = p.spread(j);
+    for (int w = 0; w < W; ++w) {
+      const Element<S> row = rows.vector(j * stride + at + w * L);
+      sum[w] = kConjugate ? fma_conj(row, factor, sum[w]) : fma(row, factor, sum[w]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2) {
+    add(sums[0], j);
+    add(sums[1], j + 1);
+  }
+  if (j < n) add(sums[0], j);
+  for (int w = 0; w < W; ++w) q[w] = sums[0][w] + sums[1][w];
+}
+
+template <class S, int W, bool kConjugate>
+SK_INLINE void product(const Planes<S>& rows, const Matrix<S>& m, const Planes<S>& p, Element<S>* q) {
+  constexpr int L = kLanes<RealOf<S>>;
+  if constexpr (W > 0) {
+    combine<S, W, kConjugate>(rows, m.stride, m.n, p, 0, q);
+  } else {
+    int64_t w = 0;
+    for (; w + 4 <= m.vectors; w += 4) combine<S, 4, kConjugate>(rows, m.stride, m.n, p, w * L, q + w);
+    if (m.vectors - w >= 2) {
+      combine<S, 2, kConjugate>(rows, m.stride, m.n, p, w * L, q + w);
+      w += 2;
+    }
+    if (m.vectors > w) combine<S, 1, kConjugate>(rows, m.stride, m.n, p, w * L, q + w);
+  }
+}
+
+// ---- one system ---------------------------------------------------------------------------------------------------
+
+template <class S>
+struct System {
+  const S* b;
+  const S* x0;      // or null
+  const S* blocks;  // (c, s, s) of the preconditioner, or null
+  int64_t block;    // s
+  RealOf<S> rtol, atol;
+  int64_t maxiter;
+  S* x;
+};
+
+template <class T>
+struct Outcome {
+  int32_t info;
+  int64_t iterations;
+  T residual;
+};
+
+template <class S>
+struct Room {
+  Planes<S> p, r, z;  // what is read element by element
+  Element<S>* rows[7];
+};
+
+// A vector of unknowns: W SIMD vectors in registers, or, for W = 0, any number of them in memory.
+template <class S, int W>
+struct Row {
+  Element<S> v[W];
+  explicit Row(Element<S>*) {}
+};
+template <class S>
+struct Row<S, 0> {
+  Element<S>* v;
+  explicit Row(Element<S>* memory) : v(memory) {}
+};
+
+template <class S, int W, int kMethod>
+struct Solver {
+  using T = RealOf<S>;
+  using R = Row<S, W>;
+  using Inner = std::conditional_t<kMethod == kSymmetric, S, T>;
+  static constexpr int L = kLanes<T>;
+  static constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
+
+  const Matrix<S>& A;
+  const System<S>& system;
+  const Room<S>& room;
+  const Power<T> from_blocks;
+
+  SK_INLINE int64_t count() const { return W > 0 ? W : A.vectors; }
+
+  static SK_INLINE auto spread(Inner a) {
+    if constexpr (kIsComplex<S> && kMethod == kSymmetric)
+      return ComplexVec<T>{splat(a.real()), splat(a.imag())};
+    else
+      return splat(a);
+  }
+  SK_INLINE T squared_norm(const R& u) const {
+    Vec<T> sum{};
+    for (int64_t w = 0; w < count(); ++w) sum = add_square(u.v[w], sum);
+    return horizontal_sum(sum);
+  }
+  SK_INLINE Inner inner(const R& u, const R& v) const {
+    if constexpr (!kIsComplex<S>) {
+      Vec<T> sum{};
+      for (int64_t w = 0; w < count(); ++w) sum = fma(u.v[w], v.v[w], sum);
+      return horizontal_sum(sum);
+    } else if constexpr (kMethod == kSymmetric) {
+      ComplexVec<T> sum{};
+      for (int64_t w = 0; w < count(); ++w) sum = fma(u.v[w], v.v[w], sum);
+      return {horizontal_sum(sum.re), horizontal_sum(sum.im)};
+    } else {
+      Vec<T> sum{};
+      for (int64_t w = 0; w < count(); ++w) sum = fma(u.v[w].im, v.v[w].im, fma(u.v[w].re, v.v[w].re, sum));
+      return horizontal_sum(sum);
+    }
+  }
+  // A p, A^H p
+  SK_INLINE void apply(const R& p, R& q) const {
+    for (int64_t w = 0; w < count(); ++w) room.p.set_vector(w * L, p.v[w]);
+    product<S, W, kMethod == kHermitian>(kMethod == kAny ? A.columns : A.rows, A, room.p, q.v);
+  }
+  SK_INLINE void apply_adjoint(const R& r, R& z) const {
+    for (int64_t w = 0; w < count(); ++w) room.p.set_vector(w * L, r.v[w]);
+    product<S, W, true>(A.rows, A, room.p, z.v);
+  }
+  SK_NOINLINE void precondition(const R& r, R& z) const {
+    const int64_t size = system.block;
+    if (size == 1) {
+      for (int64_t w = 0; w < count(); ++w) {
+        const Element<S> scaled = from_blocks * load_elements(system.blocks, w, A.n);
+        z.v[w] = scaled * r.v[w];
+      }
+      return;
+    }
+    const auto part = [](const Planes<S>& from, int64_t i) {
+      if constexpr (kIsComplex<S>)
+        return S(from.re[i], from.im[i]);
+      else
+        return from.re[i];
+    };
+    for (int64_t w = 0; w < count(); ++w) room.r.set_vector(w * L, r.v[w]);
+    for (int64_t i = 0; i < A.n; ++i) {
+      const int64_t first = i / size * size, last = std::min(first + size, A.n);
+      const S* row = system.blocks + i * size;
+      S sum(0);
+      for (int64_t j = first; j < last; ++j) sum += row[j - first] * part(room.r, j);
+      room.z.re[i] = std::real(sum);
+      if constexpr (kIsComplex<S>) room.z.im[i] = std::imag(sum);
+    }
+    for (int64_t w = 0; w < count(); ++w) z.v[w] = from_blocks * room.z.vector(w * L);
+  }
+  // Where to go on from r, and its inner product with r, whose own square is rr.
+  SK_INLINE Inner direction(const R& r, T rr, R& z) const {
+    if constexpr (kMethod == kAny) {
+      apply_adjoint(r, z);
+      return rr;
+    } else {
+      if constexpr (W == 0) {
+        if (system.blocks != nullptr) {
+          precondition(r, z);
+          return inner(r, z);
+        }
+      }
+      for (int64_t w = 0; w < count(); ++w) z.v[w] = r.v[w];
+      if constexpr (kMethod == kSymmetric)
+        return inner(r, z);
+      else
+        return rr;
+    }
+  }
+  SK_INLINE T size_of(const R& u) const {  // NaN if one is not finite
+    Vec<T> size{}, probe{};
+    for (int64_t w = 0; w < count(); ++w) {
+      size = max(part_size(u.v[w]), size);
+      probe = probe_finite(u.v[w], probe);
+    }
+    return horizontal_largest<T>(size) + horizontal_sum(probe);
+  }
+
+  Outcome<T> failed(int32_t info) const {
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    std::fill_n(reinterpret_cast<T*>(system.x), A.n * kParts<S>, nan);
+    return {info, 0, nan};
+  }
+
+  Outcome<T> run() const {
+    R y(room.rows[0]), r(room.rows[1]), p(room.rows[2]), q(room.rows[3]), z(room.rows[4]), step(room.rows[5]),
+        b(room.rows[6]);
+    for (int64_t w = 0; w < count(); ++w) b.v[w] = load_elements(system.b, w, A.n);
+    const T size = size_of(b);
+    if (size == 0) {
+      std::fill_n(system.x, A.n, S(0));
+      return {0, 0, T(0)};
+    }
+    if (!std::isfinite(size)) return failed(A.info | kNonFinite);
+    if (A.info != 0) return failed(A.info);
+    const int scale = exponent_of(size);
+    const Power<T> down(-scale);
+    for (int64_t w = 0; w < count(); ++w) b.v[w] = down * b.v[w];
+    const T threshold = std::max(system.rtol * std::sqrt(squared_norm(b)), down * system.atol);
+    if (system.x0 == nullptr) {
+      for (int64_t w = 0; w < count(); ++w) {
+        y.v[w] = Element<S>{};
+        r.v[w] = b.v[w];
+      }
+    } else {
+      const Power<T> into(A.exponent - scale);
+      for (int64_t w = 0; w < count(); ++w) y.v[w] = into * load_elements(system.x0, w, A.n);
+      if (!std::isfinite(size_of(y))) return failed(kNonFinite);
+      apply(y, q);
+      for (int64_t w = 0; w < count(); ++w) r.v[w] = b.v[w] - q.v[w];
+    }
+
+    Outcome<T> out{0, 0, 0};
+    T before = std::numeric_limits<T>::infinity();
+    for (;;) {  // from the true residual r
+      const T largest = size_of(r);
+      const int shift = exponent_of(largest);
+      const Power<T> smaller(-shift), larger(shift);
+      for (int64_t w = 0; w < count(); ++w) r.v[w] = smaller * r.v[w];
+      T rr = squared_norm(r);
+      const T norm = std::sqrt(rr);
+      out.residual = larger * norm;
+      if (out.residual <= threshold) {
+        out.info = 0;
+        break;
+      }
+      if (out.info != 0) break;
+      if (out.iterations >= system.maxiter) out.info = kMaxiter;
+      else if (!(out.residual <= before / 2)) out.info = kBreakdown;
+      if (out.info != 0) break;
+      // A second start is there because rounding stood between the recurrence and the truth: it aims lower.
+      const T aim = std::isfinite(before) ? threshold / 4 : threshold;
+      before = out.residual;
+      const T target = std::max(smaller * aim, kEpsilon * norm);
+      iterate(r, p, q, z, step, rr, target * target, out);
+      for (int64_t w = 0; w < count(); ++w) y.v[w] = y.v[w] + larger * step.v[w];
+      apply(y, q);
+      for (int64_t w = 0; w < count(); ++w) r.v[w] = b.v[w] - q.v[w];
+    }
+    const Power<T> up(scale - A.exponent);
+    for (int64_t w = 0; w < count(); ++w) store_elements(system.x, up * y.v[w], w, A.n);
+    out.residual = Power<T>(scale) * out.residual;
+    return out;
+  }
+
+  // The recurrence from r, until |r|^2 <= target, into the correction `step`.
+  SK_INLINE void iterate(R& r, R& p, R& q, R& z, R& step, T rr, T target,
+                         Outcome<T>& out) const {
+    // Without a preconditioner |alpha| |A| is at most the condition number (CGNE: its square), here over 1/eps.
+    const T longest = system.blocks == nullptr ? T(1) : std::numeric_limits<T>::max();
+    Inner rz = direction(r, rr, z);
+    for (int64_t w = 0; w < count(); ++w) {
+      p.v[w] = z.v[w];
+      step.v[w] = Element<S>{};
+    }
+    while (out.iterations < system.maxiter) {
+      apply(p, q);
+      const Inner pq = kMethod == kAny ? Inner(squared_norm(p)) : inner(p, q);
+      const Inner alpha = rz / pq;
+      // A longer step leads along what A has no hold of.
+      const T reach = std::abs(alpha) * A.largest * (kMethod == kAny ? A.largest * kEpsilon : T(1)) * kEpsilon;
+      const bool usable = kMethod == kSymmetric || std::real(pq) > 0;
+      if (!usable || !(reach < longest)) {
+        out.info = kMethod == kHermitian && std::real(pq) < 0 ? kIndefinite : kBreakdown;
+        return;
+      }
+      const auto forward = spread(alpha), back = spread(-alpha);
+      for (int64_t w = 0; w < count(); ++w) {
+        step.v[w] = fma(forward, p.v[w], step.v[w]);
+        r.v[w] = fma(back, q.v[w], r.v[w]);
+      }
+      ++out.iterations;
+      rr = squared_norm(r);
+      if (rr <= target) return;
+      const Inner next = direction(r, rr, z);
+      const auto beta = spread(next / rz);
+      rz = next;
+      for (int64_t w = 0; w < count(); ++w) p.v[w] = fma(beta, p.v[w], z.v[w]);
+    }
+  }
+};
+
+// ---- all systems --------------------------------------------------------------------------------------------------
+
+template <class S>
+using Solve = Outcome<RealOf<S>> (*)(const Matrix<S>&, const System<S>&, const Room<S>&);
+
+template <class S, int W, int kMethod>
+SK_NOINLINE Outcome<RealOf<S>> solve_one(const Matrix<S>& A, const System<S>& system, const Room<S>& room) {
+  return Solver<S, W, kMethod>{A, system, room, Power<RealOf<S>>(A.exponent)}.run();
+}
+
+template <class S>
+Solve<S> solver_for(int64_t vectors, int method, bool preconditioned) {
+  if (method == kAny) return solve_one<S, 0, kAny>;
+  if constexpr (kIsComplex<S>) {
+    return method == kSymmetric ? solve_one<S, 0, kSymmetric> : solve_one<S, 0, kHermitian>;
+  } else {
+    constexpr std::array<Solve<S>, kHeld + 1> held{solve_one<S, 0, kHermitian>, solve_one<S, 1, kHermitian>,
+                                                   solve_one<S, 2, kHermitian>, solve_one<S, 3, kHermitian>,
+                                                   solve_one<S, 4, kHermitian>};
+    return held[vectors <= kHeld && !preconditioned ? static_cast<std::size_t>(vectors) : 0];
+  }
+}
+
+void cg_fwd(Tensor A, Tensor b, std::optional<Tensor> x0, std::optional<Tensor> blocks, Tensor rtol, Tensor atol,
+            int64_t maxiter, int64_t method, double asymmetry, Tensor x, Tensor info, Tensor iterations,
+            Tensor residual) {
+  const int64_t batch = b.size(0), columns = b.size(1), n = b.size(2);
+  const int64_t each_rtol = rtol.size(0) > 1, each_atol = atol.size(0) > 1;
+  dispatch(b, [&]<class S>(S) {
+    using T = RealOf<S>;
+    const int64_t vectors = (n + kLanes<T> - 1) / kLanes<T>, padded = vectors * kLanes<T>;
+    const Solve<S> solve = solver_for<S>(vectors, static_cast<int>(method), blocks.has_value());
+    const S* preconditioner = data<S>(blocks);
+    const int64_t block_count = blocks ? blocks->size(1) * blocks->size(2) * blocks->size(3) : 0;
+    torch::stable::parallel_for(0, batch * columns, 1, [&](int64_t begin, int64_t end) {
+      Arena arena;
+      for (int part = 0; part < (method == kAny ? 2 : 1); ++part) Planes<S>::reserve(arena, padded * padded);
+      for (int part = 0; part < 3; ++part) Planes<S>::reserve(arena, padded);
+      for (int part = 0; part < 7; ++part) arena.reserve<Element<S>>(vectors);
+      arena.allocate();
+      MatrixRoom<S> room{Planes<S>::take(arena, padded * padded), {}};
+      if (method == kAny) room.columns = Planes<S>::take(arena, padded * padded);
+      Room<S> work{Planes<S>::take(arena, padded), Planes<S>::take(arena, padded), Planes<S>::take(arena, padded), {}};
+      for (auto& row : work.rows) row = arena.take<Element<S>>(vectors);
+      Matrix<S> matrix;
+      int64_t read = -1;
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t item = at / columns;
+        if (item != read) {
+          const S* here = data<S>(A) + item * n * n;
+          matrix = read_matrix(here, n, static_cast<int>(method), static_cast<T>(asymmetry), room);
+          read = item;
+          // The next one comes to the second-level cache while this one is solved.
+          if (n * n <= kPrefetched && (end - 1) / columns > item)
+            for (int64_t ahead = n * n; ahead < 2 * n * n; ahead += kLine / static_cast<int64_t>(sizeof(S)))
+              __builtin_prefetch(here + ahead, 0, 2);
+        }
+        const System<S> system{data<S>(b) + at * n,
+                               x0 ? data<S>(x0) + at * n : nullptr,
+                               preconditioner ? preconditioner + item * block_count : nullptr,
+                               blocks ? blocks->size(2) : 0,
+                               data<T>(rtol)[at * each_rtol],
+                               data<T>(atol)[at * each_atol],
+                               maxiter,
+                               mutable_data<S>(x) + at * n};
+        const Outcome<T> out = solve(matrix, system, work);
+        mutable_data<int32_t>(info)[at] = out.info;
+        mutable_data<int32_t>(iterations)[at] = static_cast<int32_t>(out.iterations);
+        mutable_data<T>(residual)[at] = out.residual;
+      }
+    });
+  });
+}
+
+// ---- sparse systems, one per lane ---------------------------------------------------------------------------------
+
+// What a call gives to each group of lanes.
+template <class S>
+struct SparseCall {
+  Pattern pattern;
+  const S *values, *b, *x0, *blocks;
+  const RealOf<S>*rtol, *atol;
+  int64_t systems, columns, block, block_count, each_rtol, each_atol, maxiter;
+  RealOf<S> asymmetry;
+  S* x;
+  int32_t *info, *iterations;
+  RealOf<S>* residual;
+};
+
+// One system for each lane, at its offset in `from`; lanes beyond `lanes` are 0.
+template <class S>
+void fill_lanes(const S* from, const int64_t* offsets, int lanes, int64_t count, Element<S>* to) {
+  std::fill_n(to, count, Element<S>{});
+  for (int lane = 0; lane < lanes; ++lane)
+    for (int64_t i = 0; i < count; ++i) set_lane<S>(to, i, lane, from[offsets[lane] + i]);
+}
+
+template <class S, int kMethod>
+SK_NOINLINE void solve_group(const SparseCall<S>& call, int64_t first, const LaneRoom<S>& room) {
+  using T = RealOf<S>;
+  constexpr int L = kLanes<T>;
+  const Pattern& pattern = call.pattern;
+  const int lanes = static_cast<int>(std::min<int64_t>(L, call.systems - first));
+  const auto offsets = [&](int64_t size, int64_t divisor) {
+    std::array<int64_t, L> at{};
+    for (int lane = 0; lane < lanes; ++lane) at[lane] = (first + lane) / divisor * size;
+    return at;
+  };
+  const auto vectors = offsets(pattern.n, 1);
+  fill_lanes<S>(call.values, offsets(pattern.nnz, call.columns).data(), lanes, pattern.nnz, room.values);
+  fill_lanes<S>(call.b, vectors.data(), lanes, pattern.n, room.b);
+  LaneSolver<S, kMethod> solver{pattern, room, call.block, {}, {}, 0, call.asymmetry, {}, {}, {}};
+  solver.maxiter = static_cast<typename VecTypes<T>::integer>(call.maxiter);
+  for (int lane = 0; lane < lanes; ++lane) {
+    solver.rtol[lane] = call.rtol[(first + lane) * call.each_rtol];
+    solver.atol[lane] = call.atol[(first + lane) * call.each_atol];
+  }
+  Vec<T> probe{}, size{}, side_probe{};
+  for (int64_t t = 0; t < pattern.nnz; ++t) {
+    size = max(part_size(room.values[t]), size);
+    probe = probe_finite(room.values[t], probe);
+  }
+  const IVec<T> exponent = lane_exponents<T>(size);
+  const Vec<T> length = solver.largest(room.b, side_probe);
+  const IVec<T> scale = lane_exponents<T>(length), into = exponent - scale;
+  // What is not finite is passed over by `largest`, but not by its probe.
+  const Mask<T> zero = equal(length + side_probe, Vec<T>{});
+  for (int64_t t = 0; t < pattern.nnz; ++t) room.values[t] = lane_scaled<T>(room.values[t], -exponent);
+  for (int64_t i = 0; i < pattern.n; ++i) room.b[i] = lane_scaled<T>(room.b[i], -scale);
+  solver.atol = lane_scaled<T>(solver.atol, -scale);
+  if (call.block > 0) {
+    fill_lanes<S>(call.blocks, offsets(call.block_count, call.columns).data(), lanes, call.block_count, room.blocks);
+    for (int64_t i = 0; i < call.block_count; ++i) room.blocks[i] = lane_scaled<T>(room.blocks[i], exponent);
+  }
+  std::fill_n(room.y, pattern.n, Element<S>{});
+  if (call.x0 != nullptr) {
+    fill_lanes<S>(call.x0, vectors.data(), lanes, pattern.n, room.y);
+    for (int64_t i = 0; i < pattern.n; ++i) room.y[i] = lane_scaled<T>(room.y[i], into);
+    solver.largest(room.y, probe);
+  }
+  const Mask<T> readable = equal(probe + side_probe, Vec<T>{});
+  for (int64_t i = 0; i < pattern.n; ++i) room.y[i] = select(zero, Element<S>{}, room.y[i]);
+  solver.run(call.x0 != nullptr, zero, select_int<T>(readable | zero, IVec<T>{}, IVec<T>{} + kNonFinite));
+  solver.residual = lane_scaled<T>(solver.residual, scale);
+  for (int64_t i = 0; i < pattern.n; ++i) room.y[i] = lane_scaled<T>(room.y[i], -into);
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  for (int lane = 0; lane < lanes; ++lane) {
+    const int64_t at = first + lane;
+    const bool failed = solver.info[lane] >= kNonFinite;
+    call.info[at] = static_cast<int32_t>(solver.info[lane]);
+    call.iterations[at] = static_cast<int32_t>(solver.iterations[lane]);
+    call.residual[at] = failed ? nan : solver.residual[lane];
+    for (int64_t i = 0; i < pattern.n; ++i)
+      call.x[at * pattern.n + i] = failed ? S(nan) : get_lane<S>(room.y, i, lane);
+  }
+}
+
+void cg_csr_fwd(Tensor crow, Tensor col, Tensor values, Tensor b, std::optional<Tensor> x0,
+                std::optional<Tensor> blocks, Tensor rtol, Tensor atol, int64_t maxiter, int64_t method,
+                double asymmetry, Tensor x, Tensor info, Tensor iterations, Tensor residual) {
+  const int64_t n = b.size(2), nnz = col.size(0), systems = b.size(0) * b.size(1);
+  dispatch(b, [&]<class S>(S) {
+    using T = RealOf<S>;
+    constexpr int L = kLanes<T>;
+    const int64_t block_count = blocks ? blocks->size(1) * blocks->size(2) * blocks->size(3) : 0;
+    const SparseCall<S> call{{data<int64_t>(crow), data<int64_t>(col), n, nnz},
+                             data<S>(values),
+                             data<S>(b),
+                             data<S>(x0),
+                             data<S>(blocks),
+                             data<T>(rtol),
+                             data<T>(atol),
+                             systems,
+                             b.size(1),
+                             blocks ? blocks->size(2) : 0,
+                             block_count,
+                             rtol.size(0) > 1,
+                             atol.size(0) > 1,
+                             maxiter,
+                             static_cast<T>(asymmetry),
+                             mutable_data<S>(x),
+                             mutable_data<int32_t>(info),
+                             mutable_data<int32_t>(iterations),
+                             mutable_data<T>(residual)};
+    const auto solve = [&] {
+      if constexpr (kIsComplex<S>)
+        if (method == kSymmetric) return solve_group<S, kSymmetric>;
+      return method == kAny ? solve_group<S, kAny> : solve_group<S, kHermitian>;
+    }();
+    torch::stable::parallel_for(0, (systems + L - 1) / L, 1, [&](int64_t begin, int64_t end) {
+      Arena arena;
+      LaneRoom<S>::reserve(arena, n, nnz, block_count);
+      arena.allocate();
+      const LaneRoom<S> room(arena, n, nnz, block_count);
+      for (int64_t group = begin; group < end; ++group) solve(call, group * L, room);
+    });
+  });
+}
+
+// ---- the gradient of A --------------------------------------------------------------------------------------------
+
+// Minus the sum over k of adjoint x^H, or its Hermitian or symmetric part, a row of it at a time.
+template <class S, int kMethod>
+void outer(const S* adjoint, const S* x, int64_t columns, int64_t n, const Planes<S>& l, const Planes<S>& c, S* grad) {
+  using T = RealOf<S>;
+  constexpr int L = kLanes<T>;
+  const int64_t vectors = (n + L - 1) / L, padded = vectors * L;
+  for (int64_t k = 0; k < columns; ++k)
+    for (int64_t w = 0; w < vectors; ++w) {
+      l.set_vector(k * padded + w * L, load_elements(adjoint + k * n, w, n));
+      c.set_vector(k * padded + w * L, load_elements(x + k * n, w, n));
+    }
+  const Vec<T> weight = splat(kMethod == kAny ? T(-1) : T(-0.5));
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t w = 0; w < vectors; ++w) {
+      Element<S> sum{};
+      for (int64_t k = 0; k < columns; ++k) {
+        const int64_t row = k * padded, at = row + w * L;
+        sum = fma_conj(c.vector(at), l.spread(row + i), sum);
+        if constexpr (kMethod == kHermitian) {  // conj(adjoint_j) x_i
+          sum = fma_conj(l.vector(at), c.spread(row + i), sum);
+        } else if constexpr (kMethod == kSymmetric) {  // adjoint_j conj(x_i)
+          sum = fma_conj(c.spread(row + i), l.vector(at), sum);
+        }
+      }
+      store_elements(grad + i * n, sum * weight, w, n);
+    }
+}
+
+void cg_bwd(Tensor adjoint, Tensor x, int64_t method, Tensor grad) {
+  const int64_t batch = x.size(0), columns = x.size(1), n = x.size(2);
+  dispatch(x, [&]<class S>(S) {
+    const int64_t padded = padded_to_lanes<RealOf<S>>(n);
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      Arena arena;
+      for (int part = 0; part < 2; ++part) Planes<S>::reserve(arena, columns * padded);
+      arena.allocate();
+      const auto l = Planes<S>::take(arena, columns * padded), c = Planes<S>::take(arena, columns * padded);
+      const auto run = method == kAny ? outer<S, kAny> : method == kSymmetric ? outer<S, kSymmetric> : outer<S, kHermitian>;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t at = item * columns * n;
+        run(data<S>(adjoint) + at, data<S>(x) + at, columns, n, l, c, mutable_data<S>(grad) + item * n * n);
+      }
+    });
+  });
+}
+
+// The entries of the sum over k of -adjoint x^H that the pattern has.
+void cg_csr_bwd(Tensor crow, Tensor col, Tensor adjoint, Tensor x, Tensor grad) {
+  const int64_t batch = x.size(0), columns = x.size(1), n = x.size(2), nnz = col.size(0);
+  const auto *starts = data<int64_t>(crow), *places = data<int64_t>(col);
+  dispatch(x, [&]<class S>(S) {
+    const S *l = data<S>(adjoint), *v = data<S>(x);
+    S* out = mutable_data<S>(grad);
+    torch::stable::parallel_for(0, batch * n, kRowsPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t item = at / n, i = at % n, first = item * columns * n;
+        for (int64_t t = starts[i]; t < starts[i + 1]; ++t) {
+          S sum(0);
+          for (int64_t k = 0; k < columns; ++k) sum -= l[first + k * n + i] * conjugate(v[first + k * n + places[t]]);
+          out[item * nnz + t] = sum;
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace stablekern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
+  m.def(
+      "cg_fwd(Tensor A, Tensor b, Tensor? x0, Tensor? blocks, Tensor rtol, Tensor atol, int maxiter, int method,"
+      " float asymmetry, Tensor(a!) x, Tensor(b!) info, Tensor(c!) iterations, Tensor(d!) residual) -> ()");
+  m.def(
+      "cg_csr_fwd(Tensor crow, Tensor col, Tensor values, Tensor b, Tensor? x0, Tensor? blocks, Tensor rtol, Tensor atol,"
+      " int maxiter, int method, float asymmetry, Tensor(a!) x, Tensor(b!) info, Tensor(c!) iterations,"
+      " Tensor(d!) residual) -> ()");
+  m.def("cg_csr_bwd(Tensor crow, Tensor col, Tensor adjoint, Tensor x, Tensor(a!) grad_values) -> ()");
+  m.def("cg_bwd(Tensor adjoint, Tensor x, int method, Tensor(a!) grad_A) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
+  m.impl("cg_fwd", TORCH_BOX(&stablekern::cg_fwd));
+  m.impl("cg_csr_fwd", TORCH_BOX(&stablekern::cg_csr_fwd));
+  m.impl("cg_csr_bwd", TORCH_BOX(&stablekern::cg_csr_bwd));
+  m.impl("cg_bwd", TORCH_BOX(&stablekern::cg_bwd));
+}
