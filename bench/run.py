@@ -35,7 +35,8 @@ def call(function, inputs, *, backward: bool, constant: tuple[int, ...]):
         return forward
     arguments = [x.detach().requires_grad_(i not in constant) for i, x in enumerate(inputs)]
     leaves = [x for x in arguments if x.requires_grad]
-    weights = [torch.randn_like(o) for o in tensors(function(*arguments))]
+    # A loss is the end of its graph: the gradient that comes in is 1.
+    weights = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in tensors(function(*arguments))]
     return lambda: torch.autograd.grad(tensors(function(*arguments)), leaves, weights)
 
 

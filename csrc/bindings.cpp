@@ -2,8 +2,11 @@
 // The ops themselves register with the dispatcher when the library is loaded; nothing of them is bound here.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 #include "stablekern/exchange.h"
 #include "stablekern/lapack.h"
+#include "stablekern/philox.h"
 #include "stablekern/simd.h"
 
 PYBIND11_MODULE(_native, m) {
@@ -19,6 +22,13 @@ PYBIND11_MODULE(_native, m) {
     PyObject* found = stablekern::gather_gradients(parameters.ptr(), rows, tensor.ptr(), exchange);
     if (found == nullptr) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(found);
+  });
+  m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+    stablekern::Words word[1][4];
+    stablekern::philox4x32<1>({stablekern::Words{} + c0}, c1, {c2, c3, k0, k1}, word);
+    pybind11::tuple answer(4);
+    for (int k = 0; k < 4; ++k) answer[k] = static_cast<uint32_t>(word[0][k][k % stablekern::kWordLanes]);  // all alike
+    return answer;
   });
   m.attr("lapack") = stablekern::lapack_found();  // whether torch brings what "stablekern/lapack.h" calls
 }

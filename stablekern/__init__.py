@@ -34,6 +34,7 @@ from stablekern.ops.ridge_lstsq import ridge_lstsq
 from stablekern.ops.sample_covariance import sample_covariance
 from stablekern.ops.selective_scan import selective_scan
 from stablekern.ops.selective_state_update import selective_state_update
+from stablekern.ops.small_cayley import small_cayley
 from stablekern.ops.spectral_function import spectral_function
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.ssd_state_update import ssd_state_update
@@ -71,6 +72,7 @@ __all__ = [
     "select_solver",
     "selective_scan",
     "selective_state_update",
+    "small_cayley",
     "spectral_function",
     "ssd_scan",
     "ssd_state_update",

@@ -32,27 +32,30 @@ except ImportError:  # loaded by path from setup.py
         return f"stablekern.{where}: {rule}: {' and '.join(str(item) for item in got)}"
 
 
+# In the order in which they are started: what takes longest first, so that it is not left to run alone at the end.
 SOURCES = (
     "bindings.cpp",
-    "cpu/causal_conv1d.cpp",
+    "cpu/linear_scan.cpp",
+    "cpu/eigenprojector.cpp",
+    "cpu/selective_scan.cpp",
+    "cpu/ssd_scan.cpp",
+    "cpu/eigh.cpp",
+    "cpu/spectral_function.cpp",
+    "cpu/laplacian_pe.cpp",
     "cpu/cayley_step.cpp",
     "cpu/cg.cpp",
-    "cpu/chol_solve_safe.cpp",
-    "cpu/complex_adamw.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/covariance_blend.cpp",
-    "cpu/eigenprojector.cpp",
-    "cpu/eigh.cpp",
-    "cpu/focal_loss.cpp",
-    "cpu/grad_guard.cpp",
-    "cpu/laplacian_pe.cpp",
-    "cpu/linear_scan.cpp",
-    "cpu/normalized_laplacian.cpp",
+    "cpu/causal_conv1d.cpp",
+    "cpu/complex_adamw.cpp",
+    "cpu/finite_stats.cpp",
     "cpu/sample_covariance.cpp",
-    "cpu/selective_scan.cpp",
+    "cpu/chol_solve_safe.cpp",
+    "cpu/focal_loss.cpp",
+    "cpu/normalized_laplacian.cpp",
+    "cpu/grad_guard.cpp",
+    "cpu/small_cayley.cpp",
     "cpu/selective_state_update.cpp",
-    "cpu/spectral_function.cpp",
-    "cpu/ssd_scan.cpp",
     "cpu/ssd_state_update.cpp",
 )
 
@@ -72,6 +75,7 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 _PROGRESS = "stablekern: compiling the CPU kernels for this machine (once; about a minute)"
+_PRELUDE = "stablekern/prelude.h"  # what most sources include
 _LIBRARY = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -232,16 +236,33 @@ def compile_into(directory: Path, march: str = "native") -> Path:
         flags.append("-mprefer-vector-width=512" if _is_x86() else "")
     quote = lambda text: text.replace("$", "$$").replace(" ", "$ ")  # noqa: E731 (ninja's own escapes)
     objects = [f"{Path(name).stem}.o" for name in SOURCES]
+    # The compiler looks for `_PRELUDE` with .gch in its working directory, then for the header itself: where it cannot
+    # precompile, or does not use what it has precompiled, it reads the header.
+    header = root / "include" / _PRELUDE
+    prelude = [_PRELUDE + ".gch"] if header.is_file() else []
+    include = f"-include {_PRELUDE}" if prelude else ""
+
+    def edge(out: str, name: str) -> list[str]:
+        line = f"build {out}: compile {quote(str(root / name))}"
+        if not name.startswith("cpu/"):  # pybind11 takes its time by itself, in which the header is compiled
+            return [line]
+        return [f"{line} | {' '.join(prelude)}", f"  include = {include}"]
+
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {quote(compiler())}",
+        f"flags = {' '.join(quote(flag) for flag in flags if flag)}",
+        "rule precompile",
+        "  command = $cxx $flags -x c++-header -c $in -o $out || rm -f $out",
+        "  description = precompile $in",
         "rule compile",
-        f"  command = $cxx {' '.join(quote(flag) for flag in flags if flag)} -c $in -o $out",
+        "  command = $cxx $flags $include -c $in -o $out",
         "  description = compile $in",
         "rule link",
         f"  command = $cxx $in {' '.join(quote(flag) for flag in _link_flags())} -o $out",
         "  description = link",
-        *(f"build {o}: compile {quote(str(root / name))}" for o, name in zip(objects, SOURCES, strict=True)),
+        *(f"build {out}: precompile {quote(str(header))}" for out in prelude),
+        *(line for o, name in zip(objects, SOURCES, strict=True) for line in edge(o, name)),
         f"build {_LIBRARY}: link {' '.join(objects)}",
         f"default {_LIBRARY}",
         "",
@@ -250,7 +271,7 @@ def compile_into(directory: Path, march: str = "native") -> Path:
     jobs = os.environ.get("MAX_JOBS", "")
     command = [_ninja(), "-C", str(directory), *(["-j", jobs] if jobs.isdigit() else [])]
     start = time.monotonic()
-    _say(f"{_PROGRESS} [0/{len(SOURCES) + 1}]")
+    _say(f"{_PROGRESS} [0/{len(prelude) + len(SOURCES) + 1}]")
     output = []
     with subprocess.Popen(
         command,
@@ -263,6 +284,7 @@ def compile_into(directory: Path, march: str = "native") -> Path:
             output.append(line)
             if line.startswith("["):
                 _say(f"\r{_PROGRESS} {line.partition(']')[0]}]")
+    shutil.rmtree(directory / Path(_PRELUDE).parent, ignore_errors=True)  # a hundred megabytes
     if process.returncode != 0:
         _say("\n")
         raise BuildError(message("build", "the compiler failed", "".join(output[-30:]).strip()))

@@ -40,6 +40,7 @@ class Launch:
 
 ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
 REAL = ("fp32", "fp64")
+VECTORS = {"NODES": 32, "FEATURES": 64, "WIDE": WIDE}
 TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
 MATRIX = {"ROWS": 64, "COLUMNS": 32, "DEPTH": 16}
 TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
@@ -49,6 +50,10 @@ def integers(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
+STRIDES = integers("nodes", "features", "steps", "x_item", "x_node", "x_step", "x_feature")
+# The vectors may be in half precision; what is computed from them is not.
+WIDE_PAIRS = dict.fromkeys(("grad_ptr", "edges_ptr", "inverse_ptr"), "*fp32")
+
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
 LINEAR, ROWS = integers("rows", "channels", "length"), {"STAGES": 4, "ROWS": 32}
 SSD = integers(
@@ -57,6 +62,10 @@ SSD = integers(
     *("carry_item", "carry_segment", "carry_n", "carry_channel"),
 )
 
+STATE_UPDATE = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_CLAMP", "SOFTPLUS"), True)
+STATE_UPDATE_TYPES = integers(
+    *("rows", "width", "groups", "states", "state_item", "state_row", "state_n", "A_row", "A_n", "bound_row", "bound_n")
+)
 CONV = integers(
     *("channels", "length", "reverse_channels", "x_item", "x_channel", "x_step", "y_item", "y_channel", "y_step"),
     *("dy_item", "dy_channel", "dy_step", "dx_item", "dx_channel", "dx_step"),
@@ -68,14 +77,17 @@ SELECTIVE = integers(
 )
 
 
-def selective(io: str, K: int, N: int, R: int, **constants: bool) -> Launch:
+def selective(io: str, K: int, N: int, R: int, *, backward: bool = False, **constants: bool) -> Launch:
     """A tile of K * R channels x N states with all optional inputs, as the launcher makes them; `io` is that of u."""
     wide = "*fp64" if io == "fp64" else "*fp32"
     names = ("A", "D", "bias", "lower", "upper", "chunk", "carry", "start", "scratch", "last", "factor", "term")
     sums = ("dA", "dB", "dC", "dD", "dbias", "dstart")
     types = SELECTIVE | {f"{name}_ptr": wide for name in names + sums}
     given = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_START", "HAS_CARRY", "SOFTPLUS"), True)
-    return Launch({"K": K, "N": N, "R": R} | given | constants, types, (io,), warps=1)
+    given |= dict.fromkeys(("COMPLEX", "CONSTANT_B", "CONSTANT_C"), False) | constants
+    if given["COMPLEX"]:
+        types |= {"B_ptr": wide, "C_ptr": wide}
+    return Launch({"K": K, "N": N, "R": R} | given, types, (io,), warps=1, registers=255 if backward else None)
 
 
 def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
@@ -134,8 +146,17 @@ LAUNCHES = {
     "covariance_blend_diagonal_kernel": (
         Launch({**TILES, "BY_PRED": True, "BY_WEIGHTS": True, "HAS_WEIGHTS": True}, TILE_TYPES, REAL),
     ),
+    "state_update_kernel": tuple(
+        Launch({"WIDE": WIDE, "ROWS": rows, "N": 16, "COMPLEX": is_complex, **STATE_UPDATE}, STATE_UPDATE_TYPES, io)
+        for rows, is_complex, io in (
+            (64, False, ("fp32",)),
+            (32, False, ("fp64",)),
+            (32, True, ("fp32",)),
+            (16, True, ("fp64",)),
+        )
+    ),
     "cayley_step_apply_kernel": tuple(
-        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",))
+        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",), 8)
         for conjugate in (False, True)
     ),
     "cayley_step_edges_kernel": (Launch({**MATRIX, "SHARE": 1024}, integers("tokens", "nodes"), ("fp32",)),),
@@ -170,11 +191,15 @@ LAUNCHES = {
         selective("fp32", 2, 16, 8, HAS_CLAMP=False, FULL=True),
         selective("bf16", 2, 16, 8, HAS_CLAMP=True, FULL=False),
         selective("fp64", 1, 16, 8, HAS_CLAMP=True, FULL=True),
+        selective("fp32", 1, 16, 8, HAS_CLAMP=True, FULL=False, COMPLEX=True),
+        selective("fp32", 1, 16, 8, HAS_CLAMP=False, FULL=True, CONSTANT_B=True, CONSTANT_C=True),
     ),
     "selective_scan_bwd_kernel": (
-        selective("fp32", 1, 16, 8, HAS_CLAMP=False, FULL=True),
-        selective("bf16", 1, 16, 8, HAS_CLAMP=True, FULL=False),
-        selective("fp64", 1, 16, 2, HAS_CLAMP=True, FULL=True),
+        selective("fp32", 1, 16, 8, backward=True, HAS_CLAMP=False, FULL=True),
+        selective("bf16", 1, 16, 8, backward=True, HAS_CLAMP=True, FULL=False),
+        selective("fp64", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=True),
+        selective("fp32", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=False, COMPLEX=True),
+        selective("fp32", 1, 16, 4, backward=True, HAS_CLAMP=False, FULL=True, CONSTANT_B=True, CONSTANT_C=True),
     ),
     "linear_scan_fwd_kernel": (
         Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
@@ -184,6 +209,14 @@ LAUNCHES = {
         Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
         Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1, 255),
     ),
+    **{
+        f"cosine_edges_{way}_kernel": (
+            Launch({**VECTORS, "CENTRE": False}, STRIDES, ("fp32",)),
+            Launch({**VECTORS, "CENTRE": True}, STRIDES | WIDE_PAIRS, ("bf16",)),
+            Launch({**VECTORS, "FEATURES": 32, "CENTRE": True}, STRIDES, ("fp64",)),
+        )
+        for way in ("fwd", "bwd")
+    },
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
         Launch({"BY_LOGITS": False, "BY_TARGETS": False, "HAS_GAMMA": False, **ELEMENTWISE}, {"n": "i32"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -99,6 +100,31 @@ def test_a_killed_build_does_not_hang_the_next(tiny, tmp_path):
     assert _build.build(str(cache), "x86-64").is_file()
     assert time.monotonic() - start < 30
     assert lock.exists() and not list(cache.glob("*.partial"))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_prelude_is_precompiled_or_read(tiny, tmp_path, monkeypatch, broken):
+    """Once, before the sources of cpu/; a compiler that cannot do so reads it with each of them."""
+    (tiny / "include" / "stablekern" / "prelude.h").write_text("inline int two() { return 2; }\n")
+    (tiny / "cpu").mkdir()
+    (tiny / "cpu" / "two.cpp").write_text(
+        'extern "C" __attribute__((visibility("default"))) int four() { return 2 * two(); }\n'
+    )
+    monkeypatch.setattr(_build, "SOURCES", ("one.cpp", "cpu/two.cpp"))
+    log, wrapper = tmp_path / "log", tmp_path / "cxx"
+    refusal = 'case "$*" in *c++-header*) exit 1;; esac\n' if broken else ""
+    wrapper.write_text(f'#!/bin/sh\n{refusal}exec {_build.compiler()} "$@" -Winvalid-pch -H 2>>{log}\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setenv("MAX_JOBS", "1")
+    library = _build.build(str(tmp_path / "cache"), "x86-64")
+    assert ctypes.CDLL(str(library)).four() == 4
+    assert not list(library.parent.rglob("*.gch"))
+    # -H of GCC lists what is read: "! name" is a precompiled header that is taken.
+    taken = [line for line in log.read_text().splitlines() if line.startswith("! ") and line.endswith("prelude.h.gch")]
+    version = subprocess.run([_build.compiler(), "--version"], capture_output=True, text=True).stdout
+    if "Free Software Foundation" in version:
+        assert len(taken) == (0 if broken else 1)
 
 
 def test_two_processes_build_once(tiny, tmp_path):

@@ -213,6 +213,21 @@ def test_raise_names_the_first_bad_parameter_and_changes_nothing():
         guard.step(torch.optim.SGD(model.parameters()))
 
 
+@pytest.mark.parametrize("veto", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)])
+def test_a_veto_skips_finite_gradients(veto, optimizer):
+    p = torch.nn.Parameter(torch.ones(3))
+    chosen, guard = optimizer([p], lr=0.1), GradGuard([p], 1.0)
+    p.grad = torch.full((3,), 5.0)
+    norm = guard(veto=torch.tensor(veto))
+    guard.step(chosen)
+    assert torch.equal(p.detach(), torch.ones(3)) == veto and int(guard.skipped) == bool(guard.found_inf) == veto
+    assert torch.equal(p.grad, torch.full((3,), 5.0)) == veto, "nothing is clipped in a step that is not taken"
+    assert norm.item() == pytest.approx(75**0.5) and guard.first_bad() is None
+    with pytest.raises(ValueError, match="`veto` is for the policy \"skip\": got 'zero'"):
+        GradGuard([p], 1.0, policy="zero")(veto=torch.tensor(True))
+
+
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 def test_nothing_is_read(policy):
     from test_optim import NoHostRead

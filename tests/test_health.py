@@ -102,16 +102,27 @@ def test_off_costs_no_graph_break():
     assert compiled(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
 
 
-def test_check_gradients_names_the_bad_ones():
+def test_check_gradients_names_the_bad_ones(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Embedding(4, 3, sparse=True), torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     assert check_gradients(model) == []
     model[1](model[0](torch.tensor([1, 1, 3]))).sum().backward()
-    assert check_gradients(model, raise_error=True) == []
-    model[1].bias.grad[1] = NAN
+    assert check_gradients(model, action="raise") == []
+    model[1].bias.grad = torch.tensor([NAN, -2.0])
     model[0].weight.grad = model[0].weight.grad * INF
-    assert check_gradients(model) == ["0.weight", "1.bias"]
-    with pytest.raises(NonFiniteError, match=r"every parameter must be finite: got 0\.weight, 1\.bias$"):
-        check_gradients(model, raise_error=True)
+    first, second = check_gradients(model, action="return")
+    assert (first.name, first.nan + first.inf) == ("0.weight", first.count)
+    assert (second.name, second.shape, second.nan, second.inf, second.count) == ("1.bias", (2,), 1, 0, 2)
+    assert second.min == second.max == second.mean == -2.0
+    said = r"parameter must be finite: got 0\.weight .*; 1\.bias \(2 float32\): 1 NaN, 0 inf of 2, -2 to -2, mean -2$"
+    with pytest.raises(NonFiniteError, match=said):
+        check_gradients(model, action="raise")
+    with pytest.warns(RuntimeWarning, match=said):
+        check_gradients(model)
+    monkeypatch.setenv("BGB_NAN_DEBUG", "1")
+    with pytest.raises(NonFiniteError, match=said):
+        check_gradients(model)
+    with pytest.raises(ValueError, match="`action` must be raise, warn or return: got 'stop'"):
+        check_gradients(model, action="stop")
 
 
 def test_finite_stats_of_mixed_tensors():
@@ -131,6 +142,7 @@ def test_finite_stats_of_mixed_tensors():
     expected = torch.tensor([6e4, single, 5.0, NAN, 0.5], dtype=torch.float64)
     torch.testing.assert_close(stats.mean, expected, rtol=1e-15, atol=0, equal_nan=True)
     assert stats.max[1] == single and stats.min[2] == 5.0
+    assert all(field.shape == (0,) for field in finite_stats([]))
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])

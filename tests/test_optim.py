@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablekern import use_backend
+from stablekern._load import native_module
 from stablekern.optim import ComplexAdamW, parameter_groups
 from stablekern.optim.philox import normal, philox4x32
 
@@ -138,6 +139,7 @@ def test_philox_known_answers(counter, key, answer):
     assert philox4x32(counter, key) == answer
     words = philox4x32(tuple(torch.tensor([word]) for word in counter), key)
     assert tuple(int(word) for word in words) == answer
+    assert native_module().philox4x32(*counter, *key) == answer  # the C++ that the kernels are made of
 
 
 def test_normals_are_their_definition(backend):
@@ -863,10 +865,12 @@ def test_parameter_groups():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_parameter_groups_with_old_weight_norm_and_empty_groups():
+def test_parameter_groups_with_old_weight_norm_and_empty_groups(capsys):
     conv = nn.utils.weight_norm(nn.Conv1d(4, 4, 3))
     assert parameter_groups(conv, 0.1)[0]["names"] == ["weight_v"]
-    decayed, exempt = parameter_groups(nn.LayerNorm(3), 0.1)
+    assert capsys.readouterr() == ("", "")
+    decayed, exempt = parameter_groups(nn.LayerNorm(3), 0.1, verbose=True)
+    assert capsys.readouterr() == ("", "weight (3,): weight decay 0\nbias (3,): weight decay 0\n")
     assert decayed["params"] == [] and exempt["names"] == ["weight", "bias"]
 
 

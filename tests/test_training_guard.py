@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 
 import pytest
@@ -236,6 +237,15 @@ def test_poisoned_weights_come_back(name, what, tmp_path, late):
     assert guard.report().taken == 7 and not same(last[0], last[1])
 
 
+def test_values_that_were_moved_to_other_memory_are_seen(tmp_path):
+    """`p.data = ...`, as offloading and weight averaging do it."""
+    guard = guarded(tmp_path)
+    run(guard, [batch()])
+    guard.model.linear.bias.data = torch.full((1,), NAN)
+    run(guard, [batch()])
+    assert guard.report().weights == 1 and guard.model.linear.bias.isfinite().all()
+
+
 def test_an_infinite_moment_is_found_though_the_weights_are_finite(tmp_path):
     """Adam's v overflows for a gradient above 1e19: its weight then never moves again, and nothing is ever NaN."""
     guard = guarded(tmp_path, keep_every=3)
@@ -392,6 +402,39 @@ def test_other_files_are_refused(tmp_path):
             load_bad_batch(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         load_bad_batch(tmp_path / "absent.pt")
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, path: str, out: str) -> None:
+    """Two ranks with equal weights; the loss of one is NaN in the third step, though all gradients are finite."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    guard = guarded(out, torch.optim.SGD, lambda o: StepLR(o, 1, 0.5))
+    for step in range(4):
+        value = guard.model(torch.ones(8, 3)).square().mean()
+        value.backward()
+        for p in guard.model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+        guard.step(value.detach() * (NAN if (rank, step) == (1, 2) else 1))
+        guard.optimizers[0].zero_grad()
+    report = guard.report()
+    assert (report.taken, report.loss, guard.schedulers[0].last_epoch) == (3, 1, 3), report
+    assert [name.rpartition("bad_batch_")[2] for name in report.files] == ["3_rank1.pt" if rank else "3.pt"]
+    dist.barrier()
+    os._exit(0)  # all is checked; now and then gloo's threads abort while an interpreter winds down
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_ranks_skip_alike(tmp_path):
+    torch.multiprocessing.start_processes(
+        _rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="spawn"
+    )
+    assert sorted(p.name for p in tmp_path.glob("bad_*")) == ["bad_batch_3.pt", "bad_batch_3_rank1.pt"]
 
 
 # ---- the rest of the contract ----------------------------------------------------------------------------------------

@@ -39,10 +39,6 @@ def test_compiles_everywhere_without_spills(name, rows):
     failed = [row for row in mine if "error" in row]
     assert mine and not failed, failed[0]
     assert {row["target"] for row in mine} == {80, 89, 90, 100, 120}
-    # A spilled register lives on the stack; 255 is all that a thread can have. In float64, which is there for checks,
-    # the exponentials alone take so many that a few may go there.
-    bytes_of = {"fp64": 64}
-    spilled = [
-        row for row in mine if row["stack"] > bytes_of.get(row["io"], 0) or row["local"] or not 0 < row["reg"] <= 255
-    ]
+    # A spilled register lives on the stack; 255 is all that a thread can have.
+    spilled = [row for row in mine if row["stack"] or row["local"] or not 0 < row["reg"] <= 255]
     assert not spilled, spilled[0]

@@ -49,3 +49,37 @@ def test_small_tiles_and_segments(monkeypatch, spec, spine, sizes, tile, clamp):
         with stablekern.use_backend("triton"):
             for a, b in zip(with_gradients(getattr(spine, name), args, optional), exact, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_turning_states(dtype):
+    """With nothing coming in, one step turns a state of 1 into exp(delta A): angles of many turns, all quadrants."""
+    angles = torch.cat([torch.linspace(-7, 7, 57), torch.linspace(-3e3, 3e3, 91)]).to(dtype.to_real())
+    A = torch.complex(torch.full_like(angles, -0.5), angles)[:, None]
+    u = torch.zeros(1, angles.numel(), 1, dtype=angles.dtype)
+    nothing, start = torch.zeros(1, 1, 1, dtype=dtype), torch.ones(1, angles.numel(), 1, dtype=dtype)
+    with stablekern.use_backend("triton"):
+        _, last = selective_scan.selective_scan(
+            u, u + 1, A, nothing, nothing, initial_state=start, return_last_state=True
+        )
+    eps = torch.finfo(dtype).eps
+    off = (last[0, :, 0].to(torch.complex128) - torch.exp(A[:, 0].to(torch.complex128))).abs()
+    assert (off <= eps * (4 + angles.abs())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_modulus_neither_overflows_nor_vanishes(dtype):
+    """A clamp of complex states far from 1, at 0 and at inf: the bound, or the state itself."""
+    big, small = torch.finfo(dtype).max / 2, 8 * torch.finfo(dtype).smallest_normal
+    starts = torch.tensor([complex(big, big), complex(small, -small), 0j, complex(3, 4)]).to(dtype.to_complex())
+    if dtype == torch.float64:
+        starts[0], starts[1] = complex(big, big), complex(small, -small)
+    n = starts.numel()
+    A = torch.full((n, 1), -1.0, dtype=dtype).to(starts.dtype)
+    u, nothing = torch.zeros(1, n, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=starts.dtype)
+    with stablekern.use_backend("triton"):
+        _, last = selective_scan.selective_scan(
+            u, u, A, nothing, nothing, initial_state=starts[None, :, None], state_clamp=2.5, return_last_state=True
+        )
+    expected = torch.stack([starts[0] / (big * 2**0.5) * 2.5, starts[1], starts[2], starts[3] / 2])
+    torch.testing.assert_close(last[0, :, 0], expected)

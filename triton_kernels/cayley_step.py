@@ -81,7 +81,7 @@ def cayley_step_edges_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, SHARE, DEPTH):
+    for start in range(0, tl.minimum(tokens - share * SHARE, SHARE), DEPTH):
         token = share * SHARE + start + tl.arange(0, DEPTH)
         left = 2 * (token[None, :] * nodes + rows[:, None])
         right = 2 * (token[:, None] * nodes + columns[None, :])
@@ -116,6 +116,7 @@ def cayley_step_apply(psi: Tensor, unitary: Tensor, conjugate: bool, out: Tensor
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         DEPTH=_DEPTH,
+        num_warps=8,
         enable_fp_fusion=True,
     )
 

@@ -1,7 +1,14 @@
 """Formulas that several kernels share."""
 
+import math
+
 import triton
 import triton.language as tl
+
+HALF_PI_HIGH = tl.constexpr(math.floor(math.pi / 2 * 2**10) / 2**10)
+HALF_PI_LOW = tl.constexpr(math.pi / 2 - math.floor(math.pi / 2 * 2**10) / 2**10)
+HALF_PI_REST = tl.constexpr(math.sin(math.pi) / 2)  # what float64 lacks
+TWO_OVER_PI = tl.constexpr(2 / math.pi)
 
 
 @triton.jit
@@ -24,3 +31,48 @@ def softplus_tail(x):
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
     return tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def modulus(re, im):
+    """sqrt(re^2 + im^2) without squares that overflow or vanish."""
+    a = tl.abs(re)
+    b = tl.abs(im)
+    large = tl.where((a > b) | (a != a), a, b)
+    small = tl.where((a > b) | (a != a), b, a)
+    ratio = small / tl.where(large == 0.0, 1.0, large)
+    # inf / inf
+    ratio = tl.where(small == large, tl.where(large == 0.0, 0.0, 1.0), ratio)
+    return large * tl.sqrt(1.0 + ratio * ratio)
+
+
+@triton.jit
+def cos_sin(x, rate):
+    """The cosine and sine of x * rate, to a few ulp of 1 and the rounding of the product.
+
+    Whole quadrants are taken off in three parts of pi / 2, the first of which has so few bits that its multiples are
+    exact (Cody & Waite 1980); the rest is Taylor's series. The instructions for them are wrong by 2^-21, and more for
+    large angles.
+    """
+    angle = x * rate
+    quadrants = tl.floor(angle * TWO_OVER_PI + 0.5)
+    r = angle - quadrants * HALF_PI_HIGH - quadrants * HALF_PI_LOW - quadrants * HALF_PI_REST
+    quadrant = quadrants - 4.0 * tl.floor(0.25 * quadrants)
+    square = r * r
+    TERMS: tl.constexpr = 9 if x.dtype == tl.float64 else 5
+    cos = square * 0.0 + 1.0
+    sin = square * 0.0 + 1.0
+    for i in tl.static_range(TERMS, 0, -1):
+        cos = 1.0 - square * cos * (1.0 / ((2 * i - 1) * (2 * i)))
+        sin = 1.0 - square * sin * (1.0 / ((2 * i) * (2 * i + 1)))
+    sin *= r
+    odd = (quadrant == 1.0) | (quadrant == 3.0)
+    past_cos = tl.where((quadrant == 1.0) | (quadrant == 2.0), -1.0, 1.0)
+    past_sin = tl.where((quadrant == 2.0) | (quadrant == 3.0), -1.0, 1.0)
+    return past_cos * tl.where(odd, sin, cos), past_sin * tl.where(odd, cos, sin)

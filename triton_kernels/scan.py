@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stablekern.triton_kernels.numerics import modulus
+
 _JOIN_BLOCK = 128
 # Programs of one warp; a GPU has 300 to 600 warp schedulers, and each hides latency with several.
 _FEW, _ENOUGH = 1024, 2048
@@ -29,6 +31,14 @@ def clamped(value, lower, upper):
     """NaN passes, as in `torch.clamp`."""
     raised = tl.maximum(value, lower, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(raised, upper, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def within(re, im, radius):
+    """By how much a complex number is to be scaled to get a modulus of `radius` at most. NaN passes."""
+    size = modulus(re, im)
+    outside = size > radius
+    return tl.where(outside, radius / tl.where(outside, size, 1.0), 1.0)
 
 
 # A row's steps are fetched together, since they lie together in memory, but a recurrence takes one after the other.

@@ -1,9 +1,13 @@
-"""The selective scan and its adjoint for real states; the mathematics is in stablekern/ops/selective_scan.py.
+"""The selective scan and its adjoint; the mathematics is in stablekern/ops/selective_scan.py.
 
 As in ssd_scan.py a program is one warp with a tile of K x N x R states: all N states of K * R channels of one group,
 for which B and C are read once. Each state has a decay of its own, so the exponential is most of the work. Time is the
 fast axis in memory: STEPS steps of every row are fetched, activated and gated together, and then taken one after the
-other. Where there are few programs, `scan.py` cuts the time into segments.
+other. Where there are few programs, `scan.py` cuts the time into segments, if states are real and B and C depend on
+time.
+
+A complex number is a pair here, (re, im), and two neighbours in memory; of a real one both parts are the same value,
+and nothing reads the second. `COMPLEX` decides, in the few functions that know the difference.
 
 Backward, per chunk from its saved start state: run forward once, keeping every STEPS-th state in scratch memory, then
 go back over blocks of STEPS steps whose states are recomputed and stay in registers. Every program writes its own part
@@ -19,13 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.numerics import softplus_tail
-from stablekern.triton_kernels.scan import clamped, join, segments_of, stack4, unstack4
+from stablekern.triton_kernels.numerics import cos_sin, modulus, sigmoid, softplus_tail
+from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, join, segments_of, stack4, unstack4, within
 
 _LANE_CHANNELS = 8  # R
 # States of a program, by the size of their type. The interpreter pays per operation, not per state.
-_FORWARD_TILE = {"cuda": {4: 256, 8: 128}, "cpu": {4: 2**15, 8: 2**14}}
-_BACKWARD_TILE = {"cuda": {4: 128, 8: 32}, "cpu": {4: 2**15, 8: 2**14}}
+_FORWARD_TILE = {"cuda": {4: 256, 8: 128, 16: 64}, "cpu": {4: 2**15, 8: 2**14, 16: 2**14}}
+_BACKWARD_TILE = {"cuda": {4: 128, 8: 16, 16: 16}, "cpu": {4: 2**15, 8: 2**14, 16: 2**14}}
 _SHORTEST_SEGMENT = 32
 STEPS = tl.constexpr(4)  # fetched at once: 16 bytes of float32
 
@@ -47,12 +51,6 @@ def _place(groups, channels, segments, tiles, KR: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
 def _step_size(delta, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     if HAS_BIAS:
         delta += bias[:, None]
@@ -62,11 +60,93 @@ def _step_size(delta, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _advance(state, step, token, A, enter, lower, upper, HAS_CLAMP: tl.constexpr):
-    state = tl.exp(step[:, None, :] * A) * state + token[:, None, :] * enter[None, :, None]
-    if HAS_CLAMP:
-        state = clamped(state, lower, upper)
-    return state
+def _get(ptr, at, mask, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        return tl.load(ptr + 2 * at, mask=mask, other=0.0), tl.load(ptr + 2 * at + 1, mask=mask, other=0.0)
+    else:
+        value = tl.load(ptr + at, mask=mask, other=0.0)
+        return value, value
+
+
+@triton.jit
+def _put(ptr, at, re, im, mask, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        tl.store(ptr + 2 * at, re, mask=mask)
+        tl.store(ptr + 2 * at + 1, im, mask=mask)
+    else:
+        tl.store(ptr + at, re, mask=mask)
+
+
+@triton.jit
+def _decay(step, A, A_im, COMPLEX: tl.constexpr):
+    size = tl.exp(step * A)
+    if COMPLEX:
+        cos, sin = cos_sin(step, A_im)
+        return size * cos, size * sin
+    else:
+        return size, size
+
+
+@triton.jit
+def _advance(state, state_im, step, token, A, A_im, enter, enter_im, COMPLEX: tl.constexpr):
+    """The next state before the clamp; steps and tokens (K, R)."""
+    decay, decay_im = _decay(step[:, None, :], A, A_im, COMPLEX)
+    token = token[:, None, :]
+    if COMPLEX:
+        free = decay * state - decay_im * state_im + token * enter
+        return free, decay * state_im + decay_im * state + token * enter_im
+    else:
+        free = decay * state + token * enter
+        return free, free
+
+
+@triton.jit
+def _bounded(free, free_im, lower, upper, HAS_CLAMP: tl.constexpr, COMPLEX: tl.constexpr):
+    if not HAS_CLAMP:
+        return free, free_im
+    elif COMPLEX:
+        share = within(free, free_im, upper)
+        return free * share, free_im * share
+    else:
+        state = clamped(free, lower, upper)
+        return state, state
+
+
+@triton.jit
+def _through_clamp(grad, grad_im, free, free_im, lower, upper, COMPLEX: tl.constexpr):
+    """The gradient before the clamp of `free` from that after it."""
+    if COMPLEX:
+        size = modulus(free, free_im)
+        outside = size > upper
+        size = tl.where(outside, size, 1.0)
+        normal = free / size
+        normal_im = free_im / size
+        radial = normal * grad + normal_im * grad_im
+        share = upper / size
+        tangent = (grad - normal * radial) * share
+        tangent_im = (grad_im - normal_im * radial) * share
+        return tl.where(outside, tangent, grad), tl.where(outside, tangent_im, grad_im)
+    else:
+        grad = tl.where(clamped(free, lower, upper) == free, grad, 0.0)
+        return grad, grad
+
+
+@triton.jit
+def _masked(re, im, exists, FULL: tl.constexpr, COMPLEX: tl.constexpr):
+    """What lies beside the tile's own states may be 0 * inf, and must not get into their sums."""
+    if FULL:
+        return re, im
+    elif COMPLEX:
+        return tl.where(exists, re, 0.0), tl.where(exists, im, 0.0)
+    else:
+        re = tl.where(exists, re, 0.0)
+        return re, re
+
+
+@triton.jit
+def _inner(a, a_im, b, b_im, COMPLEX: tl.constexpr):
+    """Re(a b*)."""
+    return a * b + a_im * b_im if COMPLEX else a * b
 
 
 @triton.jit
@@ -118,7 +198,7 @@ def selective_scan_segment_kernel(
         if REVERSE:
             if HAS_Z:
                 z = tl.load(z_ptr + at, mask=inside, other=0.0).to(wide)
-                entering *= z * _sigmoid(z)
+                entering *= z * sigmoid(z)
         else:
             entering *= step
         vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
@@ -133,7 +213,9 @@ def selective_scan_segment_kernel(
                 state *= tl.exp(tl.reshape(steps[STEPS - 1 - j], (K, R))[:, None, :] * A)
             else:
                 step = tl.reshape(steps[j], (K, R))
-                state = _advance(state, step, tl.reshape(tokens[j], (K, R)), A, vectors[j], A, A, HAS_CLAMP=False)
+                token = tl.reshape(tokens[j], (K, R))
+                vector = vectors[j][None, :, None]
+                state, _ = _advance(state, state, step, token, A, A, vector, vector, COMPLEX=False)
     factor = tl.exp(tl.reshape(tl.sum(elapsed, 1), (K, R))[:, None, :] * A)
     to = ((item * segments + segment) * states + n[None, :, None]) * channels + channel[:, None, :]
     tl.store(factor_ptr + to, factor, mask=exists)
@@ -174,6 +256,9 @@ def selective_scan_fwd_kernel(
     HAS_CLAMP: tl.constexpr,
     HAS_START: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    COMPLEX: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
     FULL: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -185,17 +270,22 @@ def selective_scan_fwd_kernel(
     channel = tl.reshape(row, (K, R))
     exists = tl.reshape(real, (K, R))[:, None, :] & (n < states)[None, :, None]
     by_state = channel[:, None, :] * states + n[None, :, None]
-    A = tl.load(A_ptr + by_state, mask=exists, other=0.0)
-    lower = tl.load(lower_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP else 0.0
+    A, A_im = _get(A_ptr, by_state, exists, COMPLEX)
+    if CONSTANT_B:
+        always_enter, always_enter_im = _get(B_ptr, by_state, exists, COMPLEX)
+    if CONSTANT_C:
+        always_leave, always_leave_im = _get(C_ptr, by_state, exists, COMPLEX)
+    lower = tl.load(lower_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP and not COMPLEX else 0.0
     upper = tl.load(upper_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP else 0.0
     bias = tl.load(bias_ptr + row, mask=real, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D_ptr + row, mask=real, other=0.0) if HAS_D else 0.0
     if HAS_START:
-        source = start_ptr + item * start_item + segment.to(tl.int64) * start_segment
+        source = item * start_item + segment.to(tl.int64) * start_segment
         source += n[None, :, None].to(tl.int64) * start_n + channel[:, None, :].to(tl.int64) * start_channel
-        state = tl.load(source, mask=exists, other=0.0)
+        state, state_im = _get(start_ptr, source, exists, COMPLEX)
     else:
         state = tl.zeros((K, N, R), wide)
+        state_im = tl.zeros((K, N, R), wide)
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
     # Addresses that are hoisted out of the loop would be spilled.
@@ -205,33 +295,47 @@ def selective_scan_fwd_kernel(
         at = (item * channels + row[:, None]) * length + time[None, :]
         if first % chunk == 0:
             to = (item * tl.cdiv(length, chunk) + first // chunk) * states + n[None, :, None]
-            tl.store(chunk_ptr + to * channels + channel[:, None, :], state, mask=exists)
+            _put(chunk_ptr, to * channels + channel[:, None, :], state, state_im, exists, COMPLEX)
         u = tl.load(u_ptr + at, mask=inside, other=0.0).to(wide)
         step = _step_size(tl.load(delta_ptr + at, mask=inside, other=0.0).to(wide), bias, HAS_BIAS, SOFTPLUS)
         step = tl.where(inside, step, 0.0)
         vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
         some = (n < states)[:, None] & (time < end)[None, :]
-        enters = unstack4(tl.load(B_ptr + vector_at, mask=some, other=0.0).to(wide), N)
-        leaves = unstack4(tl.load(C_ptr + vector_at, mask=some, other=0.0).to(wide), N)
+        if not CONSTANT_B:
+            enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
+            enters = unstack4(enters_re.to(wide), N)
+            enters_im = unstack4(enters_at_once.to(wide), N)
+        if not CONSTANT_C:
+            leaves_re, leaves_at_once = _get(C_ptr, vector_at, some, COMPLEX)
+            leaves = unstack4(leaves_re.to(wide), N)
+            leaves_im = unstack4(leaves_at_once.to(wide), N)
         steps = unstack4(step, K * R)
         tokens = unstack4(step * u, K * R)
         ys = ()
         for j in tl.static_range(STEPS):
             token = tl.reshape(tokens[j], (K, R))
-            state = _advance(state, tl.reshape(steps[j], (K, R)), token, A, enters[j], lower, upper, HAS_CLAMP)
-            read = state * leaves[j][None, :, None]
-            if not FULL:
-                read = tl.where(exists, read, 0.0)  # what lies beside may be 0 * inf
+            enter = always_enter if CONSTANT_B else enters[j][None, :, None]
+            enter_im = always_enter_im if CONSTANT_B else enters_im[j][None, :, None]
+            leave = always_leave if CONSTANT_C else leaves[j][None, :, None]
+            leave_im = always_leave_im if CONSTANT_C else leaves_im[j][None, :, None]
+            step_here = tl.reshape(steps[j], (K, R))
+            free, free_im = _advance(state, state_im, step_here, token, A, A_im, enter, enter_im, COMPLEX)
+            state, state_im = _bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
+            # The real part of a product, not of one with a conjugate.
+            read = _inner(state, -state_im, leave, leave_im, COMPLEX)
+            read, _ = _masked(read, read, exists, FULL, COMPLEX)
             ys = ys + (tl.reshape(tl.sum(read, 1), (K * R,)),)
         y = stack4(ys[0], ys[1], ys[2], ys[3], K * R)
+        if COMPLEX:
+            y *= 2.0
         if HAS_D:
             y += skip[:, None] * u
         if HAS_Z:
             z = tl.load(z_ptr + at, mask=inside, other=0.0).to(wide)
-            y *= z * _sigmoid(z)
+            y *= z * sigmoid(z)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
     if segment == segments - 1:
-        tl.store(last_ptr + item * channels * states + by_state, state, mask=exists)
+        _put(last_ptr, item * channels * states + by_state, state, state_im, exists, COMPLEX)
 
 
 @triton.jit
@@ -253,7 +357,7 @@ def selective_scan_bwd_kernel(
     du_ptr,
     ddelta_ptr,
     dA_ptr,  # (item, segment, channel, state)
-    dB_ptr,  # (item, group, tile, state, step)
+    dB_ptr,  # (item, group, tile, state, step); like dA if B is constant
     dC_ptr,
     dD_ptr,  # (item, segment, channel)
     dz_ptr,
@@ -277,6 +381,9 @@ def selective_scan_bwd_kernel(
     HAS_CLAMP: tl.constexpr,
     HAS_CARRY: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    COMPLEX: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
     FULL: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -288,24 +395,36 @@ def selective_scan_bwd_kernel(
     channel = tl.reshape(row, (K, R))
     exists = tl.reshape(real, (K, R))[:, None, :] & (n < states)[None, :, None]
     by_state = channel[:, None, :] * states + n[None, :, None]
-    A = tl.load(A_ptr + by_state, mask=exists, other=0.0)
-    lower = tl.load(lower_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP else 0.0
+    A, A_im = _get(A_ptr, by_state, exists, COMPLEX)
+    if CONSTANT_B:
+        always_enter, always_enter_im = _get(B_ptr, by_state, exists, COMPLEX)
+    if CONSTANT_C:
+        always_leave, always_leave_im = _get(C_ptr, by_state, exists, COMPLEX)
+    lower = tl.load(lower_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP and not COMPLEX else 0.0
     upper = tl.load(upper_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP else 0.0
     bias = tl.load(bias_ptr + row, mask=real, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D_ptr + row, mask=real, other=0.0) if HAS_D else 0.0
     if HAS_CARRY:
-        source = carry_ptr + item * carry_item + segment.to(tl.int64) * carry_segment
+        source = item * carry_item + segment.to(tl.int64) * carry_segment
         source += n[None, :, None].to(tl.int64) * carry_n + channel[:, None, :].to(tl.int64) * carry_channel
-        carry = tl.load(source, mask=exists, other=0.0)
+        carry, carry_im = _get(carry_ptr, source, exists, COMPLEX)
     else:
         carry = tl.zeros((K, N, R), wide)
+        carry_im = tl.zeros((K, N, R), wide)
     by_rate = tl.zeros((K, N, R), wide)
+    by_rate_im = tl.zeros((K, N, R), wide)
+    by_enter = tl.zeros((K, N, R), wide)
+    by_enter_im = tl.zeros((K, N, R), wide)
+    by_leave = tl.zeros((K, N, R), wide)
+    by_leave_im = tl.zeros((K, N, R), wide)
     by_skip = tl.zeros((K * R, STEPS), wide)
     by_bias = tl.zeros((K * R, STEPS), wide)
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * tl.cdiv(tl.minimum(chunk, length), STEPS) * (K * N * R)
-    scratch += (tl.arange(0, K)[:, None, None] * N + n[None, :, None]) * R + tl.arange(0, R)[None, None, :]
+    TILE: tl.constexpr = K * N * R * (2 if COMPLEX else 1)
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * tl.cdiv(tl.minimum(chunk, length), STEPS) * TILE
+    place = (tl.arange(0, K)[:, None, None] * N + n[None, :, None]) * R + tl.arange(0, R)[None, None, :]
+    everywhere = place >= 0
 
     # Addresses that are hoisted out of these loops would be spilled.
     for back in tl.range(0, tl.cdiv(end - begin, chunk), disable_licm=True):
@@ -313,8 +432,8 @@ def selective_scan_bwd_kernel(
         chunk_end = tl.minimum(chunk_begin + chunk, end)
         blocks = tl.cdiv(chunk_end - chunk_begin, STEPS)
         saved = (item * tl.cdiv(length, chunk) + chunk_begin // chunk) * states + n[None, :, None]
-        state = tl.load(chunk_ptr + saved * channels + channel[:, None, :], mask=exists, other=0.0)
-        tl.store(scratch, state)
+        state, state_im = _get(chunk_ptr, saved * channels + channel[:, None, :], exists, COMPLEX)
+        _put(scratch, place, state, state_im, everywhere, COMPLEX)
         for i in tl.range(0, blocks - 1, disable_licm=True):
             time = chunk_begin + i * STEPS + tl.arange(0, STEPS)
             at = (item * channels + row[:, None]) * length + time[None, :]
@@ -322,16 +441,25 @@ def selective_scan_bwd_kernel(
             delta = tl.load(delta_ptr + at, mask=real[:, None], other=0.0).to(wide)
             step = _step_size(delta, bias, HAS_BIAS, SOFTPLUS)
             vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
-            enters = unstack4(tl.load(B_ptr + vector_at, mask=(n < states)[:, None], other=0.0).to(wide), N)
+            some = (n < states)[:, None] & (time < length)[None, :]
+            if not CONSTANT_B:
+                enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
+                enters = unstack4(enters_re.to(wide), N)
+                enters_im = unstack4(enters_at_once.to(wide), N)
             steps = unstack4(step, K * R)
             tokens = unstack4(step * u, K * R)
             for j in tl.static_range(STEPS):
                 token = tl.reshape(tokens[j], (K, R))
-                state = _advance(state, tl.reshape(steps[j], (K, R)), token, A, enters[j], lower, upper, HAS_CLAMP)
-            tl.store(scratch + (i + 1) * (K * N * R), state)
+                enter = always_enter if CONSTANT_B else enters[j][None, :, None]
+                enter_im = always_enter_im if CONSTANT_B else enters_im[j][None, :, None]
+                step_here = tl.reshape(steps[j], (K, R))
+                free, free_im = _advance(state, state_im, step_here, token, A, A_im, enter, enter_im, COMPLEX)
+                state, state_im = _bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
+            _put(scratch + (i + 1) * TILE, place, state, state_im, everywhere, COMPLEX)
         tl.debug_barrier()  # what one lane has stored another may load
 
         rate_of_chunk = tl.zeros((K, N, R), wide)
+        rate_of_chunk_im = tl.zeros((K, N, R), wide)
         for i in tl.range(0, blocks, disable_licm=True):
             block = blocks - 1 - i
             time = chunk_begin + block * STEPS + tl.arange(0, STEPS)
@@ -344,56 +472,89 @@ def selective_scan_bwd_kernel(
             reading = dy
             if HAS_Z:
                 z = tl.load(z_ptr + at, mask=inside, other=0.0).to(wide)
-                reading = dy * (z * _sigmoid(z))
+                reading = dy * (z * sigmoid(z))
             vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
             some = (n < states)[:, None] & (time < chunk_end)[None, :]
-            enters = unstack4(tl.load(B_ptr + vector_at, mask=some, other=0.0).to(wide), N)
-            leaves = unstack4(tl.load(C_ptr + vector_at, mask=some, other=0.0).to(wide), N)
+            if not CONSTANT_B:
+                enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
+                enters = unstack4(enters_re.to(wide), N)
+                enters_im = unstack4(enters_at_once.to(wide), N)
+            if not CONSTANT_C:
+                leaves_re, leaves_at_once = _get(C_ptr, vector_at, some, COMPLEX)
+                leaves = unstack4(leaves_re.to(wide), N)
+                leaves_im = unstack4(leaves_at_once.to(wide), N)
             steps = unstack4(step, K * R)
             tokens = unstack4(step * u, K * R)
             readings = unstack4(reading, K * R)
-            # What lies beside the tile's own states may become 0 * inf, and must not get into their sums.
-            state = tl.load(scratch + block * (K * N * R), mask=exists, other=0.0)
+            state, state_im = _get(scratch + block * TILE, place, exists, COMPLEX)
             trail = (state,)  # unclamped, but for the first
+            trail_im = (state_im,)
             for j in tl.static_range(STEPS):
                 token = tl.reshape(tokens[j], (K, R))
-                free = _advance(state, tl.reshape(steps[j], (K, R)), token, A, enters[j], A, A, HAS_CLAMP=False)
-                if not FULL:
-                    free = tl.where(exists, free, 0.0)
-                state = clamped(free, lower, upper) if HAS_CLAMP else free
+                enter = always_enter if CONSTANT_B else enters[j][None, :, None]
+                enter_im = always_enter_im if CONSTANT_B else enters_im[j][None, :, None]
+                step_here = tl.reshape(steps[j], (K, R))
+                free, free_im = _advance(state, state_im, step_here, token, A, A_im, enter, enter_im, COMPLEX)
+                free, free_im = _masked(free, free_im, exists, FULL, COMPLEX)
+                state, state_im = _bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
                 trail = trail + (free,)
+                trail_im = trail_im + (free_im,)
             ys = ()
             by_tokens = ()
             by_exponents = ()
             by_enters = ()
+            by_enters_im = ()
             by_leaves = ()
+            by_leaves_im = ()
             for j in tl.static_range(STEPS - 1, -1, -1):
+                enter = always_enter if CONSTANT_B else enters[j][None, :, None]
+                enter_im = always_enter_im if CONSTANT_B else enters_im[j][None, :, None]
+                leave = always_leave if CONSTANT_C else leaves[j][None, :, None]
+                leave_im = always_leave_im if CONSTANT_C else leaves_im[j][None, :, None]
                 before = trail[j]
-                after = trail[j + 1]
+                before_im = trail_im[j]
+                after, after_im = _bounded(trail[j + 1], trail_im[j + 1], lower, upper, HAS_CLAMP, COMPLEX)
                 read = tl.reshape(readings[j], (K, R))[:, None, :]
-                grad = carry + read * leaves[j][None, :, None]
+                if COMPLEX:
+                    read *= 2.0
+                grad = carry + read * leave
+                grad_im = carry_im - read * leave_im
                 if HAS_CLAMP:
                     if j > 0:
-                        before = clamped(before, lower, upper)
-                    bounded = clamped(after, lower, upper)
-                    grad = tl.where(bounded == after, grad, 0.0)
-                    after = bounded
-                if not FULL:
-                    grad = tl.where(exists, grad, 0.0)
+                        before, before_im = _bounded(before, before_im, lower, upper, HAS_CLAMP, COMPLEX)
+                    grad, grad_im = _through_clamp(grad, grad_im, trail[j + 1], trail_im[j + 1], lower, upper, COMPLEX)
+                grad, grad_im = _masked(grad, grad_im, exists, FULL, COMPLEX)
                 size = tl.reshape(steps[j], (K, R))[:, None, :]
-                carry = tl.exp(size * A) * grad
-                exponent = carry * before
+                decay, decay_im = _decay(size, A, A_im, COMPLEX)
+                carry = _inner(grad, grad_im, decay, decay_im, COMPLEX)
+                if COMPLEX:
+                    carry_im = decay * grad_im - decay_im * grad
+                    exponent_im = carry_im * before - carry * before_im
+                    rate_of_chunk_im += size * exponent_im
+                else:
+                    exponent_im = carry
+                exponent = _inner(carry, carry_im, before, before_im, COMPLEX)
                 rate_of_chunk += size * exponent
-                by_token = tl.sum(grad * enters[j][None, :, None], 1)
+                by_token = tl.sum(_inner(grad, grad_im, enter, enter_im, COMPLEX), 1)
                 by_tokens = (tl.reshape(by_token, (K * R,)),) + by_tokens
-                by_exponents = (tl.reshape(tl.sum(exponent * A, 1), (K * R,)),) + by_exponents
-                token = tl.reshape(tokens[j], (K, R))
-                by_enters = (tl.sum(tl.sum(grad * token[:, None, :], 0), 1),) + by_enters
-                by_leaves = (tl.sum(tl.sum(read * after, 0), 1),) + by_leaves
+                by_exponent = tl.sum(_inner(exponent, exponent_im, A, A_im, COMPLEX), 1)
+                by_exponents = (tl.reshape(by_exponent, (K * R,)),) + by_exponents
+                token = tl.reshape(tokens[j], (K, R))[:, None, :]
+                if CONSTANT_B:
+                    by_enter += grad * token
+                    by_enter_im += grad_im * token
+                else:
+                    by_enters = (tl.sum(tl.sum(grad * token, 0), 1),) + by_enters
+                    by_enters_im = (tl.sum(tl.sum(grad_im * token, 0), 1),) + by_enters_im
+                if CONSTANT_C:
+                    by_leave += read * after
+                    by_leave_im -= read * after_im
+                else:
+                    by_leaves = (tl.sum(tl.sum(read * after, 0), 1),) + by_leaves
+                    by_leaves_im = (-tl.sum(tl.sum(read * after_im, 0), 1),) + by_leaves_im
                 if HAS_Z:
-                    y = after * leaves[j][None, :, None]
-                    if not FULL:
-                        y = tl.where(exists, y, 0.0)
+                    y = _inner(after, -after_im, leave, leave_im, COMPLEX)
+                    y, _ = _masked(y, y, exists, FULL, COMPLEX)
                     ys = (tl.reshape(tl.sum(y, 1), (K * R,)),) + ys
             by_token = stack4(by_tokens[0], by_tokens[1], by_tokens[2], by_tokens[3], K * R)
             by_step = stack4(by_exponents[0], by_exponents[1], by_exponents[2], by_exponents[3], K * R) + u * by_token
@@ -403,29 +564,42 @@ def selective_scan_bwd_kernel(
             tl.store(du_ptr + at, by_u.to(du_ptr.dtype.element_ty), mask=inside)
             if HAS_Z:
                 y = stack4(ys[0], ys[1], ys[2], ys[3], K * R)
+                if COMPLEX:
+                    y *= 2.0
                 if HAS_D:
                     y += skip[:, None] * u
-                sigmoid = _sigmoid(z)
-                dz = dy * y * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+                open_share = sigmoid(z)
+                dz = dy * y * (open_share * (1.0 + z * (1.0 - open_share)))
                 tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
             if SOFTPLUS:
-                by_step *= _sigmoid(delta + bias[:, None]) if HAS_BIAS else _sigmoid(delta)
+                by_step *= sigmoid(delta + bias[:, None]) if HAS_BIAS else sigmoid(delta)
             by_step = tl.where(inside, by_step, 0.0)
             tl.store(ddelta_ptr + at, by_step.to(ddelta_ptr.dtype.element_ty), mask=inside)
             by_bias += by_step
             by_skip += reading * u
             parts = (((item * groups + group) * tiles + tile) * states + n[:, None]) * length + time[None, :]
-            tl.store(dB_ptr + parts, stack4(by_enters[0], by_enters[1], by_enters[2], by_enters[3], N), mask=some)
-            tl.store(dC_ptr + parts, stack4(by_leaves[0], by_leaves[1], by_leaves[2], by_leaves[3], N), mask=some)
+            if not CONSTANT_B:
+                by_B = stack4(by_enters[0], by_enters[1], by_enters[2], by_enters[3], N)
+                by_B_im = stack4(by_enters_im[0], by_enters_im[1], by_enters_im[2], by_enters_im[3], N)
+                _put(dB_ptr, parts, by_B, by_B_im, some, COMPLEX)
+            if not CONSTANT_C:
+                by_C = stack4(by_leaves[0], by_leaves[1], by_leaves[2], by_leaves[3], N)
+                by_C_im = stack4(by_leaves_im[0], by_leaves_im[1], by_leaves_im[2], by_leaves_im[3], N)
+                _put(dC_ptr, parts, by_C, by_C_im, some, COMPLEX)
         by_rate += rate_of_chunk
+        by_rate_im += rate_of_chunk_im
         tl.debug_barrier()  # the next chunk overwrites the scratch memory
 
     part = (item * segments + segment) * channels
-    tl.store(dA_ptr + part * states + by_state, by_rate, mask=exists)
+    _put(dA_ptr, part * states + by_state, by_rate, by_rate_im, exists, COMPLEX)
+    if CONSTANT_B:
+        _put(dB_ptr, part * states + by_state, by_enter, by_enter_im, exists, COMPLEX)
+    if CONSTANT_C:
+        _put(dC_ptr, part * states + by_state, by_leave, by_leave_im, exists, COMPLEX)
     tl.store(dD_ptr + part + row, tl.sum(by_skip, 1), mask=real)
     tl.store(dbias_ptr + part + row, tl.sum(by_bias, 1), mask=real)
     if segment == 0:
-        tl.store(dstart_ptr + item * channels * states + by_state, carry, mask=exists)
+        _put(dstart_ptr, item * channels * states + by_state, carry, carry_im, exists, COMPLEX)
 
 
 # ---- kernel launchers ---------------------------------------------------------------------------------------------
@@ -448,11 +622,21 @@ class _Plan:
     segment_length: int
 
     @staticmethod
-    def of(u: Tensor, A: Tensor, B: Tensor, tiles: dict[str, dict[int, int]], unit: int, *, cut: bool) -> _Plan:
+    def of(
+        u: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        upper: Tensor | None,
+        tiles: dict[str, dict[int, int]],
+        unit: int,
+    ) -> _Plan:
         """`unit`: segments are a multiple of it."""
         batch, channels, length = u.shape
-        groups, states = B.shape[1], A.shape[1]
+        groups = next((M.shape[1] for M in (B, C) if M.dim() == 4), 1)
+        states = A.shape[1]
         tile = tiles[u.device.type][A.element_size()]
+        cut = upper is None and not A.is_complex() and B.dim() == C.dim() == 4
         N = triton.next_power_of_2(max(states, 1))
         R = max(1, min(_LANE_CHANNELS, tile // N))
         K = max(1, min(tile // (N * R), triton.next_power_of_2(triton.cdiv(channels // groups, R))))
@@ -527,7 +711,14 @@ class _Plan:
 
 def _finite(A: Tensor) -> Tensor:
     """-inf becomes the least finite rate, whose decay is 0 too: the steps beyond the end are 0, and 0 * -inf is NaN."""
+    if A.is_complex():
+        return torch.complex(_finite(A.real), A.imag)
     return A.clamp(min=torch.finfo(A.dtype).min)
+
+
+def _parts(tensor: Tensor) -> Tensor:
+    """Complex numbers as two neighbours."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def selective_scan_fwd(
@@ -552,23 +743,17 @@ def selective_scan_fwd(
         last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
         return
     A = _finite(A)
-    plan = _Plan.of(u, A, B, _FORWARD_TILE, _SHORTEST_SEGMENT, cut=lower is None)
+    plan = _Plan.of(u, A, B, C, upper, _FORWARD_TILE, _SHORTEST_SEGMENT)
     start = plan.boundaries(u, delta, A, B, None, delta_bias, initial_state, softplus=delta_softplus, reverse=False)
     selective_scan_fwd_kernel[(plan.programs,)](
         u,
         delta,
-        A,
-        B,
-        C,
-        A if D is None else D,
-        u if z is None else z,
-        A if delta_bias is None else delta_bias,
-        A if lower is None else lower,
-        A if upper is None else upper,
-        A if start is None else start,
+        *(_parts(tensor) for tensor in (A, B, C)),
+        *(u if tensor is None else tensor for tensor in (D, z, delta_bias, lower, upper)),
+        _parts(A if start is None else start),
         y,
-        last_state,
-        chunk_states,
+        _parts(last_state),
+        _parts(chunk_states),
         *plan.sizes,
         chunk,
         *plan.cut,
@@ -576,9 +761,12 @@ def selective_scan_fwd(
         HAS_D=D is not None,
         HAS_Z=z is not None,
         HAS_BIAS=delta_bias is not None,
-        HAS_CLAMP=lower is not None,
+        HAS_CLAMP=upper is not None,
         HAS_START=start is not None,
         SOFTPLUS=delta_softplus,
+        COMPLEX=A.is_complex(),
+        CONSTANT_B=B.dim() == 2,
+        CONSTANT_C=C.dim() == 2,
         FULL=plan.full,
         **plan.constants,
     )
@@ -616,38 +804,31 @@ def selective_scan_bwd(
         grad_initial_state.zero_() if grad_last_state is None else grad_initial_state.copy_(grad_last_state)
         return
     A = _finite(A)
-    plan = _Plan.of(u, A, B, _BACKWARD_TILE, chunk, cut=lower is None)
+    plan = _Plan.of(u, A, B, C, upper, _BACKWARD_TILE, chunk)
     carry = plan.boundaries(grad_y, delta, A, C, z, delta_bias, grad_last_state, softplus=delta_softplus, reverse=True)
     channel_parts = (plan.batch, plan.segments, plan.channels)
+    state_parts = (*channel_parts, plan.states)
     vector_parts = (plan.batch, plan.groups, plan.tiles, plan.states, plan.length)
-    A_parts = A.new_empty((*channel_parts, plan.states))
-    B_parts, C_parts = (A.new_empty(vector_parts) for _ in range(2))
-    D_parts, bias_parts = (A.new_empty(channel_parts) for _ in range(2))
+    A_parts = A.new_empty(state_parts)
+    B_parts, C_parts = (A.new_empty(state_parts if M.dim() == 2 else vector_parts) for M in (B, C))
+    D_parts, bias_parts = (grad_D.new_empty(channel_parts) for _ in range(2))
     kept = triton.cdiv(min(chunk, plan.length), STEPS.value)
     selective_scan_bwd_kernel[(plan.programs,)](
         grad_y,
         u,
         delta,
-        A,
-        B,
-        C,
-        A if D is None else D,
-        u if z is None else z,
-        A if delta_bias is None else delta_bias,
-        A if lower is None else lower,
-        A if upper is None else upper,
-        chunk_states,
-        A if carry is None else carry,
-        A.new_empty((plan.programs, kept, plan.K, plan.N, plan.R)),
+        *(_parts(tensor) for tensor in (A, B, C)),
+        *(u if tensor is None else tensor for tensor in (D, z, delta_bias, lower, upper)),
+        _parts(chunk_states),
+        _parts(A if carry is None else carry),
+        _parts(A.new_empty((plan.programs, kept, plan.K, plan.N, plan.R))),
         grad_u,
         grad_delta,
-        A_parts,
-        B_parts,
-        C_parts,
+        *(_parts(tensor) for tensor in (A_parts, B_parts, C_parts)),
         D_parts,
         grad_z,
         bias_parts,
-        grad_initial_state,
+        _parts(grad_initial_state),
         *plan.sizes,
         chunk,
         *plan.cut,
@@ -655,14 +836,18 @@ def selective_scan_bwd(
         HAS_D=D is not None,
         HAS_Z=z is not None,
         HAS_BIAS=delta_bias is not None,
-        HAS_CLAMP=lower is not None,
+        HAS_CLAMP=upper is not None,
         HAS_CARRY=carry is not None,
         SOFTPLUS=delta_softplus,
+        COMPLEX=A.is_complex(),
+        CONSTANT_B=B.dim() == 2,
+        CONSTANT_C=C.dim() == 2,
         FULL=plan.full,
+        maxnreg=ALL_REGISTERS,
         **plan.constants,
     )
     grad_A.copy_(A_parts.sum((0, 1)))
-    grad_B.copy_(B_parts.sum(2))
-    grad_C.copy_(C_parts.sum(2))
+    for grad, parts in ((grad_B, B_parts), (grad_C, C_parts)):
+        grad.copy_(parts.sum((0, 1) if grad.dim() == 2 else 2))
     grad_D.copy_(D_parts.sum((0, 1)))
     grad_delta_bias.copy_(bias_parts.sum((0, 1)))

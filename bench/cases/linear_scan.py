@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import stablekern
+from bench import baselines
 from bench.cases import Case
 from stablekern.ops import linear_scan as spine
 
@@ -49,6 +50,7 @@ def _case(
 
 
 _WIDE, _LONG = (8, 1024, 960), (2, 64, 65536)
+_SHORT = (8, 1024, 16)  # 32 steps of it compile for 40 s, and time grows with the length
 _LOOP = "sequential torch loop over views"
 # The clamp's price: the same call without it is the baseline, so the ratio is at least 1 / 1.12 where few states
 # saturate. At 5 it is 3 in 10 000; at 1 it is four in ten, which read their tokens again in the backward pass.
@@ -58,6 +60,7 @@ _CLAMP_GATES = {"fwd": 1 / 1.12, "fwd+bwd": 1 / 1.12}
 CASES = (
     _case(_WIDE, torch.float32, "mambapy pscan", _pscan),
     _case(_WIDE, torch.float32, _LOOP, spine.reference),
+    _case(_SHORT, torch.float32, "torch.compile of the sequential loop", baselines.compiled(spine.reference)),
     _case(_WIDE, torch.float32, _FREE, stablekern.linear_scan, clamp=5.0, gates=_CLAMP_GATES),
     _case(_WIDE, torch.float32, _FREE, stablekern.linear_scan, clamp=1.0),
     _case(_WIDE, torch.complex64, "mambapy pscan", _pscan),

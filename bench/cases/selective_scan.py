@@ -49,6 +49,8 @@ def _case(
 
 
 _STREAM, _SMALL, _MODEL = (8, 128, 960, 16), (2, 128, 960, 16), (1, 1536, 1024, 16)
+_SHORT = (8, 128, 16, 16)  # 32 steps of it compile for 40 s, and time grows with the length
+_COMPILED = "torch.compile of the sequential loop"
 _PSCAN = "mambapy's parallel scan (MambaBlock.selective_scan)"
 _LOOP = "sequential torch loop over views unbound beforehand"
 _SLOW = "transformers' mamba_selective_scan, its loop"
@@ -61,6 +63,7 @@ CASES = (
     _case(_STREAM, _FREE, stablekern.selective_scan, _PRICE, clamp=2.0),
     _case(_SMALL, _PSCAN, baselines.selective_scan_pscan, {}),
     _case(_SMALL, _LOOP, spine.reference, {}),
+    _case(_SHORT, _COMPILED, baselines.compiled(spine.reference), {}),
     _case(_SMALL, _SLOW, baselines.selective_scan_transformers, {}),
     _case(_MODEL, _PSCAN, baselines.selective_scan_pscan, {}),
 )

@@ -28,8 +28,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;  // elements of one piece of work, a multiple of kTile
-constexpr int kAhead = 4;          // tiles
-constexpr int kLine = 64;          // bytes of a cache line
 constexpr int kQuietTile = 256;    // elements at a time where no normals are drawn
 
 // As stablekern/optim/complex_adamw.py numbers them.
@@ -198,11 +196,6 @@ void round_to(const float* from, S* to, int count) {
   for (int i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
 }
 
-template <bool kWritten>
-SK_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(p) + at, kWritten);
-}
-
 template <class T, Kind kKind>
 void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
   constexpr int width = kKind == Kind::kReal ? 1 : 2;  // normals per element
@@ -216,18 +209,6 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
     if (draws) {
       const int64_t first = (unit.offset + e) * width, tile = first / kTile;
       stop = std::min(end, (tile + 1) * (kTile / width) - unit.offset);
-      // Drawing touches no memory for long enough that the hardware forgets the streams: ask for what comes after.
-      constexpr int64_t elements = kTile / width;
-      const int64_t next = stop + kAhead * elements;
-      if (next + elements <= end) {
-        constexpr int64_t bytes = elements * sizeof(T);
-        for (int part = 0; part < unit.members; ++part) {
-          prefetch<true>(static_cast<T*>(unit.value[part]) + next * step, bytes * step);
-          prefetch<false>(static_cast<const T*>(unit.grad[part]) + next * step, bytes * step);
-          prefetch<true>(static_cast<T*>(unit.exp_avg[part]) + next * step, bytes * step);
-        }
-        prefetch<true>(static_cast<T*>(unit.square) + next, bytes);
-      }
       draw_tile(tile, unit.stream, drawn);
       normals = drawn + (first - tile * kTile);
     } else if (rule.noisy) {

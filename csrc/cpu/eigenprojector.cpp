@@ -82,17 +82,17 @@ void outer_products(const T* rows, int count, int n, bool complement, T* out) {
     for (int i = 0; i < n; ++i) out[i * n + i] += 1;
 }
 
-template <class T, int N, int Blocks>
-void store_projectors(Workspace<T, N, Blocks>& w, int block, const Cut& cut, int64_t item, int count,
+template <class T, int Blocks>
+void store_projectors(Workspace<T, Blocks>& w, int block, const Cut& cut, int64_t item, int count,
                       bool past_caches, const Projectors<T>& out) {
   constexpr int lanes = kLanes<T>;
   const int n = cut.n, size = n * n;
-  alignas(64) typename VecTypes<T>::integer rank[Workspace<T, N, Blocks>::kN][lanes];
+  alignas(64) typename VecTypes<T>::integer rank[Workspace<T, Blocks>::kN][lanes];
   T* values = out.values + item * n;
-  const Vec<T> poison = store_values<T, N, Blocks>(w, w.d, block, n, count, rank, values, out.info + item);
+  const Vec<T> poison = store_values<T, Blocks>(w, w.d, block, n, count, rank, values, out.info + item);
   std::fill_n(out.reduced + item, count, 0);
   T* rows = reinterpret_cast<T*>(w.staging);
-  store_vectors<T, N, Blocks>(w, block, n, rank, poison, [=](int lane, int row) { return rows + (lane * n + row) * n; });
+  store_vectors<T, Blocks>(w, block, n, rank, poison, [=](int lane, int row) { return rows + (lane * n + row) * n; });
   for (int lane = 0; lane < count; ++lane) {
     out.gap[item + lane] = values[lane * n];  // NaN for the items that failed
     T* projector = out.projector + (item + lane) * size;
@@ -105,20 +105,19 @@ void store_projectors(Workspace<T, N, Blocks>& w, int block, const Cut& cut, int
   copy_out(rows, static_cast<int64_t>(count) * size, past_caches, out.rows + item * size);
 }
 
-template <class T, int N>
+template <class T>
 void project_lanes(const T* matrices, int64_t batch, const Cut& cut, const Projectors<T>& out) {
   const int n = cut.n;
   const int64_t size = static_cast<int64_t>(n) * n;
   const bool past_caches = batch * size * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto load_lanes = [&](auto& w, int block, int64_t item, int count) {
     load_triangles(w, block, matrices + item * size, n, count, false);
-    // The next block comes from memory while this one is reduced.
-    prefetch_items(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
+    w.upcoming.aim(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };
   const auto store_lanes = [&](auto& w, int block, int64_t item, int count) {
     store_projectors(w, block, cut, item, count, past_caches, out);
   };
-  solve_lanes<T, N, true>(batch, n, load_lanes, store_lanes);
+  solve_lanes<T, true>(batch, n, load_lanes, store_lanes);
 }
 
 template <class T>
@@ -478,8 +477,7 @@ void eigenprojector_fwd(const Tensor A, int64_t k, bool largest, double gap_floo
                             data(eigenvector_rows, S{}), data(info, int32_t{}), data(reduced, int32_t{})};
     const auto* from = static_cast<const S*>(A.const_data_ptr());
     if constexpr (!kComplex<S>) {
-      if (n == kElectrodes) return project_lanes<S, kElectrodes>(from, batch, cut, out);
-      if (n <= kMaxN) return project_lanes<S, 0>(from, batch, cut, out);
+      if (n <= kMaxN) return project_lanes<S>(from, batch, cut, out);
     }
     project_large(from, batch, cut, out);
   });

@@ -21,22 +21,22 @@ namespace {
 
 using torch::stable::Tensor;
 
-template <class S, int N, int Blocks, bool Vectors, class T = RealOf<S>>
-void store_block(Workspace<S, N, Blocks>& w, int block, int n, int count, bool past_caches, T* eigenvalues,
+template <class S, int Blocks, bool Vectors, class T = RealOf<S>>
+void store_block(Workspace<S, Blocks>& w, int block, int n, int count, bool past_caches, T* eigenvalues,
                  T* eigenvectors, int32_t* info) {
-  alignas(64) typename VecTypes<T>::integer rank[Workspace<S, N, Blocks>::kN][kLanes<T>];
+  alignas(64) typename VecTypes<T>::integer rank[Workspace<S, Blocks>::kN][kLanes<T>];
   const Vec<T>(*values)[Blocks] = Vectors ? w.d : w.values;
-  const Vec<T> poison = store_values<S, N, Blocks>(w, values, block, n, count, rank, eigenvalues, info);
+  const Vec<T> poison = store_values<S, Blocks>(w, values, block, n, count, rank, eigenvalues, info);
   if constexpr (Vectors) {
     T* matrices = reinterpret_cast<T*>(w.staging);
     const int length = kParts<S> * n;
     const auto place = [=](int lane, int row) { return matrices + (lane * n + row) * length; };
-    store_vectors<S, N, Blocks>(w, block, n, rank, poison, place);
+    store_vectors<S, Blocks>(w, block, n, rank, poison, place);
     copy_out(matrices, static_cast<int64_t>(count) * n * length, past_caches, eigenvectors);
   }
 }
 
-template <class S, int N, bool Vectors, class T = RealOf<S>>
+template <class S, bool Vectors, class T = RealOf<S>>
 void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, int sweeps, T* eigenvalues, T* eigenvectors,
                     int32_t* info) {
   const int64_t size = static_cast<int64_t>(kParts<S>) * n * n;
@@ -45,30 +45,30 @@ void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, int swe
     load_triangles(w, block, matrices + item * size, n, count, upper);
     w.upcoming.aim(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };
-  const auto store_lanes = [&]<int Blocks>(Workspace<S, N, Blocks>& w, int block, int64_t item, int count) {
+  const auto store_lanes = [&]<int Blocks>(Workspace<S, Blocks>& w, int block, int64_t item, int count) {
     T* vectors = Vectors ? eigenvectors + item * size : nullptr;
-    store_block<S, N, Blocks, Vectors>(w, block, n, count, past_caches, eigenvalues + item * n, vectors, info + item);
+    store_block<S, Blocks, Vectors>(w, block, n, count, past_caches, eigenvalues + item * n, vectors, info + item);
   };
-  solve_lanes<S, N, Vectors>(batch, n, load_lanes, store_lanes, sweeps);
+  solve_lanes<S, Vectors>(batch, n, load_lanes, store_lanes, sweeps);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-template <class S, int N>
+template <class S>
 struct alignas(64) BackwardWorkspace {
-  static constexpr int kN = N > 0 ? N : kMaxN;
+  static constexpr int kN = kMaxN;
   Element<S> vectors[kN * kN], gradient[kN * kN], middle[kN * kN];
   Vec<RealOf<S>> values[kN], value_gradient[kN];
 };
 
-template <class S, int N, class T = RealOf<S>>
+template <class S, class T = RealOf<S>>
 void backward(const T* eigenvalues, const T* eigenvectors, const T* grad_values, const T* grad_vectors, int64_t batch,
-              int runtime_n, const GapRule& rule, T* grad_matrices) {
+              int n, const GapRule& rule, T* grad_matrices) {
   constexpr int lanes = kLanes<T>;
-  const bool past_caches = batch * runtime_n * runtime_n * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
+  const bool past_caches = batch * n * n * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-    const int n = N > 0 ? N : runtime_n, size = kParts<S> * n * n;
-    auto& w = workspace<BackwardWorkspace<S, N>>();
+    const int size = kParts<S> * n * n;
+    auto& w = workspace<BackwardWorkspace<S>>();
     for (int64_t item = begin * lanes; item < batch && item < end * lanes; item += lanes) {
       const int count = static_cast<int>(std::min<int64_t>(batch - item, lanes));
       const int64_t next = (item + count) * size, next_length = std::min<int64_t>(batch - item - count, lanes) * size;
@@ -117,7 +117,7 @@ void solve_tensor(const Tensor& A, bool upper, int sweeps, const Tensor& eigenva
     T* vectors = eigenvectors ? static_cast<T*>(eigenvectors->mutable_data_ptr()) : nullptr;
     auto* values = static_cast<T*>(eigenvalues.mutable_data_ptr());
     auto* flags = static_cast<int32_t*>(info.mutable_data_ptr());
-    if (n <= kMaxN) return solve_matrices<S, 0, Vectors>(data<T>(A), batch, n, upper, sweeps, values, vectors, flags);
+    if (n <= kMaxN) return solve_matrices<S, Vectors>(data<T>(A), batch, n, upper, sweeps, values, vectors, flags);
     STD_TORCH_CHECK(Vectors, "eigvalsh: n must be at most ", kMaxN);
     solve_large(data<S>(A), batch, n, upper, values, reinterpret_cast<S*>(vectors), flags);
   });
@@ -147,7 +147,7 @@ void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional
   dispatch(eigenvectors, [&]<class S>(S) {
     using T = RealOf<S>;
     if (n <= kMaxN)
-      backward<S, 0>(data<T>(eigenvalues), data<T>(eigenvectors), data<T>(grad_eigenvalues), data<T>(grad_eigenvectors),
+      backward<S>(data<T>(eigenvalues), data<T>(eigenvectors), data<T>(grad_eigenvalues), data<T>(grad_eigenvectors),
                      batch, n, rule, static_cast<T*>(grad_A.mutable_data_ptr()));
     else
       backward_large(data<T>(eigenvalues), data<S>(eigenvectors), data<T>(grad_eigenvalues), data<S>(grad_eigenvectors),

@@ -1,9 +1,12 @@
 // Focal loss: loss and, in the same pass, its derivatives. One exponential and one logarithm give softplus(x),
 // softplus(-x), p and 1 - p, so the derivatives cost a few multiplications more; keeping them makes the backward one
-// product. The results leave past the caches when they are larger than those.
+// product. The results leave past the caches when they are larger than those. A mean or a sum stores no loss at all.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "stablekern/simd.h"
 #include "stablekern/vmath.h"
@@ -22,10 +25,11 @@ template <class T>
 struct Params {
   const T* logits;
   const T* targets;
-  T* loss;
+  T* loss;        // null: its sum is wanted
   T* by_logits;   // null: not wanted
   T* by_targets;  // null: not wanted
   T positive, negative, gamma;  // pos_weight * alpha, 1 - alpha
+  T scale;                      // of the derivatives
 };
 
 // base^gamma for base = exp(-softplus).
@@ -58,7 +62,7 @@ SK_INLINE Results<T> evaluate(Vec<T> x, Vec<T> y, const Params<T>& params) {
   const Vec<T> e = exp<T>(-abs(x));
   const Vec<T> tail = log1p_unit<T>(e);
   const Vec<T> up = max(zero, x) + tail, down = max(zero, -x) + tail;
-  const Vec<T> near = one / (one + e), far = e * near;
+  const Vec<T> near = reciprocal(one + e), far = e * near;
   const auto right = greater_equal(x, zero);
   const Vec<T> p = select<T>(right, near, far), q = select<T>(right, far, near);
   const Vec<T> positive = splat<T>(params.positive) * power<T, kGamma>(q, up, params.gamma);
@@ -70,75 +74,120 @@ SK_INLINE Results<T> evaluate(Vec<T> x, Vec<T> y, const Params<T>& params) {
           vanishing<T>(positive, down) - vanishing<T>(negative, up)};
 }
 
-template <class T, Gamma kGamma>
-void run(const Params<T>& params, int64_t n, bool streaming) {
-  constexpr int lanes = kLanes<T>;
-  const auto put = [streaming](T* base, int64_t at, Vec<T> v) {
+// Elements at to at + kLanes, or the first `count` of them; returns their losses.
+template <class T, Gamma kGamma, bool kSlopes>
+SK_INLINE Vec<T> visit(const Params<T>& params, int64_t at, int count, bool streaming) {
+  const bool whole = count == kLanes<T>;
+  const auto put = [=](T* base, Vec<T> v) {
     if (base == nullptr) return;
-    if (streaming)
+    if (!whole)
+      store_first(base + at, v, count);
+    else if (streaming)
       stream<T>(base + at, v);
     else
       store<T>(base + at, v);
   };
-  // Threads get whole vectors, so streamed stores stay aligned.
-  const int64_t vectors = (n + lanes - 1) / lanes;
-  torch::stable::parallel_for(0, vectors, kGrain / lanes, [&](int64_t begin, int64_t end) {
-    for (int64_t v = begin; v < end; ++v) {
-      const int64_t at = v * lanes;
-      if (at + lanes <= n) {
-        const Results<T> r = evaluate<T, kGamma>(load(params.logits + at), load(params.targets + at), params);
-        put(params.loss, at, r.loss);
-        put(params.by_logits, at, r.by_logits);
-        put(params.by_targets, at, r.by_targets);
-      } else {
-        const int rest = static_cast<int>(n - at);
-        const Results<T> r = evaluate<T, kGamma>(load_first(params.logits + at, rest), load_first(params.targets + at, rest), params);
-        store_first(params.loss + at, r.loss, rest);
-        if (params.by_logits != nullptr) store_first(params.by_logits + at, r.by_logits, rest);
-        if (params.by_targets != nullptr) store_first(params.by_targets + at, r.by_targets, rest);
+  const auto take = [=](const T* p) { return whole ? load(p + at) : load_first(p + at, count); };
+  const Results<T> r = evaluate<T, kGamma>(take(params.logits), take(params.targets), params);
+  put(params.loss, r.loss);
+  if constexpr (kSlopes) {
+    put(params.by_logits, r.by_logits * splat<T>(params.scale));
+    put(params.by_targets, r.by_targets * splat<T>(params.scale));
+  }
+  return r.loss;
+}
+
+// The losses of [begin, end), whole vectors but for the last, added up if they are not stored.
+template <class T, Gamma kGamma, bool kSlopes>
+double run(const Params<T>& params, int64_t begin, int64_t end, bool streaming) {
+  constexpr int lanes = kLanes<T>;
+  constexpr int64_t kStrip = 32 * lanes;  // short enough for sums in T
+  double total = 0;
+  for (int64_t strip = begin; strip < end; strip += kStrip) {
+    Vec<T> sum{};
+    int64_t at = strip;
+    for (const int64_t stop = std::min(end, strip + kStrip); at < stop; at += lanes) {
+      if (at + lanes > end) {
+        const int rest = static_cast<int>(end - at);
+        const Vec<T> last = visit<T, kGamma, kSlopes>(params, at, rest, streaming);
+        for (int i = 0; i < rest; ++i) total += last[i];
+        break;
       }
+      sum = sum + visit<T, kGamma, kSlopes>(params, at, lanes, streaming);
     }
+    if (params.loss == nullptr) total += horizontal_sum(sum);
+  }
+  return total;
+}
+
+// Pieces of a fixed size, so that sums do not depend on the number of threads.
+template <class T, bool kSlopes>
+double run_all(const Params<T>& params, int64_t n, double gamma, bool streaming) {
+  const int64_t pieces = (n + kGrain - 1) / kGrain;
+  std::vector<double> sums(pieces);
+  const auto piece = gamma == 0   ? run<T, Gamma::kZero, kSlopes>
+                     : gamma == 1 ? run<T, Gamma::kOne, kSlopes>
+                     : gamma == 2 ? run<T, Gamma::kTwo, kSlopes>
+                                  : run<T, Gamma::kAny, kSlopes>;
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      sums[i] = piece(params, i * kGrain, std::min(n, (i + 1) * kGrain), streaming);
+    if (streaming) stream_fence();
   });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
 }
 
 template <class T>
-void launch(const Tensor& logits, const Tensor& targets, double alpha, double gamma, double pos_weight, Tensor& loss,
-            Tensor& by_logits, Tensor& by_targets) {
+double launch(const Tensor& logits, const Tensor& targets, double alpha, double gamma, double pos_weight, double scale,
+              T* loss, Tensor& by_logits, Tensor& by_targets) {
   const int64_t n = logits.numel();
   const auto wanted = [](Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
   const Params<T> params{static_cast<const T*>(logits.const_data_ptr()),
                          static_cast<const T*>(targets.const_data_ptr()),
-                         static_cast<T*>(loss.mutable_data_ptr()),
+                         loss,
                          wanted(by_logits),
                          wanted(by_targets),
                          static_cast<T>(pos_weight * alpha),
                          static_cast<T>(1 - alpha),
-                         static_cast<T>(gamma)};
+                         static_cast<T>(gamma),
+                         static_cast<T>(scale)};
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; };
   const bool streaming = n * static_cast<int64_t>(sizeof(T)) > kStreamBytes && aligned(params.loss) &&
                          aligned(params.by_logits) && aligned(params.by_targets);
-  if (gamma == 0)
-    run<T, Gamma::kZero>(params, n, streaming);
-  else if (gamma == 1)
-    run<T, Gamma::kOne>(params, n, streaming);
-  else if (gamma == 2)
-    run<T, Gamma::kTwo>(params, n, streaming);
-  else
-    run<T, Gamma::kAny>(params, n, streaming);
+  const bool slopes = params.by_logits != nullptr || params.by_targets != nullptr;
+  return slopes ? run_all<T, true>(params, n, gamma, streaming) : run_all<T, false>(params, n, gamma, streaming);
 }
+
+bool is_single(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Float; }
 
 void focal_loss_fwd(Tensor logits, Tensor targets, double alpha, double gamma, double pos_weight, Tensor loss,
                     Tensor by_logits, Tensor by_targets) {
-  if (logits.scalar_type() == torch::headeronly::ScalarType::Float)
-    launch<float>(logits, targets, alpha, gamma, pos_weight, loss, by_logits, by_targets);
+  void* to = loss.mutable_data_ptr();
+  if (is_single(logits))
+    launch(logits, targets, alpha, gamma, pos_weight, 1, static_cast<float*>(to), by_logits, by_targets);
   else
-    launch<double>(logits, targets, alpha, gamma, pos_weight, loss, by_logits, by_targets);
+    launch(logits, targets, alpha, gamma, pos_weight, 1, static_cast<double*>(to), by_logits, by_targets);
 }
 
+void focal_loss_total_fwd(Tensor logits, Tensor targets, double alpha, double gamma, double pos_weight, double scale,
+                          Tensor total, Tensor by_logits, Tensor by_targets) {
+  void* to = total.mutable_data_ptr();
+  if (is_single(logits))
+    *static_cast<float*>(to) = static_cast<float>(
+        scale * launch<float>(logits, targets, alpha, gamma, pos_weight, scale, nullptr, by_logits, by_targets));
+  else
+    *static_cast<double*>(to) =
+        scale * launch<double>(logits, targets, alpha, gamma, pos_weight, scale, nullptr, by_logits, by_targets);
+}
+
+// `grad` has the size of `slope`, or one element for all.
 template <class T>
 void product(const Tensor& grad, const Tensor& slope, Tensor& out) {
   constexpr int lanes = kLanes<T>;
   const int64_t n = slope.numel();
+  const bool one = grad.dim() == 0;
   const auto* g = static_cast<const T*>(grad.const_data_ptr());
   const auto* s = static_cast<const T*>(slope.const_data_ptr());
   auto* to = static_cast<T*>(out.mutable_data_ptr());
@@ -147,20 +196,21 @@ void product(const Tensor& grad, const Tensor& slope, Tensor& out) {
   torch::stable::parallel_for(0, (n + lanes - 1) / lanes, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
       const int64_t at = v * lanes;
-      if (at + lanes > n) {
-        const int rest = static_cast<int>(n - at);
-        store_first(to + at, load_first(g + at, rest) * load_first(s + at, rest), rest);
-      } else if (streaming) {
-        stream<T>(to + at, load(g + at) * load(s + at));
-      } else {
-        store<T>(to + at, load(g + at) * load(s + at));
-      }
+      const int count = static_cast<int>(std::min<int64_t>(lanes, n - at));
+      const Vec<T> factor = one ? splat<T>(*g) : load_first(g + at, count);
+      if (count < lanes)
+        store_first(to + at, factor * load_first(s + at, count), count);
+      else if (streaming)
+        stream<T>(to + at, factor * load(s + at));
+      else
+        store<T>(to + at, factor * load(s + at));
     }
+    if (streaming) stream_fence();
   });
 }
 
 void focal_loss_bwd(Tensor grad, Tensor slope, Tensor out) {
-  if (slope.scalar_type() == torch::headeronly::ScalarType::Float)
+  if (is_single(slope))
     product<float>(grad, slope, out);
   else
     product<double>(grad, slope, out);
@@ -173,10 +223,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "focal_loss_fwd(Tensor logits, Tensor targets, float alpha, float gamma, float pos_weight, Tensor(a!) loss,"
       " Tensor(b!) by_logits, Tensor(c!) by_targets) -> ()");
+  m.def(
+      "focal_loss_total_fwd(Tensor logits, Tensor targets, float alpha, float gamma, float pos_weight, float scale,"
+      " Tensor(a!) total, Tensor(b!) by_logits, Tensor(c!) by_targets) -> ()");
   m.def("focal_loss_bwd(Tensor grad, Tensor slope, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
   m.impl("focal_loss_fwd", TORCH_BOX(&stablekern::focal_loss_fwd));
+  m.impl("focal_loss_total_fwd", TORCH_BOX(&stablekern::focal_loss_total_fwd));
   m.impl("focal_loss_bwd", TORCH_BOX(&stablekern::focal_loss_bwd));
 }

@@ -35,11 +35,10 @@ struct NullSpaceRule {
 };
 
 // The Laplacians of up to kLanes graphs to the lower triangle of z; of those with a non-finite weight the identity.
-template <class T, int N, int Blocks>
-void load_laplacians(Workspace<T, N, Blocks>& w, int block, const T* adjacency, int runtime_n, int count,
+template <class T, int Blocks>
+void load_laplacians(Workspace<T, Blocks>& w, int block, const T* adjacency, int n, int count,
                      T* inverse_root) {
-  using W = Workspace<T, N, Blocks>;
-  const int n = N > 0 ? N : runtime_n;
+  using W = Workspace<T, Blocks>;
   constexpr int stride = W::kStride;
   const Vec<T> zero{}, one = zero + T(1), half = zero + T(0.5), tiny = zero + std::numeric_limits<T>::min();
   Vec<T>*full = w.staging, *z = w.z[block];
@@ -123,13 +122,13 @@ int set_null_space(const T* adjacency, const T* inverse_root, int n, T limit, T*
   return count;
 }
 
-template <class T, int N, int Blocks>
-void store_encodings(Workspace<T, N, Blocks>& w, int block, int n, int first, int k, const NullSpaceRule& rule,
+template <class T, int Blocks>
+void store_encodings(Workspace<T, Blocks>& w, int block, int n, int first, int k, const NullSpaceRule& rule,
                      const T* adjacency, int64_t item, int count, bool past_caches, const Encodings<T>& out) {
-  constexpr int lanes = kLanes<T>, kN = Workspace<T, N, Blocks>::kN;
+  constexpr int lanes = kLanes<T>, kN = Workspace<T, Blocks>::kN;
   alignas(64) typename VecTypes<T>::integer rank[kN][lanes];
   T* values = out.values + item * n;
-  const Vec<T> poison = store_values<T, N, Blocks>(w, w.d, block, n, count, rank, values, out.info + item);
+  const Vec<T> poison = store_values<T, Blocks>(w, w.d, block, n, count, rank, values, out.info + item);
 
   T* pe = reinterpret_cast<T*>(w.staging);
   T* other = pe + lanes * k * n;
@@ -141,7 +140,7 @@ void store_encodings(Workspace<T, N, Blocks>& w, int block, int n, int first, in
     pitch[r] = (chosen ? k : n - k) * n;
   }
   const auto place = [&](int lane, int row) { return start[row] + lane * pitch[row]; };
-  store_vectors<T, N, Blocks>(w, block, n, rank, poison, place);
+  store_vectors<T, Blocks>(w, block, n, rank, poison, place);
 
   for (int lane = 0; lane < count; ++lane) {
     out.components[item + lane] = 0;
@@ -157,20 +156,19 @@ void store_encodings(Workspace<T, N, Blocks>& w, int block, int n, int first, in
   copy_out(other, static_cast<int64_t>(count) * (n - k) * n, past_caches, out.other_rows + item * (n - k) * n);
 }
 
-template <class T, int N>
+template <class T>
 void encode(const T* adjacency, int64_t batch, int n, int first, int k, const NullSpaceRule& rule,
             const Encodings<T>& out) {
   const int64_t size = static_cast<int64_t>(n) * n;
   const bool past_caches = batch * size * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto load_lanes = [&](auto& w, int block, int64_t item, int count) {
     load_laplacians(w, block, adjacency + item * size, n, count, out.inverse_root + item * n);
-    // The next block comes from memory while this one is reduced.
-    prefetch_items(adjacency + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
+    w.upcoming.aim(adjacency + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };
   const auto store_lanes = [&](auto& w, int block, int64_t item, int count) {
     store_encodings(w, block, n, first, k, rule, adjacency, item, count, past_caches, out);
   };
-  solve_lanes<T, N, true>(batch, n, load_lanes, store_lanes);
+  solve_lanes<T, true>(batch, n, load_lanes, store_lanes);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------
@@ -181,9 +179,9 @@ struct Cotangents {
   bool columns;          // `pe` is (n, k) per item, else (k, n)
 };
 
-template <class T, int N>
+template <class T>
 struct alignas(64) AdjointWorkspace {
-  static constexpr int kN = N > 0 ? N : kMaxN;
+  static constexpr int kN = kMaxN;
   Vec<T> vectors[kN * kN], gradient[kN * kN], middle[kN * kN];
   Vec<T> values[kN], value_gradient[kN], root[kN];
 };
@@ -223,17 +221,23 @@ SK_INLINE void laplacian_adjoint(int n, Vec<T>* adjacency, const Vec<T>* root, c
   }
 }
 
-template <class T, int N>
+template <class T>
 void adjoint(const T* adjacency, const Encodings<const T>& saved, const Cotangents<T>& grad, int64_t batch,
-             int runtime_n, int first, int k, const GapRule& rule, T* grad_adjacency) {
+             int n, int first, int k, const GapRule& rule, T* grad_adjacency) {
   constexpr int lanes = kLanes<T>;
-  const bool past_caches = batch * runtime_n * runtime_n * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+  const bool past_caches = batch * n * n * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-    const int n = N > 0 ? N : runtime_n, rest = n - k;
-    auto& w = workspace<AdjointWorkspace<T, N>>();
+    const int rest = n - k;
+    auto& w = workspace<AdjointWorkspace<T>>();
     const Vec<T> zero{}, nan = splat(std::numeric_limits<T>::quiet_NaN());
     for (int64_t item = begin * lanes; item < batch && item < end * lanes; item += lanes) {
       const int count = static_cast<int>(std::min<int64_t>(batch - item, lanes));
+      const int64_t after = item + count, upcoming = std::min<int64_t>(batch - after, lanes);
+      Prefetcher own_adjacency, next_pe, next_other, next_gradient;
+      own_adjacency.aim(adjacency + item * n * n, int64_t{count} * n * n);
+      next_pe.aim(saved.pe_rows + after * k * n, upcoming * k * n);
+      next_other.aim(saved.other_rows + after * rest * n, upcoming * rest * n);
+      if (grad.pe) next_gradient.aim(grad.pe + after * k * n, upcoming * k * n);
       const T* other = saved.other_rows + item * rest * n;
       gather_items(other, rest * n, first * n, count, w.vectors);
       gather_items(saved.pe_rows + item * k * n, k * n, k * n, count, w.vectors + first * n);
@@ -255,14 +259,16 @@ void adjoint(const T* adjacency, const Encodings<const T>& saved, const Cotangen
       if (grad.pe) {
         for (int i = 0; i < n * n; ++i) w.middle[i] = zero;
         const int column = grad.columns ? 1 : n, component = grad.columns ? k : 1;
-        product<T, false>(n, k, n, v, n, 1, w.gradient, column, component, w.middle + first, n);  // M = V^T gV
+        product<T, false>(n, k, n, v, n, 1, w.gradient, column, component, w.middle + first, n, own_adjacency,
+                          n);  // M = V^T gV
         weigh_pairs<T>(n, rule, w.values, grad.values ? w.value_gradient : nullptr, w.middle);
-        product<T, false>(n, n, n, w.middle, n, 1, v, 1, n, w.gradient, n);  // S V^T
+        product<T, false>(n, n, n, w.middle, n, 1, v, 1, n, w.gradient, n, next_gradient, n);  // S V^T
       } else {
         for (int j = 0; j < n; ++j)
           for (int a = 0; a < n; ++a) w.gradient[j * n + a] = w.value_gradient[j] * v[j * n + a];
       }
-      product<T, true>(n, n, n, w.gradient, 1, n, v, 1, n, w.middle, n);  // G = V (S V^T)
+      product<T, true>(n, n, n, w.gradient, 1, n, v, 1, n, w.middle, n, next_pe, 2 * n);  // G = V (S V^T)
+      next_other.advance(rest * n);
 
       gather_items(adjacency + item * n * n, n * n, n * n, count, w.vectors);
       laplacian_adjoint<T>(n, w.vectors, w.root, w.middle, w.gradient);
@@ -292,8 +298,7 @@ void laplacian_pe_fwd(const Tensor adjacency, int64_t first, bool canonical, dou
     const Encodings<T> out{data(eigenvalues),  data(pe_rows),     data(other_rows),
                            data(inverse_root), flags(components), flags(info)};
     const auto* from = static_cast<const T*>(adjacency.const_data_ptr());
-    const auto encode_graphs = n == kElectrodes ? encode<T, kElectrodes> : encode<T, 0>;
-    encode_graphs(from, batch, n, static_cast<int>(first), k, rule, out);
+    encode<T>(from, batch, n, static_cast<int>(first), k, rule, out);
   };
   adjacency.scalar_type() == torch::headeronly::ScalarType::Double ? run(double{}) : run(float{});
 }
@@ -317,8 +322,7 @@ void laplacian_pe_bwd(const Tensor adjacency, const Tensor eigenvalues, const Te
     const Encodings<const T> saved{data(eigenvalues), data(pe_rows), data(other_rows), data(inverse_root), {}, {}};
     const Cotangents<T> grad{data(grad_eigenvalues), data(grad_pe), columns};
     auto* out = static_cast<T*>(grad_adjacency.mutable_data_ptr());
-    const auto adjoint_of = n == kElectrodes ? adjoint<T, kElectrodes> : adjoint<T, 0>;
-    adjoint_of(data(adjacency), saved, grad, batch, n, static_cast<int>(first), k, rule, out);
+    adjoint<T>(data(adjacency), saved, grad, batch, n, static_cast<int>(first), k, rule, out);
   };
   adjacency.scalar_type() == torch::headeronly::ScalarType::Double ? run(double{}) : run(float{});
 }

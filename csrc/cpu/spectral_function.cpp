@@ -76,12 +76,12 @@ struct Results {
 
 // ---- lanes ---------------------------------------------------------------------------------------------------------
 
-template <class T, int N, int Blocks>
-void store_images(Workspace<T, N, Blocks>& w, int block, Function function, int runtime_n, int64_t item, int count,
+template <class T, int Blocks>
+void store_images(Workspace<T, Blocks>& w, int block, Function function, int n, int64_t item, int count,
                   bool past_caches, const Results<T>& out) {
-  using W = Workspace<T, N, Blocks>;
+  using W = Workspace<T, Blocks>;
   constexpr int lanes = kLanes<T>, stride = W::kStride;
-  const int n = N > 0 ? N : runtime_n, size = n * n;
+  const int size = n * n;
   const Vec<T> zero{}, nan = splat(std::numeric_limits<T>::quiet_NaN());
   const Vec<T>* z = w.z[block];  // vector i as row i, of the eigenvalue d[i] * up
   Vec<T> probe{}, result[W::kN * W::kN];
@@ -100,42 +100,40 @@ void store_images(Workspace<T, N, Blocks>& w, int block, Function function, int 
   alignas(64) typename VecTypes<T>::integer rank[W::kN][lanes];
   int32_t info[lanes];
   T* values = out.values + item * n;
-  const Vec<T> poison = store_values<T, N, Blocks>(w, w.d, block, n, count, rank, values, info);
+  const Vec<T> poison = store_values<T, Blocks>(w, w.d, block, n, count, rank, values, info);
   for (int lane = 0; lane < count; ++lane)
     if (!(lane_bits(inside) >> lane & 1)) fill_nan(values + lane * n, n);
   const auto place = [=](int lane, int row) { return staging + (lane * n + row) * n; };
-  store_vectors<T, N, Blocks>(w, block, n, rank, poison, place);
+  store_vectors<T, Blocks>(w, block, n, rank, poison, place);
   copy_out(staging, static_cast<int64_t>(count) * size, past_caches, out.rows + item * size);
 }
 
-template <class T, int N>
+template <class T>
 void apply_lanes(const T* matrices, int64_t batch, int n, Function function, const Results<T>& out) {
   const int64_t size = static_cast<int64_t>(n) * n;
   const bool past_caches = batch * size * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto load_lanes = [&](auto& w, int block, int64_t item, int count) {
     load_triangles(w, block, matrices + item * size, n, count, false);
-    // The next block comes from memory while this one is reduced.
-    prefetch_items(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
+    w.upcoming.aim(matrices + (item + count) * size, std::min<int64_t>(batch - item - count, kLanes<T>) * size);
   };
   const auto store_lanes = [&](auto& w, int block, int64_t item, int count) {
     store_images(w, block, function, n, item, count, past_caches, out);
   };
-  solve_lanes<T, N, true>(batch, n, load_lanes, store_lanes);
+  solve_lanes<T, true>(batch, n, load_lanes, store_lanes);
 }
 
-template <class T, int N>
+template <class T>
 struct alignas(64) AdjointWorkspace {
-  static constexpr int kN = N > 0 ? N : kMaxN;
+  static constexpr int kN = kMaxN;
   Vec<T> vectors[kN * kN], gradient[kN * kN], middle[kN * kN], values[kN], images[kN];
 };
 
-template <class T, int N>
-void adjoint_lanes(const T* values, const T* rows, const T* grad, int64_t batch, int runtime_n, Function function,
+template <class T>
+void adjoint_lanes(const T* values, const T* rows, const T* grad, int64_t batch, int n, Function function,
                    T* grad_matrices) {
   constexpr int lanes = kLanes<T>;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-    const int n = N > 0 ? N : runtime_n;
-    auto& w = workspace<AdjointWorkspace<T, N>>();
+    auto& w = workspace<AdjointWorkspace<T>>();
     Vec<T>*g = w.gradient, *m = w.middle;
     const Vec<T>* v = w.vectors;  // v[j * n + a] = component a of eigenvector j
     const Vec<T> half = splat(T(0.5));
@@ -252,8 +250,7 @@ void spectral_function_fwd(const Tensor A, int64_t function, Tensor result, Tens
                          static_cast<Real<S>*>(eigenvalues.mutable_data_ptr()),
                          static_cast<S*>(eigenvector_rows.mutable_data_ptr())};
     if constexpr (!kComplex<S>) {
-      if (n == kElectrodes) return apply_lanes<S, kElectrodes>(from, batch, n, named, out);
-      if (n <= kMaxN) return apply_lanes<S, 0>(from, batch, n, named, out);
+      if (n <= kMaxN) return apply_lanes<S>(from, batch, n, named, out);
     }
     apply_large(from, batch, n, named, out);
   });
@@ -272,8 +269,7 @@ void spectral_function_bwd(const Tensor eigenvalues, const Tensor eigenvector_ro
     const auto* grad = static_cast<const S*>(grad_result.const_data_ptr());
     auto* out = static_cast<S*>(grad_A.mutable_data_ptr());
     if constexpr (!kComplex<S>) {
-      if (n == kElectrodes) return adjoint_lanes<S, kElectrodes>(values, rows, grad, batch, n, named, out);
-      if (n <= kMaxN) return adjoint_lanes<S, 0>(values, rows, grad, batch, n, named, out);
+      if (n <= kMaxN) return adjoint_lanes<S>(values, rows, grad, batch, n, named, out);
     }
     adjoint_large(values, rows, grad, batch, n, named, out);
   });

@@ -69,10 +69,8 @@ def zoo(
     html: Annotated[Path | None, typer.Option(help="Write a page with figures; it holds all that it needs.")] = None,
 ) -> None:
     """Why training goes NaN: each cause with plain PyTorch, with the fix that was published, and with ours; counted."""
-    missing = missing_extras("zoo") if html is not None else None
-    if missing:
-        typer.echo(missing, err=True)
-        raise typer.Exit(2)
+    if html is not None:
+        _need_extras("zoo")
     from stablekern.cli import zoo as command
 
     raise typer.Exit(command.run(names or (), as_json=json, html_file=html))

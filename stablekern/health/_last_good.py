@@ -17,7 +17,7 @@ __all__ = ["LastGood", "values_of"]
 def values_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and buffer that can hold a NaN."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, t.detach()) for name, t in named if t.numel() and (t.is_floating_point() or t.is_complex())]
+    return [(name, t) for name, t in named if t.numel() and (t.is_floating_point() or t.is_complex())]
 
 
 class LastGood:

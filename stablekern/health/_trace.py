@@ -60,6 +60,7 @@ __all__ = [
     "with_text",
 ]
 
+_AUTOCAST = ("cpu", "cuda")
 _SEARCHED = 10_000  # steps of a search back through operations
 _MOST_ORIGINS = 32  # each keeps its gradients
 _UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "empty_permuted", "new_empty_strided", "resize"}
@@ -91,6 +92,10 @@ def _detached(value: Any) -> Any:
     return tree_map(lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, value)
 
 
+def _versions(args: Any, kwargs: Any) -> list[int]:
+    return [0 if x.is_inference() else x._version for x in tensors_in((args, kwargs))]
+
+
 @dataclass
 class Call:
     """One call of a module, and the gradients that arrived at its outputs."""
@@ -112,7 +117,6 @@ class Call:
 
     @classmethod
     def of(cls, module: nn.Module, step: int, args: Any, kwargs: Any) -> Call:
-        kinds = {"cpu", *(p.device.type for p in module.parameters())}
         return cls(
             module,
             step,
@@ -120,14 +124,14 @@ class Call:
             _detached(kwargs),
             random_state(),
             torch.is_grad_enabled(),
-            [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)],
-            [x._version for x in tensors_in((args, kwargs))],
+            [(kind, torch.get_autocast_dtype(kind)) for kind in _AUTOCAST if torch.is_autocast_enabled(kind)],
+            _versions(args, kwargs),
         )
 
     @property
     def changed(self) -> bool:
         """Whether an argument was written to after the call began: the repetition sees other numbers."""
-        return self.versions != [x._version for x in tensors_in((self.args, self.kwargs))]
+        return self.versions != _versions(self.args, self.kwargs)
 
     @contextlib.contextmanager
     def _restored(self) -> Iterator[Callable[[Callable[[Callable[[], Any]], Any]], Any]]:
@@ -157,7 +161,7 @@ class Call:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(self.grad_enabled))
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-                for kind in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
+                for kind in _AUTOCAST if torch.cuda.is_available() else _AUTOCAST[:1]:
                     chosen = dict(self.autocast).get(kind)
                     stack.enter_context(torch.autocast(kind, dtype=chosen, enabled=chosen is not None))
                 yield run

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from stablekern import _check, numerics, settings
 from stablekern.errors import CovarianceError, NonFiniteError, message
+from stablekern.health._causes import TensorStats
 from stablekern.ops.finite_stats import finite_stats
 
 __all__ = ["assert_finite", "check_covariances", "check_gradients", "clamp_and_check"]
@@ -63,27 +66,42 @@ def clamp_and_check(x: Tensor, low: float | None = None, high: float | None = No
     return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(low, high)
 
 
-def check_gradients(model: nn.Module, *, raise_error: bool = False) -> list[str]:
-    """Names of the parameters whose gradient holds a NaN or an infinity, in the order of `model.named_parameters()`.
+def check_gradients(model: nn.Module, *, action: str | None = None) -> list[TensorStats]:
+    """Statistics of the gradients that hold a NaN or an infinity, in the order of `model.named_parameters()`.
 
     Parameters without a gradient are passed over; of a sparse gradient the stored values count. One host read per
-    device.
+    device where all is well.
 
-    **Raises:** `NonFiniteError` with the names, under `raise_error` when there are any.
+    **Arguments:**
+
+    - `action`: what to do when there are any: "raise", "warn", or "return" alone. None is "raise" while any of
+        BGB_NAN_DEBUG, BGB_DEBUG_FINITE and BGB_SMOKE_TEST is set, else "warn".
+
+    **Returns:** per bad gradient its `name`, `shape`, `dtype`, counts `nan` and `inf` of `count`, and `min`, `max`,
+    `mean` of its finite entries.
+
+    **Raises:** `NonFiniteError` with all of that under "raise", `ValueError` for another action.
     """
-    flags: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    if action not in (None, "raise", "warn", "return"):
+        raise ValueError(message("check_gradients", "`action` must be raise, warn or return", repr(action)))
+    if action is None:
+        action = "raise" if settings.checks_finite() else "warn"
+    flags: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if (grad := parameter.grad) is not None:
             values = grad.coalesce().values() if grad.is_sparse else grad
-            flags.setdefault(values.device, []).append((name, torch.isfinite(values).all()))
-    finite: dict[str, bool] = {}
-    for pairs in flags.values():
-        names, each = zip(*pairs, strict=True)
-        finite.update(zip(names, torch.stack(each).tolist(), strict=True))
-    bad = [name for name, _ in model.named_parameters() if not finite.get(name, True)]
-    if bad and raise_error:
+            flags.setdefault(values.device, []).append((name, values, torch.isfinite(values).all()))
+    wrong: dict[str, Tensor] = {}
+    for entries in flags.values():
+        finite = torch.stack([flag for _, _, flag in entries]).tolist()
+        wrong |= {name: values for (name, values, _), good in zip(entries, finite, strict=True) if not good}
+    bad = [TensorStats.of(name, wrong[name]) for name, _ in model.named_parameters() if name in wrong]
+    if bad and action != "return":
         rule = "the gradient of every parameter must be finite"
-        raise NonFiniteError(message("check_gradients", rule, ", ".join(bad)))
+        text = message("check_gradients", rule, "; ".join(map(str, bad)))
+        if action == "raise":
+            raise NonFiniteError(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return bad
 
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,11 +34,13 @@ from stablekern import _check
 from stablekern.errors import NonFiniteError, message
 from stablekern.health import _loss, _trace
 from stablekern.health._causes import Cause, TensorStats, finite, floating, tensors_in
+from stablekern.optim import grad_guard
 
 __all__ = ["Report", "Watch", "watch"]
 
 _WHERE = "health.watch"
 _IN_FLIGHT = 3  # steps whose weights are kept until their counts have arrived
+_LOOK_AGAIN = 64  # steps after which modules that were added to the model are seen
 _PENDING = 16  # calls of the model without a backward that are kept
 
 
@@ -107,21 +110,24 @@ def _jsonable(value: Any) -> Any:
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
+def norms(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
     """For each tensor a number that is finite if all its entries are; (K,), on the first one's device. No host read.
 
-    A 2-norm is the cheapest such number. It may also overflow: a suspicion, to be confirmed.
+    A 2-norm is the cheapest such number. It may also overflow: a suspicion, to be confirmed. With `exact`, and where
+    that costs nothing, it is accumulated in float64, where float32 and half precision cannot overflow.
     """
+    device = tensors[0].device
+    if all(x.device == device for x in tensors) and (device.type == "cuda" or "stablekern._native" in sys.modules):
+        return grad_guard._gradient_norms(list(tensors))
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, x in enumerate(tensors):
         groups.setdefault((x.dtype, x.device), []).append(i)
-    found: list[Tensor] = [torch.empty(0)] * len(tensors)
-    for (dtype, device), members in groups.items():
-        wide = torch.float64 if device.type != "cpu" and not dtype.is_complex else None
-        values = torch._foreach_norm([tensors[i] for i in members], 2, dtype=wide)
-        for i, value in zip(members, values, strict=True):
-            found[i] = value.to(device=tensors[0].device, dtype=torch.float64, non_blocking=True)
-    return torch.stack(found)
+    found = torch.empty(len(tensors), dtype=torch.float64, device=device)
+    for members in groups.values():
+        wide = torch.float64 if exact else None
+        values = torch.stack(torch._foreach_norm([tensors[i] for i in members], 2, dtype=wide))
+        found[members] = values.to(device=device, dtype=torch.float64, non_blocking=True)
+    return found
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -135,14 +141,47 @@ def _dense(x: Tensor) -> Tensor:
 # ---- the watch -------------------------------------------------------------------------------------------------------
 
 
+class _Evidence:
+    """Tensors that are counted: a number of each, and later, if those say so, what is wrong with which.
+
+    Read at once, the tensors are looked at again. Read late they are gone, for gradients and activations of past steps
+    would fill the memory, and the numbers are all there is.
+    """
+
+    def __init__(self, names: list[str], tensors: list[Tensor], *, late: bool) -> None:
+        self.names, self.numbers = names, norms(tensors, exact=late)
+        self.tensors = None if late else tensors
+        self.kinds = [(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.numel()) for x in tensors]
+        self.bad: list[int] = []
+        self.stats: list[TensorStats] = []
+
+    def confirm(self, numbers: Tensor) -> bool:
+        """Whether a tensor is not finite, given the numbers on the host."""
+        for i in (~numbers.isfinite()).nonzero().flatten().tolist():
+            if self.tensors is None:
+                nan = math.isnan(float(numbers[i]))
+                shape, dtype, count = self.kinds[i]
+                name = f"{self.names[i]}, of which at least"
+                self.bad.append(i)
+                self.stats.append(TensorStats(name, shape, dtype, int(nan), int(not nan), count, *(math.nan,) * 3))
+            elif not finite(self.tensors[i]):
+                self.bad.append(i)
+                self.stats.append(TensorStats.of(self.names[i], self.tensors[i]))
+        return bool(self.bad)
+
+    @property
+    def whole(self) -> int:
+        """How many are NaN throughout; read late, how many hold a NaN."""
+        return sum(s.nan == s.count if self.tensors is not None else s.nan > 0 for s in self.stats)
+
+
 @dataclass
 class _Count:
-    """One count: `values` are finite where nothing is wrong; `found` searches, given what they belong to."""
+    """Evidence of a step, and the search that it gives rise to."""
 
-    phase: str
-    values: Tensor
+    evidence: _Evidence
     step: int
-    search: Callable[[list[int]], Report | None]
+    search: Callable[[_Evidence], Report | None]
 
 
 @dataclass
@@ -155,7 +194,7 @@ class _Step:
 
     def send(self) -> None:
         """Start the copy to the host."""
-        values = torch.cat([torch.atleast_1d(count.values).flatten() for count in self.counts])
+        values = torch.cat([count.evidence.numbers for count in self.counts])
         if values.device.type == "cuda":
             self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.host.copy_(values, non_blocking=True)
@@ -171,13 +210,15 @@ class _Step:
 class Watch:
     """The context manager that `watch` makes. `report` is the first finding, None while all is well."""
 
+    _silent = False  # of all watches: one of them is searching, and what it repeats is not counted
+
     def __init__(
         self,
         model: nn.Module | None,
         *,
         on_hit: str,
         late: bool | None,
-        scaled: bool,
+        scaled: bool | None,
         first_step: int,
         history: int,
     ) -> None:
@@ -190,7 +231,6 @@ class Watch:
         self._open: tuple[nn.Module, _trace.Call] | None = None
         self._depth = 0
         self._backward_depth = 0
-        self._silent = False
         self._backward_done = False
         self._optimizer_seen = False
         self._optimizer = "the optimizer"
@@ -202,6 +242,8 @@ class Watch:
         self._trail: _loss.LossTrail | None = None
         self._trails: deque[_loss.LossTrail] = deque(maxlen=_PENDING)
         self._stack = contextlib.ExitStack()
+        self._modules: list[tuple[str, nn.Module]] | None = None
+        self._modules_until = 0
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._intended = self._undelivered = False
         self._finding: _trace.Finding | None = None
@@ -217,6 +259,7 @@ class Watch:
             self._attach(self.model)
         self._patch(torch.autograd, "backward", self._backward)
         self._patch(torch.autograd, "grad", self._grad)
+        self._notice_scaler()
         self._stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         self._stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
         return self
@@ -235,8 +278,21 @@ class Watch:
         setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
         self._stack.callback(setattr, owner, name, original)
 
+    def _notice_scaler(self) -> None:
+        original = torch.amp.GradScaler.scale
+
+        @functools.wraps(original)
+        def scale(scaler: torch.amp.GradScaler, outputs: Any) -> Any:
+            if self.scaled is None and scaler.is_enabled():
+                self.scaled = True
+            return original(scaler, outputs)
+
+        torch.amp.GradScaler.scale = scale
+        self._stack.callback(setattr, torch.amp.GradScaler, "scale", original)
+
     def _attach(self, module: nn.Module) -> None:
         self._roots.add(module)
+        self._modules = None
         compiled = getattr(module, "_compiled_call_impl", None)
         if compiled is not None:  # hooks would be compiled too
 
@@ -279,6 +335,8 @@ class Watch:
         if self._open is not None:
             self._depth += self._open[0] is module
             return
+        if _transformed(tensors_in((args, kwargs))):
+            return
         if self._backward_done and not self._optimizer_seen:
             self._next_step()
         call = _trace.Call.of(module, self.step, args, kwargs)
@@ -299,12 +357,12 @@ class Watch:
             self._search_raised(call, raised)
             return
         tensors = [x for x in tensors_in(outputs) if floating(x)]
-        if not tensors:
+        if not tensors or _transformed(tensors):
             return
         self._calls.append(call)
         self._hook_outputs(call, tensors)
-        dense = [_dense(x) for x in tensors]
-        self._counted("forward", norms(dense), self.step, lambda bad: self._search_forward(call, dense, bad))
+        names = [f"output {i} of the model" for i in range(len(tensors))]
+        self._counted(names, tensors, lambda evidence: self._search_forward(call, evidence))
 
     def _hook_outputs(self, call: _trace.Call, tensors: list[Tensor]) -> None:
         """Keep the gradients that arrive at the outputs; the hooks know the call, not the outputs."""
@@ -342,6 +400,9 @@ class Watch:
         self._backward_depth += 1
         try:
             original(tensors, *args, **kwargs)
+        except BaseException:
+            self._trail.close()
+            raise
         finally:
             self._backward_depth -= 1
         self._after_backward(self._gradients())
@@ -353,6 +414,9 @@ class Watch:
         self._backward_depth += 1
         try:
             found = original(outputs, inputs, *args, **kwargs)
+        except BaseException:
+            self._trail.close()
+            raise
         finally:
             self._backward_depth -= 1
         self._after_backward([(f"result {i}", g) for i, g in enumerate(found) if g is not None])
@@ -362,9 +426,9 @@ class Watch:
         roots = [x for x in tensors_in(roots) if x.requires_grad]
         ends = frozenset(number for call in self._calls for number in call.nodes)
         self._trail = trail = _loss.LossTrail([x.grad_fn for x in roots], ends, where=_trace.code_line())
-        values = [_dense(x) for x in roots if floating(x)]
-        if values and not self.scaled:
-            self._counted("loss", norms(values), self.step, lambda bad: self._search_loss(trail, values, bad))
+        losses = [x for x in roots if floating(x)]
+        if losses and not self.scaled:
+            self._counted(["loss"] * len(losses), losses, lambda evidence: self._search_loss(trail, evidence))
 
     def _after_backward(self, gradients: list[tuple[str, Tensor]]) -> None:
         trail, self._trail = self._trail, None
@@ -376,22 +440,23 @@ class Watch:
         if self.scaled:
             self._trails.append(trail)
         if gradients and not self.scaled:
-            names, values = [name for name, _ in gradients], [_dense(g) for _, g in gradients]
-            self._counted(
-                "backward", norms(values), self.step,
-                lambda bad: self._search_backward(calls, trail, names, values, bad),
-            )  # fmt: skip
+            names, values = zip(*gradients, strict=True)
+            self._counted(names, values, lambda evidence: self._search_backward(calls, trail, evidence))
             self._gradient_versions = {id(g): (id(g), g._version) for _, g in gradients}
         if not self.late and not self.scaled:
             self._calls.clear()
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
-        modules = [self.model] if self.model is not None else list(self._roots)
+        """(name, gradient) of every parameter that has one; the modules are looked up anew now and then."""
+        if self._modules is None or self.step >= self._modules_until:
+            roots = [self.model] if self.model is not None else list(self._roots)
+            self._modules = [pair for root in roots for pair in _trace.eager(root).named_modules()]
+            self._modules_until = self.step + _LOOK_AGAIN
         named: dict[int, tuple[str, Tensor]] = {}
-        for module in modules:
-            for name, p in _trace.eager(module).named_parameters():
-                if p.grad is not None and p.grad.numel():
-                    named.setdefault(id(p), (name, p.grad))
+        for path, module in self._modules:
+            for name, p in module._parameters.items():
+                if p is not None and p.grad is not None and p.grad.numel() and id(p) not in named:
+                    named[id(p)] = f"{path}.{name}" if path else name, p.grad
         return list(named.values())
 
     # ---- the step
@@ -404,11 +469,8 @@ class Watch:
         changed = [(n, g) for n, g in self._gradients() if known.get(id(g)) != (id(g), g._version)]
         if changed:
             calls, trails = list(self._calls), list(self._trails)
-            names, values = [name for name, _ in changed], [_dense(g) for _, g in changed]
-            self._counted(
-                "before the step", norms(values), self.step,
-                lambda bad: self._search_step(calls, trails, names, values, bad),
-            )  # fmt: skip
+            names, values = zip(*changed, strict=True)
+            self._counted(names, values, lambda evidence: self._search_step(calls, trails, evidence))
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._silent or not self._owns(optimizer):
@@ -436,12 +498,15 @@ class Watch:
 
     # ---- reading the counts
 
-    def _counted(self, phase: str, values: Tensor, step: int, search: Callable[[list[int]], Report | None]) -> None:
-        count = _Count(phase, values, step, search)
+    def _counted(
+        self, names: Sequence[str], tensors: Sequence[Tensor], search: Callable[[_Evidence], Report | None]
+    ) -> None:
+        evidence = _Evidence(list(names), [_dense(x) for x in tensors], late=bool(self.late))
+        count = _Count(evidence, self.step, search)
         if self.late:
             self._current.counts.append(count)
         else:
-            self._judge(count, values)
+            self._judge(count, evidence.numbers)
 
     def _close_step(self) -> None:
         if self._current.counts:
@@ -456,19 +521,18 @@ class Watch:
                 step.event.synchronize()
             start = 0
             for count in step.counts:
-                stop = start + max(count.values.numel(), 1)
+                stop = start + count.evidence.numbers.numel()
                 self._judge(count, step.host[start:stop])
                 start = stop
 
     def _judge(self, count: _Count, values: Tensor) -> None:
         if self.report is not None or bool(values.isfinite().all()):
             return
-        suspects = (~values.isfinite()).nonzero().flatten().tolist()
-        self._silent = True
+        Watch._silent = True
         try:
-            report = count.search(suspects)
+            report = count.search(count.evidence) if count.evidence.confirm(values) else None
         finally:
-            self._silent = False
+            Watch._silent = False
         if report is not None:
             self._hit(replace(report, step=count.step))
 
@@ -485,37 +549,33 @@ class Watch:
 
     # ---- searching
 
-    def _search_forward(self, call: _trace.Call, outputs: list[Tensor], bad: list[int]) -> Report | None:
-        bad = [i for i in bad if not finite(outputs[i])]
-        if not bad or (self._intended and not any(bool(outputs[i].isnan().any()) for i in bad)):
+    def _search_forward(self, call: _trace.Call, evidence: _Evidence) -> Report | None:
+        stats = evidence.stats[0]
+        if self._intended and not any(s.nan for s in evidence.stats):
             return None
-        stats = TensorStats.of(f"output {bad[0]}", outputs[bad[0]])
         finding, remarks = self._replayed(_trace.find_forward, call)
         if call.intended:
             self._intended = True  # infinities that the model writes itself, as a mask does
             return None
-        return self._report("forward", finding, remarks, f"output {bad[0]} of the model", stats, call)
+        return self._report("forward", finding, remarks, evidence.names[evidence.bad[0]], stats, call)
 
     def _search_raised(self, call: _trace.Call, raised: BaseException) -> None:
         """The model raised: perhaps for a NaN on its way, as decompositions do. The report is delivered at the end."""
-        self._silent = True
+        Watch._silent = True
         try:
             finding, remarks = self._replayed(functools.partial(_trace.find_forward, raises=True), call)
         finally:
-            self._silent = False
+            Watch._silent = False
         if finding is not None:
             seen = f"{type(raised).__name__} in the model: {str(raised).partition(chr(10))[0]}"
             self.report = self._report("forward", finding, remarks, seen, finding.tensor, call)
             self._undelivered = True
 
-    def _search_backward(
-        self, calls: list[_trace.Call], trail: _loss.LossTrail, names: list[str], values: list[Tensor], bad: list[int]
-    ) -> Report | None:
-        bad = [i for i in bad if not finite(values[i])]
-        if not bad:
-            return None
-        seen = f"gradients of {len(bad)} of {len(names)} parameters, the first {names[bad[0]]}"
-        stats = TensorStats.of(f"gradient of {names[bad[0]]}", values[bad[0]])
+    def _search_backward(self, calls: list[_trace.Call], trail: _loss.LossTrail, evidence: _Evidence) -> Report | None:
+        bad, stats = evidence.bad, evidence.stats[0]
+        first = evidence.names[bad[0]]
+        seen = f"gradients of {len(bad)} of {len(evidence.names)} parameters, the first {first}"
+        stats = replace(stats, name=f"gradient of {stats.name}")
         found = trail.backward()
         if found is not None:
             return self._report("loss", found, (), seen, stats, None)
@@ -527,27 +587,20 @@ class Watch:
             remarks += more
             if finding is not None:
                 return self._report("backward", finding, more, seen, stats, call)
+            if not all(finite(g) for g in call.gradients if g is not None):
+                name = type(_trace.eager(call.module)).__name__
+                remarks += (f"the gradient that arrived at the output of {name} was not finite: made outside of it",)
         return self._report("backward", None, remarks, seen, stats, None)
 
-    def _search_loss(self, trail: _loss.LossTrail, values: list[Tensor], bad: list[int]) -> Report | None:
-        bad = [i for i in bad if not finite(values[i])]
-        if not bad:
-            return None
-        stats = TensorStats.of("loss", values[bad[0]])
+    def _search_loss(self, trail: _loss.LossTrail, evidence: _Evidence) -> Report | None:
+        stats = evidence.stats[0]
         return self._report("loss", trail.forward(stats), (), "the loss", stats, None)
 
     def _search_step(
-        self,
-        calls: list[_trace.Call],
-        trails: list[_loss.LossTrail],
-        names: list[str],
-        values: list[Tensor],
-        bad: list[int],
+        self, calls: list[_trace.Call], trails: list[_loss.LossTrail], evidence: _Evidence
     ) -> Report | None:
-        bad = [i for i in bad if not finite(values[i])]
-        if not bad:
-            return None
-        stats = [TensorStats.of(f"gradient of {names[i]}", values[i]) for i in bad]
+        names, bad = evidence.names, evidence.bad
+        stats = [replace(s, name=f"gradient of {s.name}") for s in evidence.stats]
         seen = f"gradients of {len(bad)} of {len(names)} parameters before {self._optimizer}.step"
         if self.scaled:
             for trail in reversed(trails):
@@ -557,7 +610,7 @@ class Watch:
                 finding, remarks = self._replayed(_trace.find_backward, call)
                 if finding is not None:
                     return self._report("backward", finding, remarks, seen, stats[0], call)
-        whole = sum(s.nan == s.count for s in stats)
+        whole = evidence.whole
         measured: dict[str, float] = {"gradients": len(names), "not_finite": len(bad), "all_nan": whole}
         text = f"after backward every gradient was finite; before the step {len(bad)} of {len(names)} are not"
         kind = "gradient changed after backward"
@@ -617,7 +670,7 @@ class Watch:
         if self._finding is None:
             return None
         name, rows = "", []
-        self._silent = True
+        Watch._silent = True
         try:
             for call in (call for call in self.past if call.module is self._found_in):
                 found = _trace.values_at(call, self._finding)
@@ -625,7 +678,7 @@ class Watch:
                     name, values = found
                     rows.append((call.step, values))
         finally:
-            self._silent = False
+            Watch._silent = False
         return (name, rows) if rows else None
 
 
@@ -633,6 +686,11 @@ def _arrived(gradients: list[Tensor | None], index: int, gradient: Tensor) -> No
     gradient = gradient.detach()
     before = gradients[index]
     gradients[index] = gradient if before is None else before + gradient
+
+
+def _transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether a function transform (vmap, grad) is at work: its tensors have no numbers to read."""
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -656,7 +714,7 @@ def watch(
     *,
     on_hit: str = "raise",
     late: bool | None = None,
-    scaled: bool = False,
+    scaled: bool | None = None,
     first_step: int = 1,
     history: int = 0,
 ) -> Watch:
@@ -674,7 +732,8 @@ def watch(
         with its first report.
     - `late`: read the counts only when they have arrived on the host, without ever waiting for the device; None is
         True if a parameter is on a GPU. Keeps the weights of up to 3 steps, and reports a step or two later.
-    - `scaled`: a `GradScaler` is in use: only steps that it lets through count, not those that it skips.
+    - `scaled`: a `GradScaler` is in use: only steps that it lets through count, not those that it skips. None finds out
+        by itself.
     - `first_step`: the number of the first step, after a checkpoint.
     - `history`: keep the weights and the batch of so many earlier steps, for `distribution`.
 

@@ -140,6 +140,35 @@ def _(
     return dx.to(x.dtype)
 
 
+def _too_large(x: Tensor) -> str | None:
+    from stablekern.triton_kernels.cosine_edges import fits
+
+    rule = f"{x.shape[1]} nodes of {x.shape[3]} features exceed a tile of {x.dtype}"
+    return None if fits(x.shape[1], x.shape[3], x.dtype) else rule
+
+
+@launcher("cosine_edges_fwd", device="cuda", backend="triton", supports=lambda x, *_: _too_large(x))
+@launcher("cosine_edges_fwd", device="cpu", backend="triton", supports=lambda x, *_: _too_large(x))
+def _(x: Tensor, centre: bool, eps: float) -> tuple[Tensor, Tensor]:
+    from stablekern.triton_kernels.cosine_edges import cosine_edges_fwd
+
+    edges, inverse_norm = _fake(x, centre, eps)
+    cosine_edges_fwd(x, centre, eps, edges, inverse_norm)
+    return edges, inverse_norm
+
+
+@launcher("cosine_edges_bwd", device="cuda", backend="triton", supports=lambda grad, x, *_: _too_large(x))
+@launcher("cosine_edges_bwd", device="cpu", backend="triton", supports=lambda grad, x, *_: _too_large(x))
+def _(
+    grad: Tensor, x: Tensor, edges: Tensor, inverse_norm: Tensor, centre: bool, eps: float, grad_floor: float
+) -> Tensor:
+    from stablekern.triton_kernels.cosine_edges import cosine_edges_bwd
+
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    cosine_edges_bwd(grad.contiguous(), x, edges, inverse_norm, centre, eps, grad_floor, dx)
+    return dx
+
+
 @launcher("cosine_edges_fwd", device="cuda", backend="torch")
 @launcher("cosine_edges_fwd", device="cpu", backend="torch")
 def _(x: Tensor, centre: bool, eps: float) -> tuple[Tensor, Tensor]:

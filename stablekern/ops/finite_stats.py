@@ -3,6 +3,8 @@ r"""Counts of NaN and infinity, and the range of what is finite, for a list of t
 Each tensor gives one entry of every field. For a complex tensor an entry is NaN if either part is, else infinite if
 either part is, and the range is that of the modulus. The values are float64 whatever the input: sums of float32 and
 half-precision entries then neither overflow nor lose digits, and every such value is represented exactly.
+
+No derivative, so no backward; the native kernel takes all tensors in one pass, as a table of addresses.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 from stablekern import _check
+from stablekern._load import native
+from stablekern._registry import define, launcher
 
 __all__ = ["FiniteStats", "finite_stats"]
 
@@ -50,6 +54,45 @@ def reference(tensors: Sequence[Tensor]) -> FiniteStats:
     )
 
 
+def _outputs(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    wide = (torch.int64, torch.int64, torch.float64, torch.float64, torch.float64, torch.int64)
+    return tuple(torch.empty(len(tensors), dtype=dtype, device=tensors[0].device) for dtype in wide)
+
+
+# Counts of NaN and infinity; minimum, maximum (inf and -inf without any) and sum of what is finite; count of all.
+_op = define("finite_stats_fwd(Tensor[] tensors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_outputs)
+
+# How "csrc/include/stablekern/spans.h" numbers them.
+_SPAN_TYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.complex64: 4,
+    torch.complex128: 5,
+    torch.bool: 6,
+    torch.uint8: 7,
+    torch.int8: 8,
+    torch.int16: 9,
+    torch.int32: 10,
+    torch.int64: 11,
+}
+
+
+def _native_refuses(tensors: list[Tensor]) -> str | None:
+    unknown = {x.dtype for x in tensors} - _SPAN_TYPES.keys()
+    return f"dtype {unknown}" if unknown else None
+
+
+@launcher("finite_stats_fwd", device="cpu", backend="native", supports=_native_refuses)
+def _(tensors):
+    outputs = _outputs(tensors)
+    dense = [x.contiguous() for x in tensors]  # alive until the kernel has read them
+    rows = [(x.data_ptr(), x.numel(), _SPAN_TYPES[x.dtype]) for x in dense]
+    native().finite_stats(torch.tensor(rows, dtype=torch.int64), *outputs)
+    return outputs
+
+
 def _of_one(x: Tensor) -> tuple[Tensor, ...]:
     if x.is_complex():
         values = x.to(torch.complex128).abs()
@@ -65,9 +108,15 @@ def _of_one(x: Tensor) -> tuple[Tensor, ...]:
         high = torch.where(finite, values, -torch.inf).amax().to(torch.float64)
         total = torch.where(finite, values, 0).sum(dtype=torch.float64)
     else:
-        low = high = total = torch.zeros((), dtype=torch.float64, device=x.device)
-    low, high = (torch.where(number > 0, bound, torch.nan) for bound in (low, high))
-    return nan, count - number - nan, low, high, total / number, count
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        low, high = total + torch.inf, total - torch.inf
+    return nan, count - number - nan, low, high, total, count
+
+
+@launcher("finite_stats_fwd", device="cuda", backend="torch")
+@launcher("finite_stats_fwd", device="cpu", backend="torch")
+def _(tensors):
+    return tuple(torch.stack(column) for column in zip(*map(_of_one, tensors), strict=True))
 
 
 @torch.no_grad()
@@ -95,4 +144,7 @@ def finite_stats(tensors: Sequence[Tensor]) -> FiniteStats:
     if not tensors:
         whole, real = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
         return FiniteStats(whole, whole.clone(), real, real.clone(), real.clone(), whole.clone())
-    return FiniteStats(*(torch.stack(column) for column in zip(*map(_of_one, tensors), strict=True)))
+    nan, inf, low, high, total, count = _op(tensors)
+    number = count - nan - inf
+    low, high, mean = (torch.where(number > 0, value, torch.nan) for value in (low, high, total / number))
+    return FiniteStats(nan, inf, low, high, mean, count)

@@ -47,13 +47,29 @@ def _fake(
     return _outputs(logits, by_logits, by_targets)
 
 
+def _fake_total(
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    pos_weight: float,
+    scale: float,
+    by_logits: bool,
+    by_targets: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty((), dtype=logits.dtype, device=logits.device), *_derivatives(logits, by_logits, by_targets)
+
+
 def _outputs(logits: Tensor, by_logits: bool, by_targets: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, dL/dx, dL/dy; a derivative that is not wanted is an empty tensor."""
+    """Loss, dL/dx, dL/dy."""
+    loss = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return loss, *_derivatives(logits, by_logits, by_targets)
 
-    def fresh(wanted: bool) -> Tensor:
-        return torch.empty(logits.shape if wanted else (0,), dtype=logits.dtype, device=logits.device)
 
-    return fresh(True), fresh(by_logits), fresh(by_targets)
+def _derivatives(logits: Tensor, *wanted: bool) -> list[Tensor]:
+    """dL/dx, dL/dy; one that is not wanted is an empty tensor."""
+    shapes = (logits.shape if one else (0,) for one in wanted)
+    return [torch.empty(shape, dtype=logits.dtype, device=logits.device) for shape in shapes]
 
 
 # The derivatives leave with the loss: they share its exponential and logarithm, and the backward is one product.
@@ -62,6 +78,13 @@ _fwd = define(
     " bool by_targets) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
 )
+# The sum of the losses times `scale`, and the derivatives of that: a mean or a sum never stores the losses.
+_total_fwd = define(
+    "focal_loss_total_fwd(Tensor logits, Tensor targets, float alpha, float gamma, float pos_weight, float scale,"
+    " bool by_logits, bool by_targets) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_total,
+)
+# `grad` has the shape of `slope`, or none: one number for all.
 _bwd = define(
     "focal_loss_bwd(Tensor grad, Tensor slope) -> Tensor", fake=lambda grad, slope: slope.new_empty(slope.shape)
 )
@@ -89,6 +112,22 @@ def _(grad: Tensor, slope: Tensor) -> Tensor:
     out = torch.empty(slope.shape, dtype=slope.dtype, device=slope.device)
     native().focal_loss_bwd(grad.contiguous(), slope, out)
     return out
+
+
+@launcher("focal_loss_total_fwd", device="cpu", backend="native", supports=_unsupported)
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    pos_weight: float,
+    scale: float,
+    by_logits: bool,
+    by_targets: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = _fake_total(logits, targets, alpha, gamma, pos_weight, scale, by_logits, by_targets)
+    native().focal_loss_total_fwd(logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight, scale, *results)
+    return results
 
 
 @launcher("focal_loss_bwd", device="cuda", backend="triton")
@@ -139,6 +178,24 @@ def _(
     return loss, slope, difference
 
 
+@launcher("focal_loss_total_fwd", device="cuda", backend="triton")
+@launcher("focal_loss_total_fwd", device="cpu", backend="triton")
+@launcher("focal_loss_total_fwd", device="cuda", backend="torch")
+@launcher("focal_loss_total_fwd", device="cpu", backend="torch")
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    pos_weight: float,
+    scale: float,
+    by_logits: bool,
+    by_targets: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, slope, difference = _fwd(logits, targets, alpha, gamma, pos_weight, by_logits, by_targets)
+    return loss.sum().mul_(scale), slope.mul_(scale), difference.mul_(scale)
+
+
 class _FocalLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -168,6 +225,34 @@ class _FocalLoss(torch.autograd.Function):
         )
 
 
+class _FocalTotal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        targets: Tensor,
+        alpha: float,
+        gamma: float,
+        pos_weight: float,
+        scale: float,
+        by_logits: bool,
+        by_targets: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _total_fwd(logits, targets, alpha, gamma, pos_weight, scale, by_logits, by_targets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        _check.first_order("focal_loss")
+        kept = _check.readable(grad) and float(grad) == 1  # the end of the graph: the derivatives are the gradients
+        slopes = (s if kept else _bwd(grad, s) for s in ctx.saved_tensors)
+        wanted = ctx.needs_input_grad[:2]
+        return *(slope if one else None for slope, one in zip(slopes, wanted, strict=True)), *(None,) * 6
+
+
 def focal_loss(
     logits: Tensor,  # (...)
     targets: Tensor,  # (...)
@@ -190,7 +275,8 @@ def focal_loss(
     - `alpha`: weight of the positive class, $1 - \alpha$ of the negative; in [0, 1].
     - `gamma`: focusing exponent, >= 0; 0 is the $\alpha$-weighted cross entropy.
     - `pos_weight`: further factor $w$ >= 0 on the positive term; None is 1.
-    - `reduction`: `"none"`, `"mean"` or `"sum"`.
+    - `reduction`: `"none"`, `"mean"` or `"sum"`; in single and double precision the latter two never store the
+        losses, and the gradient is ready when the backward starts.
 
     **Returns:** a tensor like `logits`, or 0-d for a reduction.
 
@@ -212,5 +298,9 @@ def focal_loss(
     weight = 1.0 if pos_weight is None else _check.number("focal_loss", "pos_weight", pos_weight, low=0.0)
     _check.choice("focal_loss", "reduction", reduction, ("none", "mean", "sum"))
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (logits, targets)]
-    loss = _FocalLoss.apply(logits, targets, alpha, gamma, weight, *wanted)[0]
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    if reduction == "none" or logits.dtype in _check.HALF:  # in float16, 1 / count would be lost before a loss scale
+        loss = _FocalLoss.apply(logits, targets, alpha, gamma, weight, *wanted)[0]
+        return loss if reduction == "none" else getattr(loss, reduction)()
+    count = logits.numel()
+    scale = 1.0 if reduction == "sum" else 1.0 / count if count else torch.nan  # as torch's mean of nothing
+    return _FocalTotal.apply(logits, targets, alpha, gamma, weight, scale, *wanted)[0]

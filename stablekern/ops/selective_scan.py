@@ -192,7 +192,7 @@ def _widened(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _unsupported(A: Tensor, B: Tensor, C: Tensor) -> str | None:
-    """Why the native and Triton kernels cannot run these, or None."""
+    """Why the native kernels cannot run these, or None."""
     if A.is_complex():
         return "complex states"
     return "constant B or C" if B.dim() == 2 or C.dim() == 2 else None
@@ -262,12 +262,8 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@launcher(
-    "selective_scan_fwd", device="cuda", backend="triton", supports=lambda *arguments: _unsupported(*arguments[2:5])
-)
-@launcher(
-    "selective_scan_fwd", device="cpu", backend="triton", supports=lambda *arguments: _unsupported(*arguments[2:5])
-)
+@launcher("selective_scan_fwd", device="cuda", backend="triton")
+@launcher("selective_scan_fwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.selective_scan import selective_scan_fwd
 
@@ -277,12 +273,8 @@ def _(*arguments):
     return outputs
 
 
-@launcher(
-    "selective_scan_bwd", device="cuda", backend="triton", supports=lambda *arguments: _unsupported(*arguments[4:7])
-)
-@launcher(
-    "selective_scan_bwd", device="cpu", backend="triton", supports=lambda *arguments: _unsupported(*arguments[4:7])
-)
+@launcher("selective_scan_bwd", device="cuda", backend="triton")
+@launcher("selective_scan_bwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.selective_scan import selective_scan_bwd
 

@@ -112,6 +112,20 @@ def _(state, *tensors_and_flag):
     return y.to(dtype)
 
 
+@launcher("selective_state_update_fwd", device="cuda", backend="triton")
+@launcher("selective_state_update_fwd", device="cpu", backend="triton")
+def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
+    from stablekern.triton_kernels.selective_state_update import state_update
+
+    y = x.new_empty(x.shape)
+    x, dt, D, z, dt_bias = (None if v is None else v.contiguous() for v in (x, dt, D, z, dt_bias))
+    B, C = (M.contiguous() for M in (B, C))
+    if state.is_complex():
+        state, A, B, C = (torch.view_as_real(v) for v in (state, A, B, C))
+    state_update(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus, y)
+    return y
+
+
 @launcher("selective_state_update_fwd", device="cuda", backend="torch")
 @launcher("selective_state_update_fwd", device="cpu", backend="torch")
 def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):

@@ -99,6 +99,26 @@ def _(state, *tensors_and_flag):
     return y.to(tensors_and_flag[0].dtype)
 
 
+@launcher("ssd_state_update_fwd", device="cuda", backend="triton")
+@launcher("ssd_state_update_fwd", device="cpu", backend="triton")
+def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
+    """As a selective scan whose rows are the columns of all heads; the states of a row have one rate and one bound."""
+    from stablekern.triton_kernels.selective_state_update import state_update
+
+    def per_state(v):
+        return v.reshape(-1, 1).expand(-1, state.shape[3])
+
+    width, y = x.shape[2], x.new_empty(x.shape)
+    rows = state.flatten(1, 2)
+    x, D, z = (None if v is None else v.contiguous().flatten(-2) for v in (x, D, z))
+    dt, B, C, dt_bias = (None if v is None else v.contiguous() for v in (dt, B, C, dt_bias))
+    A, lower, upper = (None if v is None else per_state(v) for v in (A.repeat_interleave(width), lower, upper))
+    state_update(rows, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus, y)
+    if rows.data_ptr() != state.data_ptr():  # heads and columns are not side by side: a copy moved
+        state.copy_(rows.view(state.shape))
+    return y
+
+
 @launcher("ssd_state_update_fwd", device="cuda", backend="torch")
 @launcher("ssd_state_update_fwd", device="cpu", backend="torch")
 def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):

@@ -27,7 +27,7 @@ from stablekern.optim.philox import normal
 __all__ = ["COMPLEX", "FIRST", "PAIR", "REAL", "SECOND", "adamw_step", "normals_per_element"]
 
 REAL, COMPLEX, PAIR, FIRST, SECOND = range(5)
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_NATIVE_DTYPES = frozenset((*_check.REAL, *_check.COMPLEX))
 
 # `values`, `grads`, `exp_avgs`, `steps` and `rounded` have one entry per member; `rounded`, the half-precision
 # parameters behind float32 `values`, only for those whose gradient is in half precision. `squares`, `largest` (empty
@@ -52,9 +52,9 @@ def _native_refuses(
     values, grads, exp_avgs, squares, largest, steps, rounded, normals, kinds, parameters, offsets, *scalars
 ) -> str | None:
     for tensors in (values, grads, exp_avgs, squares, largest, rounded, normals):
-        if not all(tensor.is_contiguous() for tensor in tensors):
+        if not all(map(Tensor.is_contiguous, tensors)):
             return "a tensor is not contiguous"
-    if not all(tensor.dtype in _NATIVE_DTYPES for tensor in values):
+    if not {tensor.dtype for tensor in values} <= _NATIVE_DTYPES:
         return "a dtype other than float32, float64, complex64, complex128"
     return None
 

@@ -11,10 +11,12 @@ from stablekern.errors import message
 
 __all__ = ["box", "is_sharded", "like", "local", "reduce"]
 
+_PLAIN = (torch.nn.Parameter, Tensor)  # looking for an attribute that is missing takes longer than all else
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor (asked without importing `torch.distributed.tensor`, which takes a while)."""
-    return hasattr(tensor, "placements")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:

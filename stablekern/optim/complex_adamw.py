@@ -19,7 +19,12 @@ usual $\epsilon$ of 1e-8 and no gradient yet, $1/\sqrt s$ is 1e4: a dead paramet
 1e-8 behind the square root changes that by 0.01 %. Here $\kappa \le \kappa_{\max}$ always: at the default 1 the noise
 is never more than that of plain SGLD; its variance is $2T\gamma/s$ (up to $\epsilon_n$) where
 $\sqrt s + \epsilon_n \ge 1/\kappa_{\max}$; and an element without a gradient history gets a gain of at most 1
-whatever $\kappa_{\max}$ is. (The drift $\Gamma$ of a position-dependent metric is left out, as Li et al. do.)
+whatever $\kappa_{\max}$ is. As a sampler it has two biases. *Adapting v:* $s$ follows the gradients, and with it the
+metric, whose drift $\Gamma$ is left out, as Li et al. do; it vanishes only with $v$ held fixed, when a quadratic
+potential of curvature $k$ reaches the variance $T/k$ of its Gibbs measure (for small $\gamma$ and $\beta_1 = 0$; the
+tests measure it). *The capped regime:* where $\sqrt s + \epsilon_n < 1/\kappa_{\max}$ the drift is still divided by
+$s$, but the noise is held back, so that the variance reached is only $\kappa_{\max}^2 s\,T/k$. That is the price of a
+bound; a larger $\kappa_{\max}$ lowers it.
 
 **Sources:** Loshchilov & Hutter, arXiv:1711.05101 (AdamW); Reddi et al., arXiv:1904.09237 (AMSGrad); Welling & Teh 2011
 (SGLD); Li et al., arXiv:1512.07666 (preconditioned SGLD).

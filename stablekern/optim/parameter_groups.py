@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,9 @@ def _exempt(module: nn.Module, name: str, parameter: nn.Parameter, decay_embeddi
     )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True, verbose: bool = False
+) -> list[dict[str, Any]]:
     """Split a model's parameters into one group with weight decay and one without.
 
     Decay pulls a weight towards 0; where 0 is no natural value (a norm's scale, a state-space model's log decay rate,
@@ -62,9 +65,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings:
     - `model`: any module. Parameters with `requires_grad=False` are left out.
     - `weight_decay`: of the first group, a number >= 0.
     - `decay_embeddings`: whether embedding tables decay; one tied to an output layer counts as a table. Keyword only.
+    - `verbose`: print which parameter went where, one line each, to the standard error. Keyword only.
 
     **Returns:** two groups for any `torch.optim` optimizer, decayed first, either may be empty: dicts with `params`,
-    `weight_decay` and `names` (the parameters' names, in order, for printing). Each parameter stands in exactly one
+    `weight_decay` and `names` (the parameters' names, in order). Each parameter stands in exactly one
     group, a shared one under its first name.
 
     **Raises:** `TypeError` if `model` is not a module; `ValueError` for a negative `weight_decay`, or a lazy module
@@ -91,4 +95,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_embeddings:
         (0.0, [p for p in first_name if p in exempt]),
     ):
         groups.append({"params": members, "weight_decay": decay, "names": [first_name[p] for p in members]})
+        for p in members if verbose else ():
+            sys.stderr.write(f"{first_name[p]} {tuple(p.shape)}: weight decay {decay:g}\n")
     return groups

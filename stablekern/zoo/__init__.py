@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from stablekern.zoo import (
+    cayley_solver,
     cosine_gradient,
     covariance_axis,
     degenerate_floor,
@@ -32,6 +33,7 @@ EXHIBITS: dict[str, Callable[[], Exhibit]] = {
         cosine_gradient,
         state_clamp,
         langevin_noise,
+        cayley_solver,
         covariance_axis,
         degenerate_floor,
         focal_half,

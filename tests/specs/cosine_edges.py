@@ -61,6 +61,10 @@ SPECS = (
         reference=reference,
         samples=samples,
         dtypes=FLOATS + HALVES,
+        interpreted=(
+            *("correlation", "odd", "zeros", "around-the-floors", "faint", "large-eps", "huge", "minute"),
+            *("length-1", "two-nodes", "one-node", "empty", "no-steps", "permuted", "strided"),
+        ),
         errors=(
             (_call(torch.zeros(3, 4, 5)), ValueError, r"`x` must have the shape \(b, n, t, d\): got \(3, 4, 5\)"),
             (_call(torch.zeros(1, 3, 4, 0)), ValueError, r"`x` must have at least one feature: got \(1, 3, 4, 0\)"),

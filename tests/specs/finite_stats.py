@@ -28,7 +28,6 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("integers", ([torch.tensor([3, -7, 5]), torch.tensor([True, False])],)),
         Sample("length-1", ([random(1)],)),
         Sample("empty", ([random(0, 3), random(2)],)),
-        Sample("no-tensors", ([],)),
         Sample("permuted", ([random(4, 3).t(), poor.t()],)),
         Sample("largest", ([torch.full((3, 4), 6e4, dtype=torch.float64)],)),
     ]
@@ -41,7 +40,6 @@ SPECS = (
         reference=reference,
         samples=samples,
         dtypes=FLOATS + HALVES,
-        dispatched=False,
         differentiable=False,
         errors=(
             (lambda: finite_stats([torch.zeros(2), 1.0]), TypeError, r"`tensors\[1\]` must be a tensor: got float"),

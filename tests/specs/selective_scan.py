@@ -125,7 +125,8 @@ SPECS = (
         view=_view,
         interpreted=(
             *("typical", "plain", "gated", "clamped", "clamped-odd", "one-lane", "constant"),
-            *("complex", "length-1", "empty", "empty-batch", "no-states", "no-channels", "permuted"),
+            *("constant-enter", "complex", "complex-constant", "complex-clamped-small", "length-1", "empty"),
+            *("empty-batch", "no-states", "no-channels", "permuted"),
         ),
         errors=(
             (_call(u=lambda a: a["u"][0]), ValueError, r"`u` must have the shape \(b, d, l\): got \(4, 5\)"),

@@ -35,7 +35,6 @@
 namespace stablekern {
 
 constexpr int kMaxN = 32;
-constexpr int kElectrodes = 19;  // of the 10-20 system: the size that gets loops of known length
 constexpr int kMaxSweeps = 30;   // per eigenvalue on average, as LAPACK's steqr; two are usual
 constexpr int kBlocks = 4;       // blocks of lanes that share the QL recurrence
 constexpr int32_t kNotConverged = 1, kNonFinite = 2;  // bits of `info`
@@ -79,17 +78,13 @@ class Prefetcher {
   int64_t left_ = 0;
 };
 
-// N x N matrices; N = 0: up to kMaxN.
-template <int N>
-constexpr int kSize = N > 0 ? N : kMaxN;
-template <int N>
-constexpr int kStride = kSize<N> | 1;  // odd: rows do not fall on the same cache sets
+constexpr int kStride = kMaxN | 1;  // odd: rows do not fall on the same cache sets
 
 // Everything one thread needs for `Blocks` blocks of lanes.
-template <class S, int N, int Blocks>
+template <class S, int Blocks>
 struct alignas(64) Workspace {
   using T = RealOf<S>;
-  static constexpr int kN = kSize<N>, kStride = stablekern::kStride<N>;
+  static constexpr int kN = kMaxN, kStride = stablekern::kStride;
   static constexpr int kRotations = 3 * kN * kN / 4 + kN;  // 1.5 times n sweeps; when full they are applied early
   static constexpr int kSweeps = 4 * kN;
 
@@ -165,12 +160,6 @@ void scatter_items(const Vec<T>* values, int length, int count, T* items) {
       width == lanes ? store(to, tile[lane]) : store_first(to, tile[lane], width);
     }
   }
-}
-
-template <class T>
-void prefetch_items(const T* items, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(items + i);
 }
 
 template <class T>
@@ -289,11 +278,10 @@ SK_INLINE void reflect_rows(Element<S>* z, int stride, int size, const Element<S
 
 // The rows of z, whose lower triangle holds the reflectors H_i = I - inverse_h[i] u^H u, u = row i, become Q^T with
 // Q = H_(n-1) ... H_2. Two reflectors at a time: one would be bound by its stores.
-template <class S, int N>
-SK_NOINLINE void form_q(Element<S>* z, int runtime_n, const Vec<RealOf<S>>* inverse_h) {
+template <class S>
+SK_NOINLINE void form_q(Element<S>* z, int n, const Vec<RealOf<S>>* inverse_h) {
   using E = Element<S>;
-  constexpr int stride = kStride<N>;
-  const int n = N > 0 ? N : runtime_n;
+  constexpr int stride = kStride;
   const Vec<RealOf<S>> unit = Vec<RealOf<S>>{} + RealOf<S>(1);
   const E zero{}, one = element<S>(unit);
   z[0] = one;
@@ -335,20 +323,19 @@ SK_NOINLINE void form_q(Element<S>* z, int runtime_n, const Vec<RealOf<S>>* inve
 }
 
 // T = Q^H A Q for the lower triangle a of A, which comes to hold the reflectors: see `form_q`.
-template <class S, int N>
+template <class S>
 struct Tridiagonal {
-  static constexpr int kN = kSize<N>;
+  static constexpr int kN = kMaxN;
   Vec<RealOf<S>> diagonal[kN], inverse_h[kN];
   Element<S> couplings[kN];  // T_(i+1)i
 };
 
-template <class S, int N>
-SK_NOINLINE void tridiagonalise(Element<S>* a, int runtime_n, Tridiagonal<S, N>& t, Prefetcher& upcoming) {
+template <class S>
+SK_NOINLINE void tridiagonalise(Element<S>* a, int n, Tridiagonal<S>& t, Prefetcher& upcoming) {
   using T = RealOf<S>;
   using E = Element<S>;
-  const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = kStride<N>;
-  E buffer[2][kSize<N>];
+  constexpr int stride = kStride;
+  E buffer[2][kMaxN];
   E* q = buffer[0];  // of the reflector whose update is still due
   E* p = buffer[1];
   const Vec<T> zero{}, one = zero + T(1);
@@ -392,14 +379,13 @@ SK_NOINLINE void tridiagonalise(Element<S>* a, int runtime_n, Tridiagonal<S, N>&
 }
 
 // The rows of z become Q^T (unless !Vectors) with A = Q T Q^H and real T, which goes to column `block` of d and e.
-template <class S, int N, int Blocks, bool Vectors>
-void reduce_block(Workspace<S, N, Blocks>& w, int block, int runtime_n) {
+template <class S, int Blocks, bool Vectors>
+void reduce_block(Workspace<S, Blocks>& w, int block, int n) {
   using T = RealOf<S>;
-  const int n = N > 0 ? N : runtime_n;
   Element<S>* z = w.z[block];
-  Tridiagonal<S, N> t;
-  tridiagonalise<S, N>(z, n, t, w.upcoming);
-  if constexpr (Vectors) form_q<S, N>(z, n, t.inverse_h);
+  Tridiagonal<S> t;
+  tridiagonalise<S>(z, n, t, w.upcoming);
+  if constexpr (Vectors) form_q<S>(z, n, t.inverse_h);
   const Vec<T> zero{};
   for (int i = 0; i < n; ++i) w.d[i][block] = t.diagonal[i];
   w.e[n - 1][block] = zero;
@@ -417,7 +403,7 @@ void reduce_block(Workspace<S, N, Blocks>& w, int block, int runtime_n) {
         phase = select(negligible, phase, phase * (conj(t.couplings[i]) * inverse));
         // One of Newton's steps to modulus 1: rounding would add up over the chain.
         phase = phase * fnma(add_square(phase, zero), half, three_halves);
-        for (int k = 0; k < n; ++k) z[i * kStride<N> + k] = z[i * kStride<N> + k] * phase;
+        for (int k = 0; k < n; ++k) z[i * kStride + k] = z[i * kStride + k] * phase;
       }
     }
   }
@@ -447,11 +433,11 @@ void apply_sweeps(Vec<T>* z, int stride, const Sweep* sweeps, int count, const R
   }
 }
 
-template <class S, int N, int Blocks>
-void apply_recorded(Workspace<S, N, Blocks>& w, int runtime_n) {
+template <class S, int Blocks>
+void apply_recorded(Workspace<S, Blocks>& w, int n) {
   using T = RealOf<S>;
-  const int columns = kParts<S> * (N > 0 ? N : runtime_n);  // rotations are real: parts are columns of their own
-  constexpr int stride = kParts<S> * Workspace<S, N, Blocks>::kStride, widest = 8;
+  const int columns = kParts<S> * n;  // rotations are real: parts are columns of their own
+  constexpr int stride = kParts<S> * Workspace<S, Blocks>::kStride, widest = 8;
   const int slabs = (columns + widest - 1) / widest;
   for (int block = 0; block < Blocks; ++block) {
     for (int slab = 0, column = 0; slab < slabs; ++slab) {
@@ -481,12 +467,11 @@ void apply_recorded(Workspace<S, N, Blocks>& w, int runtime_n) {
 //
 // In each round a lane takes one sweep over its own lowest unreduced block l..m (e[l..m-1] are not negligible), so a
 // lane that needs more sweeps for one eigenvalue does not hold up the others; the loop runs over all lanes' blocks.
-template <class S, int N, int Blocks, bool Record>
-void implicit_ql(Workspace<S, N, Blocks>& w, int runtime_n, Vec<RealOf<S>> (*d)[Blocks], Vec<RealOf<S>> (*e)[Blocks]) {
-  using W = Workspace<S, N, Blocks>;
+template <class S, int Blocks, bool Record>
+void implicit_ql(Workspace<S, Blocks>& w, int n, Vec<RealOf<S>> (*d)[Blocks], Vec<RealOf<S>> (*e)[Blocks]) {
+  using W = Workspace<S, Blocks>;
   using T = RealOf<S>;
   using Integer = typename VecTypes<T>::integer;
-  const int n = N > 0 ? N : runtime_n;
   const Vec<T> zero{}, one = zero + T(1), floor = zero + kSquareFloor<T>;
   const auto index = [](int i) { return IVec<T>{} + static_cast<Integer>(i); };
   Vec<T> threshold[Blocks];
@@ -611,14 +596,14 @@ void rank_values(const Vec<T> (*values)[Blocks], int block, int n, IVec<T>* rank
 
 // One block's eigenvalues in ascending order and its `info`; values are NaN where a lane failed. Returns what to add to
 // the other results of the block (NaN for those lanes, 0 for the others), and in `rank` the place of each value.
-template <class S, int N, int Blocks, class T = RealOf<S>>
-Vec<T> store_values(const Workspace<S, N, Blocks>& w, const Vec<T> (*values)[Blocks], int block, int n, int count,
+template <class S, int Blocks, class T = RealOf<S>>
+Vec<T> store_values(const Workspace<S, Blocks>& w, const Vec<T> (*values)[Blocks], int block, int n, int count,
                     typename VecTypes<T>::integer (*rank)[kLanes<T>], T* eigenvalues, int32_t* info) {
   constexpr int lanes = kLanes<T>;
   const Mask<T> failed = w.non_finite[block] | w.not_converged[block];
   const Vec<T> poison = select(failed, splat(std::numeric_limits<T>::quiet_NaN()), Vec<T>{});
   {
-    IVec<T> ranks[Workspace<S, N, Blocks>::kN];
+    IVec<T> ranks[Workspace<S, Blocks>::kN];
     rank_values<T, Blocks>(values, block, n, ranks);
     std::memcpy(rank, ranks, sizeof(ranks[0]) * static_cast<std::size_t>(n));
   }
@@ -666,11 +651,11 @@ SK_INLINE Vec<T> fix_gauge(ComplexVec<T>* vector, int n, std::complex<T>) {
 }
 
 // One block's eigenvectors, gauge fixed and `poison` added: n components to `place(lane, rank)` each, for all lanes.
-template <class S, int N, int Blocks, class Place, class T = RealOf<S>>
-void store_vectors(Workspace<S, N, Blocks>& w, int block, int runtime_n,
+template <class S, int Blocks, class Place, class T = RealOf<S>>
+void store_vectors(Workspace<S, Blocks>& w, int block, int n,
                    const typename VecTypes<T>::integer (*rank)[kLanes<T>], Vec<T> poison, const Place& place) {
-  constexpr int lanes = kLanes<T>, stride = Workspace<S, N, Blocks>::kStride;
-  const int n = N > 0 ? N : runtime_n, length = kParts<S> * n;
+  constexpr int lanes = kLanes<T>, stride = Workspace<S, Blocks>::kStride;
+  const int length = kParts<S> * n;
   for (int i = 0; i < n; ++i) {
     const Vec<T> sign = fix_gauge<T>(w.z[block] + i * stride, n, S{});
     const Vec<T>* vector = reinterpret_cast<const Vec<T>*>(w.z[block] + i * stride);
@@ -694,23 +679,23 @@ void store_vectors(Workspace<S, N, Blocks>& w, int block, int runtime_n,
 // ---- all of it -----------------------------------------------------------------------------------------------------
 
 // `count` matrices from `item` on, at most Blocks * kLanes of them.
-template <class S, int N, int Blocks, bool Vectors, class Load, class Store>
+template <class S, int Blocks, bool Vectors, class Load, class Store>
 void solve_group(int n, int64_t item, int count, int sweeps, const Load& load_block, const Store& store_block) {
   constexpr int lanes = kLanes<RealOf<S>>;
-  auto& w = workspace<Workspace<S, N, Blocks>>();
+  auto& w = workspace<Workspace<S, Blocks>>();
   w.max_rounds = sweeps * n;
   for (int b = 0; b < Blocks; ++b) {
     const int first = b * lanes < count ? b * lanes : 0;
     load_block(w, b, item + first, std::min(count - first, lanes));
-    reduce_block<S, N, Blocks, Vectors>(w, b, n);
+    reduce_block<S, Blocks, Vectors>(w, b, n);
     w.not_converged[b] = none_set<RealOf<S>>();
     w.used[b] = w.sweep_count[b] = 0;
   }
   std::memcpy(w.values, w.d, sizeof(w.d[0]) * static_cast<std::size_t>(n));
   std::memcpy(w.couplings, w.e, sizeof(w.e[0]) * static_cast<std::size_t>(n));
-  implicit_ql<S, N, Blocks, false>(w, n, w.values, w.couplings);
+  implicit_ql<S, Blocks, false>(w, n, w.values, w.couplings);
   if constexpr (Vectors) {
-    implicit_ql<S, N, Blocks, true>(w, n, w.d, w.e);
+    implicit_ql<S, Blocks, true>(w, n, w.d, w.e);
     apply_recorded(w, n);
   }
   for (int b = 0; b * lanes < count; ++b) store_block(w, b, item + b * lanes, std::min(count - b * lanes, lanes));
@@ -720,7 +705,7 @@ void solve_group(int n, int64_t item, int count, int sweeps, const Load& load_bl
 // `up` and `non_finite` from `count` <= kLanes items (it may be asked for some of them twice); `store_block`, of the
 // same arguments, writes what came of them. Streamed stores are complete when this returns. A matrix has not converged
 // after more than `sweeps` sweeps per eigenvalue.
-template <class S, int N, bool Vectors, class Load, class Store>
+template <class S, bool Vectors, class Load, class Store>
 void solve_lanes(int64_t batch, int n, const Load& load_block, const Store& store_block, int sweeps = kMaxSweeps) {
   constexpr int lanes = kLanes<RealOf<S>>;
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
@@ -728,9 +713,9 @@ void solve_lanes(int64_t batch, int n, const Load& load_block, const Store& stor
     for (int64_t item = begin * lanes; item < stop;) {
       const int count = static_cast<int>(std::min<int64_t>(stop - item, kBlocks * lanes));
       if (count > lanes)
-        solve_group<S, N, kBlocks, Vectors>(n, item, count, sweeps, load_block, store_block);
+        solve_group<S, kBlocks, Vectors>(n, item, count, sweeps, load_block, store_block);
       else
-        solve_group<S, N, 1, Vectors>(n, item, count, sweeps, load_block, store_block);
+        solve_group<S, 1, Vectors>(n, item, count, sweeps, load_block, store_block);
       item += count;
     }
     stream_fence();

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "stablekern/spans.h"
+
 namespace stablekern {
 
 struct DlpackTensor {
@@ -32,10 +34,6 @@ struct DlpackExchange {
 
 constexpr int32_t kDlpackCpu = 1;
 enum DlpackCode : uint8_t { kDlpackFloat = 2, kDlpackBfloat = 4, kDlpackComplex = 5 };
-
-// Row of the table of spans that "grad_guard.cpp" reads: address, real numbers, type.
-enum class SpanType : int64_t { kFloat = 0, kDouble = 1, kBfloat16 = 2, kHalf = 3 };
-constexpr int kSpanColumns = 3;
 
 // Torch's functions, or null if this torch has none of that version.
 inline const DlpackExchange* exchange_of(PyObject* tensor_type) {

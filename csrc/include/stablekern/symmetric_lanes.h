@@ -16,10 +16,9 @@ void gather_elements(const T* items, int length, int count, E* out) {
 
 // One triangle of up to kLanes matrices, scaled to size 1, to the lower triangle of z; zeros for those with a non-finite
 // entry in either triangle.
-template <class S, int N, int Blocks, class T = RealOf<S>>
-void load_triangles(Workspace<S, N, Blocks>& w, int block, const T* matrices, int runtime_n, int count, bool upper) {
-  const int n = N > 0 ? N : runtime_n;
-  constexpr int stride = Workspace<S, N, Blocks>::kStride;
+template <class S, int Blocks, class T = RealOf<S>>
+void load_triangles(Workspace<S, Blocks>& w, int block, const T* matrices, int n, int count, bool upper) {
+  constexpr int stride = Workspace<S, Blocks>::kStride;
   Element<S>* full = w.staging;
   gather_elements(matrices, n * n, count, full);
   const Vec<T> zero{};

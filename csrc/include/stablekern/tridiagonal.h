@@ -237,7 +237,7 @@ class Reduction {
     Vec<T>* sums = sums_;
     for (int k = size; k < used * kWidth; ++k)
       for (int part = 0; part < kParts<S>; ++part) sums[part * used * kWidth + k] = Vec<T>{};
-    constexpr int most = kIsComplex<S> ? 2 : 4;  // what the registers hold; divides kWidth
+    constexpr int most = std::min(kIsComplex<S> ? 2 : 4, kWidth);  // what the registers hold; divides kWidth
     int row = 0;
     for (; row + most <= size; row += most) pass_rows<most, Update>(row, used, u, q, v, p);
     for (; row < size; ++row) pass_rows<1, Update>(row, used, u, q, v, p);
