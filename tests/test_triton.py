@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 SOURCE = "".join(path.read_text() for path in HERE.parent.glob("triton_kernels/*.py"))
 KERNELS = sorted(re.findall(r"^def (\w+_kernel)\(", SOURCE, re.MULTILINE))
 
+SCANS = ("causal_conv1d", "linear_scan", "scan_join", "selective_scan", "ssd_scan", "state_update")
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
@@ -39,6 +41,10 @@ def test_compiles_everywhere_without_spills(name, rows):
     failed = [row for row in mine if "error" in row]
     assert mine and not failed, failed[0]
     assert {row["target"] for row in mine} == {80, 89, 90, 100, 120}
-    # A spilled register lives on the stack; 255 is all that a thread can have.
-    spilled = [row for row in mine if row["stack"] or row["local"] or not 0 < row["reg"] <= 255]
+    # A spilled register lives on the stack; 255 is all that a thread can have. In float64, which is there for checks, a
+    # few may go there; the scans, which people run in it, need none.
+    bytes_of = {} if name.startswith(SCANS) else {"fp64": 64}
+    spilled = [
+        row for row in mine if row["stack"] > bytes_of.get(row["io"], 0) or row["local"] or not 0 < row["reg"] <= 255
+    ]
     assert not spilled, spilled[0]
