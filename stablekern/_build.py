@@ -37,6 +37,7 @@ SOURCES = (
     "bindings.cpp",
     "cpu/linear_scan.cpp",
     "cpu/eigenprojector.cpp",
+    "cpu/selective_scan_general.cpp",
     "cpu/selective_scan.cpp",
     "cpu/ssd_scan.cpp",
     "cpu/eigh.cpp",

@@ -60,3 +60,8 @@ def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tupl
         came = f"lo up to {lower.max():g}", f"hi from {upper.min():g}"
         raise ValueError(message(op, "`state_clamp` must have lo <= hi", *came))
     return lower, upper
+
+
+def changed(free: Tensor, lower: Tensor | None, upper: Tensor) -> Tensor:
+    """Where a clamp changes `free`, the states before it; `upper` alone is a modulus."""
+    return free.abs() > upper if lower is None else (free < lower) | (free > upper)

@@ -50,6 +50,9 @@ def backend(request, any_backend):
 
 @pytest.fixture(params=KERNELS)
 def kernel(request, any_backend):
+    case = request.node.callspec.params
+    if request.param == "triton" and (case.get("form") == "callable" or case.get("dtype") == torch.float64):
+        pytest.skip("the interpreter is slow: the forms that have a kernel, in one dtype")
     stablekern.use_backend(request.param)
     return request.param
 
@@ -93,7 +96,7 @@ def test_each_row_reaches_its_own_tolerance(form, dtype, kernel):
     assert iterations[3] < iterations[0], "a loose tolerance takes fewer steps"
 
 
-def test_absolute_tolerance(kernel):
+def test_absolute_tolerance(backend):
     g = generator()
     A, b = spread(g, (3,), 9), torch.randn(3, 9, dtype=torch.float64, generator=g)
     found = cg_ex(A, b, rtol=0, atol=torch.tensor([1e-1, 1e-4, 1e9], dtype=torch.float64))
@@ -191,7 +194,7 @@ def test_a_system_does_not_notice_its_neighbours(form, backend):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", ["auto", "cg", "cocg"])
-def test_what_is_not_hermitian_is_refused(form, method, kernel):
+def test_what_is_not_hermitian_is_refused(form, method, backend):
     """The Cayley operator I + i a H: CG makes no progress on it and says so, COCG and CGNE solve it."""
     H = banded(generator(), (2,), 11)
     eye = torch.eye(11, dtype=torch.float64)
@@ -342,7 +345,7 @@ def test_columns_are_systems_of_their_own(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
-def test_nothing_to_solve(shape, kernel):
+def test_nothing_to_solve(shape, backend):
     A = torch.zeros(*shape, shape[-1], requires_grad=True)
     found = cg_ex(A, torch.zeros(shape))
     assert found.x.shape == shape and found.info.shape == shape[:1] and (found.info == 0).all()

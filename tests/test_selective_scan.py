@@ -147,19 +147,20 @@ def test_a_saturated_step_forgets_its_past(backend):
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
-def test_saturation_is_the_share_of_states_that_the_clamp_changed(is_complex):
-    args, optional = case(2, 3, 12, 1, 4, is_complex=is_complex)
+def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend, is_complex):
+    args, optional = case(2, 4, 70, 2, 5, is_complex=is_complex)
     optional["return_last_state"] = False
     y, share = selective_scan(*args, **optional, state_clamp=0.5, return_saturation=True)
     torch.testing.assert_close(y, selective_scan(*args, **optional, state_clamp=0.5), rtol=0, atol=0)
     u, delta, A, B, _ = args
     step, state, changed = delta + optional["delta_bias"][:, None], optional["initial_state"], 0
-    for t in range(12):
-        free = torch.exp(step[..., t, None] * A) * state + (step * u)[..., t, None] * B[:, :, :, t]
+    for t in range(70):
+        enter = B[..., t].repeat_interleave(2, dim=1)
+        free = torch.exp(step[..., t, None] * A) * state + (step * u)[..., t, None] * enter
         over = free.abs() > 0.5
         state, changed = torch.where(over, 0.5 * torch.sgn(free), free), changed + over.sum(-1)
     assert 0 < share.min() < share.max() < 1
-    torch.testing.assert_close(share, changed / 48)
+    torch.testing.assert_close(share, changed / 350)
     with pytest.raises(ValueError, match=r"stablekern.selective_scan: `return_saturation` needs a `state_clamp`"):
         selective_scan(*args, return_saturation=True)
 
@@ -195,6 +196,19 @@ def test_the_decay_is_an_exponential_to_two_ulp(backend, dtype, limit):
     spacing = (torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)) - exact.to(dtype)).double()
     assert ((last.flatten().double() - exact).abs() <= 2 * spacing).all()
     assert (last.flatten()[4001:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_complex_decay_turns_as_it_should(dtype):
+    """As above, by angles from the smallest to those whose quarter turns are beyond any short reduction."""
+    angles = torch.cat([torch.linspace(-20, 20, 2001), torch.logspace(-30, 12, 500), torch.arange(400) * torch.pi / 4])
+    A = torch.complex(torch.full_like(angles, -1e-3), angles).to(torch.promote_types(dtype, torch.complex64))[:, None]
+    rows = A.shape[0]
+    nothing, step = torch.zeros(1, rows, 1, dtype=dtype), torch.ones(1, rows, 1, dtype=dtype)
+    none, start = torch.zeros(1, 1, 1, dtype=A.dtype), torch.ones(1, rows, 1, dtype=A.dtype)
+    _, last = selective_scan(nothing, step, A, none, none, initial_state=start, return_last_state=True)
+    error = (last.flatten() - torch.exp(A.to(torch.complex128)).flatten()).abs()
+    assert error.max() <= 3 * torch.finfo(dtype).eps
 
 
 def test_extreme_steps_and_inputs_stay_finite(backend):

@@ -222,3 +222,23 @@ def test_last_state_alone_can_be_differentiated(backend):
     exact = torch.autograd.grad(reference(*args, return_last_state=True)[1].square().sum(), args[:4])
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("direction", [{}, {"reverse": True}, {"bidirectional": True}], ids=["", "reverse", "both"])
+def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend, direction):
+    (x, dt, A, B, C), optional = case(2, 70, 4, 3, 2, 5)
+    state, bounds = optional["initial_state"], {"state_clamp": (-0.3, 0.5), "initial_state": optional["initial_state"]}
+    y, share = ssd_scan(x, dt, A, B, C, **bounds, **direction, return_saturation=True)
+    torch.testing.assert_close(y, ssd_scan(x, dt, A, B, C, **bounds, **direction), rtol=0, atol=0)
+    backwards = torch.tensor(["reverse" in direction] * 2 + [bool(direction)] * 2)
+    changed = 0
+    for t in range(70):
+        place = torch.where(backwards, 69 - t, t)
+        token, step, enter = ((M[:, place, [0, 1, 2, 3]]) for M in (x, dt, B.repeat_interleave(2, dim=2)))
+        free = torch.exp(step * A)[..., None, None] * state + (step[..., None] * token)[..., None] * enter[..., None, :]
+        state = free.clamp(-0.3, 0.5)
+        changed = changed + (state != free).sum((2, 3))
+    assert 0 < share.min() < share.max() < 1
+    torch.testing.assert_close(share, changed / (70 * 15))
+    with pytest.raises(ValueError, match=r"stablekern.ssd_scan: `return_saturation` needs a `state_clamp`"):
+        ssd_scan(x, dt, A, B, C, return_saturation=True)

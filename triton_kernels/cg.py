@@ -226,6 +226,7 @@ def _survey(A, n, METHOD: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
     """The largest part of A, NaN if one is not finite, and of what mirrored entries differ by."""
     lane = tl.arange(0, N).to(tl.int64)
     largest = tl.full((), 0.0, WIDE)
+    probe = tl.full((), 0.0, WIDE)  # a sum with what is 0 or NaN keeps NaN, which the largest of numbers may drop
     asymmetry = tl.full((), 0.0, WIDE)
     for first in range(0, n, ROWS):
         j = first + tl.arange(0, ROWS).to(tl.int64)
@@ -234,15 +235,15 @@ def _survey(A, n, METHOD: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
         size = tl.abs(hr) + (hr - hr)
         if PARTS == 2:
             size = tl.maximum(size, tl.abs(hi)) + (hi - hi)
-        # A sum with what is 0 or NaN carries NaN on, which the largest of numbers may drop.
-        largest = tl.maximum(largest, tl.max(tl.max(size, 1), 0)) + tl.sum(tl.sum(size - size, 1), 0)
+        largest = tl.maximum(largest, tl.max(tl.max(size, 1), 0))
+        probe += tl.sum(tl.sum(size - size, 1), 0)
         if METHOD != _ANY:
             tr, ti = _load(A, lane[None, :] * n + j[:, None], inside, PARTS)
             gap = tl.abs(hr - tr)
             if PARTS == 2:
                 gap = tl.maximum(gap, tl.abs(hi - ti if METHOD == _SYMMETRIC else hi + ti))
             asymmetry = tl.maximum(asymmetry, tl.max(tl.max(gap, 1), 0))
-    return largest, asymmetry
+    return largest + probe, asymmetry
 
 
 @triton.jit
@@ -250,14 +251,16 @@ def _sparse_survey(A, crow, n, PARTS: tl.constexpr, WIDE: tl.constexpr, N: tl.co
     """The largest part of A, NaN if one is not finite, and a bound of its norm: the largest sum over a row."""
     lane = tl.arange(0, N).to(tl.int64)
     largest = tl.full((), 0.0, WIDE)
+    probe = tl.full((), 0.0, WIDE)
     sums = tl.zeros((N,), WIDE)
     start, length = _row(crow, lane, n)
     for t in range(tl.max(length)):
         re, im = _load(A, start + t, t < length, PARTS)
         size = _size(re, im, PARTS)
-        largest = tl.maximum(largest, size) + (size - size)
+        largest = tl.maximum(largest, size)
+        probe += size - size
         sums += tl.abs(re) + tl.abs(im)
-    return largest, tl.max(sums)
+    return largest + probe, tl.max(sums)
 
 
 @triton.jit

@@ -480,6 +480,7 @@ struct Solver {
     while (out.iterations < system.maxiter) {
       apply(p, q);
       const Inner pq = kMethod == kAny ? Inner(squared_norm(p)) : inner(p, q);
+      [[maybe_unused]] const T qq = W > 0 ? squared_norm(q) : T(0);
       const Inner alpha = rz / pq;
       // A longer step leads along what A has no hold of.
       const T reach = std::abs(alpha) * A.largest * (kMethod == kAny ? A.largest * kEpsilon : T(1)) * kEpsilon;
@@ -494,12 +495,21 @@ struct Solver {
         r.v[w] = fma(back, q.v[w], r.v[w]);
       }
       ++out.iterations;
-      rr = squared_norm(r);
-      if (rr <= target) return;
-      const Inner next = direction(r, rr, z);
-      const auto beta = spread(next / rz);
-      rz = next;
-      for (int64_t w = 0; w < count(); ++w) p.v[w] = fma(beta, p.v[w], z.v[w]);
+      if constexpr (W > 0) {
+        // What |r|^2 will be is known from |A p|^2 before r is, so that the next direction need not wait for its sum.
+        // That is taken meanwhile, and is what counts (Chen and Carson 2020, arXiv:1905.01549: predict and recompute).
+        const auto beta = splat(std::max(alpha * alpha * qq - rz, T(0)) / rz);
+        for (int64_t w = 0; w < count(); ++w) p.v[w] = fma(beta, p.v[w], r.v[w]);
+        rz = rr = squared_norm(r);
+        if (rr <= target) return;
+      } else {
+        rr = squared_norm(r);
+        if (rr <= target) return;
+        const Inner next = direction(r, rr, z);
+        const auto beta = spread(next / rz);
+        rz = next;
+        for (int64_t w = 0; w < count(); ++w) p.v[w] = fma(beta, p.v[w], z.v[w]);
+      }
     }
   }
 };

@@ -12,12 +12,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 namespace stablekern {
 namespace {
 
 using torch::stable::Tensor;
 
+constexpr int kReluctance = 4;               // rows change places for a pivot that is so much larger
 constexpr int64_t kGrainEntries = 8 * 1024;  // entries of matrices that are worth a thread
 
 template <class T>
@@ -32,7 +34,8 @@ SK_INLINE ComplexVec<T> inverse(ComplexVec<T> a) {
 }
 
 // (I + A)^-1 (I - A) by Gauss-Jordan elimination of (I + A | I - A), `m` being n rows of 2 n. Each lane takes its own
-// pivot: its rows change places by selections.
+// pivot: its rows change places by selections. Elimination keeps the Hermitian part of a skew-Hermitian A's I + A above
+// I, so that no pivot is below 1 there and an exchange is rare.
 template <class S>
 SK_NOINLINE void transform(Element<S>* m, int64_t n) {
   using T = RealOf<S>;
@@ -44,7 +47,7 @@ SK_NOINLINE void transform(Element<S>* m, int64_t n) {
     for (int64_t i = k + 1; i < n; ++i) {
       E* row = m + i * width;
       const Vec<T> size = part_size(row[k]);
-      const Mask<T> larger = greater(size, best);
+      const Mask<T> larger = greater(size, splat(T(kReluctance)) * best);
       if (!any(larger)) continue;
       best = select(larger, size, best);
       for (int64_t c = k; c < width; ++c) {
@@ -106,6 +109,14 @@ void forward(const Tensor& A, Tensor& U) {
   });
 }
 
+// Calls f with the offset of every four columns, then of each one that is left, and with how many they are.
+template <class F>
+SK_INLINE void by_fours(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) f(j, std::integral_constant<int, 4>{});
+  for (; j < n; ++j) f(j, std::integral_constant<int, 1>{});
+}
+
 // -1/2 W^H G W^H with W = U + I.
 template <class S>
 void backward(const Tensor& grad, const Tensor& U, Tensor& dA) {
@@ -122,17 +133,19 @@ void backward(const Tensor& grad, const Tensor& U, Tensor& dA) {
     const Vec<T> factor = splat(T(-0.5));
     for (int64_t i = 0; i < n; ++i) w[i * (n + 1)] = w[i * (n + 1)] + element<S>(splat(T(1)));
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        E sum{};
-        for (int64_t k = 0; k < n; ++k) sum = fma_conj(w[k * n + i], g[k * n + j], sum);
-        product[i * n + j] = sum * factor;
-      }
+      by_fours(n, [&](int64_t j, auto width) {
+        E sum[width] = {};
+        for (int64_t k = 0; k < n; ++k)
+          for (int q = 0; q < width; ++q) sum[q] = fma_conj(w[k * n + i], g[k * n + j + q], sum[q]);
+        for (int q = 0; q < width; ++q) product[i * n + j + q] = sum[q] * factor;
+      });
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        E sum{};
-        for (int64_t k = 0; k < n; ++k) sum = fma_conj(w[j * n + k], product[i * n + k], sum);
-        g[i * n + j] = sum;
-      }
+      by_fours(n, [&](int64_t j, auto width) {
+        E sum[width] = {};
+        for (int64_t k = 0; k < n; ++k)
+          for (int q = 0; q < width; ++q) sum[q] = fma_conj(w[(j + q) * n + k], product[i * n + k], sum[q]);
+        for (int q = 0; q < width; ++q) g[i * n + j + q] = sum[q];
+      });
     store_turned(reinterpret_cast<const Vec<T>*>(g), here, reals, 0, mutable_data<T>(dA) + first * reals, reals);
   });
 }

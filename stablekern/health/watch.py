@@ -132,8 +132,8 @@ def norms(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
 
 def _dense(x: Tensor) -> Tensor:
     """The stored values, without history; of a sharded tensor this rank's part."""
-    x = x.detach()
-    x = x._local_tensor if hasattr(x, "_local_tensor") else x
+    x = x.detach() if x.requires_grad else x
+    x = x if type(x) is Tensor else getattr(x, "_local_tensor", x)
     x = x.coalesce().values() if x.is_sparse else x
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
@@ -151,7 +151,7 @@ class _Evidence:
     def __init__(self, names: list[str], tensors: list[Tensor], *, late: bool) -> None:
         self.names, self.numbers = names, norms(tensors, exact=late)
         self.tensors = None if late else tensors
-        self.kinds = [(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.numel()) for x in tensors]
+        self.kinds = [(x.shape, x.dtype, x.numel()) for x in tensors] if late else []
         self.bad: list[int] = []
         self.stats: list[TensorStats] = []
 
@@ -161,9 +161,11 @@ class _Evidence:
             if self.tensors is None:
                 nan = math.isnan(float(numbers[i]))
                 shape, dtype, count = self.kinds[i]
-                name = f"{self.names[i]}, of which at least"
+                name, kind = f"{self.names[i]}, of which at least", str(dtype).removeprefix("torch.")
                 self.bad.append(i)
-                self.stats.append(TensorStats(name, shape, dtype, int(nan), int(not nan), count, *(math.nan,) * 3))
+                self.stats.append(
+                    TensorStats(name, tuple(shape), kind, int(nan), int(not nan), count, *(math.nan,) * 3)
+                )
             elif not finite(self.tensors[i]):
                 self.bad.append(i)
                 self.stats.append(TensorStats.of(self.names[i], self.tensors[i]))

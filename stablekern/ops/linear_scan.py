@@ -218,6 +218,24 @@ def _(grad_states, gate, token, states, initial_state, lower, upper, reverse):
     return grad_gate, grad_token, grad_initial_state
 
 
+@torch.no_grad()
+def _saturation(
+    gate: Tensor,
+    token: Tensor,
+    states: Tensor,
+    initial_state: Tensor | None,
+    lower: Tensor | None,
+    upper: Tensor,
+    reverse: bool,
+) -> Tensor:
+    """Which share of a channel's states the clamp changed, (b, d): every step again, from the states that came out."""
+    length = states.shape[-1]
+    first = torch.zeros_like(token[..., :1]) if initial_state is None else initial_state[..., None]
+    before = torch.cat((states[..., 1:], first) if reverse else (first, states[..., :-1]), -1)
+    each = (None if bound is None else bound[:, None] for bound in (lower, upper))
+    return _state_clamp.changed(gate * before[..., :length] + token, *each).to(upper.dtype).sum(-1) / max(length, 1)
+
+
 class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(gate, token, initial_state, lower, upper, reverse):
@@ -243,7 +261,8 @@ def linear_scan(
     initial_state: Tensor | None = None,  # (b, d)
     state_clamp: StateClamp = None,
     reverse: bool = False,
-) -> Tensor:  # (b, d, l)
+    return_saturation: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (b, d, l), (b, d)
     r"""The linear recurrence $h_t = \mathrm{clamp}(a_t h_{t-1} + b_t)$ along the last dimension, with gradients.
 
     **Arguments:** any strides; every size may be 0.
@@ -258,6 +277,8 @@ def linear_scan(
         of the circle, times `c` over the length before, for a complex one. The bounds themselves get no gradient and
         must not ask for one.
     - `reverse`: from the last step to the first, $h_t = \mathrm{clamp}(a_t h_{t+1} + b_t)$; nothing is flipped.
+    - `return_saturation`: a diagnostic: also return which share of a channel's states the clamp has changed; (b, d),
+        in [0, 1], without a gradient; found from the states, to an ulp of the bound. Needs `state_clamp`.
 
     **Returns:** all states $h$, a new contiguous tensor like `token`; the last state is `h[..., -1]` (`h[..., 0]` if
     `reverse`). Half precision is computed in float32 and rounded once.
@@ -288,4 +309,9 @@ def linear_scan(
         raise ValueError(message(_OP, rule, f"{len(state_clamp)} values"))
     else:
         lower, upper = None, _state_clamp.bounds(_OP, state_clamp, token.real, d=sizes["d"])[1]
-    return _LinearScan.apply(gate, token, initial_state, lower, upper, reverse).to(dtype)
+    if return_saturation and upper is None:
+        raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
+    states = _LinearScan.apply(gate, token, initial_state, lower, upper, reverse)
+    if not return_saturation:
+        return states.to(dtype)
+    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse)

@@ -56,6 +56,7 @@ _OP = "selective_scan"
 # Steps between two saved states: they cost 1/_CHUNK of (b, d, l, n) in memory, and the recomputed states of one chunk,
 # with their decays, are what the native backward keeps in its first-level cache.
 _CHUNK = 16
+_STRETCH = 64  # steps whose states the diagnostic has in memory at once
 
 
 def reference(
@@ -191,32 +192,9 @@ def _widened(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t.to(wide) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def _unsupported(A: Tensor, B: Tensor, C: Tensor) -> str | None:
-    """Why the native kernels cannot run these, or None."""
-    if A.is_complex():
-        return "complex states"
-    return "constant B or C" if B.dim() == 2 or C.dim() == 2 else None
-
-
-def _fake_saturation(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    lower: Tensor | None,
-    upper: Tensor,
-    delta_softplus: bool,
-) -> Tensor:
-    return u.new_empty(u.shape[:2], dtype=upper.dtype)
-
-
-_saturation = define(
-    "selective_scan_saturation(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, Tensor? initial_state,"
-    " Tensor? lower, Tensor upper, bool delta_softplus) -> Tensor",
-    fake=_fake_saturation,
-)
+def _is_general(A: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether it takes the native kernel for complex states, or for a B or C that does not depend on time."""
+    return A.is_complex() or B.dim() == 2 or C.dim() == 2
 
 
 def _require_steps(least: float) -> None:
@@ -233,28 +211,37 @@ def _check_steps(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool)
 
 
 def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in _widened(A, *tensors)]
+    """Memory of the scan's dtypes that holds the values themselves, not their conjugates or negatives."""
+    widened = _widened(A, *tensors)
+    return [None if tensor is None else tensor.resolve_conj().resolve_neg().contiguous() for tensor in widened]
 
 
-@launcher(
-    "selective_scan_fwd", device="cpu", backend="native", supports=lambda *arguments: _unsupported(*arguments[2:5])
-)
+def _wide_outputs(A: Tensor, *outputs: Tensor) -> list[Tensor]:
+    """`outputs`, or where those are in half precision others for the kernel to write into."""
+    real = A.real.dtype if A.is_complex() else A.dtype
+    return [out if out.dtype in (A.dtype, real) else out.new_empty(out.shape, dtype=real) for out in outputs]
+
+
+@launcher("selective_scan_fwd", device="cpu", backend="native")
 def _(*arguments):
-    y, *states = outputs = _fake_fwd(*arguments)
-    A, wide_y = arguments[2], y if y.dtype == arguments[2].dtype else arguments[2].new_empty(y.shape)
-    least_step = A.new_empty(())  # found on the way, which spares a pass over the steps
-    _load.native().selective_scan_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], wide_y, *states, least_step)
-    _require_steps(least_step.item())
-    return wide_y.to(y.dtype), *outputs[1:]
+    outputs, A = _fake_fwd(*arguments), arguments[2]
+    wide, native = _wide_outputs(A, *outputs), _load.native()
+    if _is_general(*arguments[2:5]):
+        _check_steps(arguments[1], arguments[7], arguments[-2])
+        native.selective_scan_general_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
+    else:
+        least_step = A.new_empty(())  # found on the way, which spares a pass over the steps
+        native.selective_scan_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide, least_step)
+        _require_steps(least_step.item())
+    return tuple(ours.to(out.dtype) for ours, out in zip(wide, outputs, strict=True))
 
 
-@launcher(
-    "selective_scan_bwd", device="cpu", backend="native", supports=lambda *arguments: _unsupported(*arguments[4:7])
-)
+@launcher("selective_scan_bwd", device="cpu", backend="native")
 def _(*arguments):
     grads, A = _fake_bwd(*arguments), arguments[4]
-    wide = [grad if grad.dtype == A.dtype else A.new_empty(grad.shape) for grad in grads]
-    _load.native().selective_scan_bwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
+    wide, native = _wide_outputs(A, *grads), _load.native()
+    run = native.selective_scan_general_bwd if _is_general(*arguments[4:7]) else native.selective_scan_bwd
+    run(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
     return tuple(ours.to(grad.dtype) for ours, grad in zip(wide, grads, strict=True))
 
 
@@ -293,10 +280,18 @@ def _step(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> tup
 
 def _at(M: Tensor, t: int, channels: int) -> Tensor:
     """Step t of B or C, broadcastable to (b, d, n)."""
-    if M.dim() == 2:
-        return M
+    return M if M.dim() == 2 else _of_channels(M[..., t], channels)
+
+
+def _of_channels(M: Tensor, channels: int) -> Tensor:
+    """(b, g, ...) to (b, d, ...)."""
     groups = M.shape[1]
-    return M[..., t].repeat_interleave(channels // groups if groups else 1, dim=1)
+    return M.repeat_interleave(channels // groups if groups else 1, dim=1)
+
+
+def _each_step(*bounds: Tensor | None) -> list[Tensor | None]:
+    """(d, n) to what broadcasts to (b, d, l, n)."""
+    return [None if bound is None else bound[:, None] for bound in bounds]
 
 
 def _advance(
@@ -425,19 +420,34 @@ def _(
     return grads
 
 
-@launcher("selective_scan_saturation", device="cuda", backend="torch")
-@launcher("selective_scan_saturation", device="cpu", backend="torch")
-def _(u, delta, A, B, delta_bias, initial_state, lower, upper, delta_softplus):
-    u, delta, B = _widened(A, u, delta, B)
+@torch.no_grad()
+def _saturation(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    lower: Tensor | None,
+    upper: Tensor,
+    delta_softplus: bool,
+) -> Tensor:
+    """Which share of a channel's states the clamp changed, (b, d): the scan once more, a stretch of time after another,
+    with the state before every step kept."""
     batch, channels, length = u.shape
-    step, _ = _step(delta, delta_bias, delta_softplus)
-    state = A.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
-    changed = torch.zeros_like(u[..., :0].sum(-1))
-    for t in range(length):
-        decay, enter = torch.exp(step[..., t, None] * A), (step * u)[..., t, None] * _at(B, t, channels)
-        state, free = _advance(state, decay, enter, lower, upper)
-        outside = free.abs() > upper if lower is None else (free < lower) | (free > upper)
-        changed += outside.sum(-1)
+    state, changed = initial_state, upper.new_zeros((batch, channels))
+    for start in range(0, length, _STRETCH):
+        tokens, steps = (M[..., start : start + _STRETCH] for M in (u, delta))
+        enter = B if B.dim() == 2 else B[..., start : start + _STRETCH]
+        _, state, before = _fwd(
+            tokens, steps, A, enter, enter, None, None, delta_bias, state, lower, upper, delta_softplus, 1
+        )
+        tokens, steps, enter = _widened(A, tokens, steps, enter)
+        steps, _ = _step(steps, delta_bias, delta_softplus)
+        enter = enter[:, None] if enter.dim() == 2 else _of_channels(enter, channels).mT
+        decay = torch.exp(steps[..., None] * A[:, None])
+        _, free = _advance(before.permute(0, 3, 1, 2), decay, (steps * tokens)[..., None] * enter, None, None)
+        changed += _state_clamp.changed(free, *_each_step(lower, upper)).sum((-2, -1))
     return changed / max(length * A.shape[1], 1)
 
 
@@ -522,8 +532,8 @@ def selective_scan(
         bounds themselves get no gradient and must not ask for one.
     - `initial_state`: the state before the first step, (b, d, n); zero if None. It is not clamped.
 
-    - `return_saturation`: a diagnostic, at the cost of a second, slow scan: also return which share of a channel's
-        states, over all steps, the clamp has changed; (b, d), in [0, 1], without a gradient. Needs `state_clamp`.
+    - `return_saturation`: a diagnostic, at the cost of several scans: also return which share of a channel's states,
+        over all steps, the clamp has changed; (b, d), in [0, 1], without a gradient. Needs `state_clamp`.
 
     **Complex `A`:** the states are complex, and $y_t = 2\,\mathrm{Re}(C_t \cdot h_t) + D u_t$: each state stands for a
     conjugate pair. `B` and `C` are complex, or real with l pairs (re, im) as their last axis of size 2 l, as in

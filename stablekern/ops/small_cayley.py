@@ -3,7 +3,7 @@ r"""The Cayley transform of small matrices, which makes unitary blocks out of fr
 $$U = (I + A)^{-1} (I - A) = 2 (I + A)^{-1} - I.$$
 
 For a skew-Hermitian $A = -A^H$, $U$ is unitary (for a real one, a rotation without the eigenvalue -1), and $I + A$ has
-no singular value below 1. Nothing is assumed of $A$ otherwise: rows are exchanged as in any LU factorisation.
+no singular value below 1. Nothing else is assumed of $A$: rows are exchanged where a pivot is small.
 
 **Adjoint.** With $W = U + I = 2 (I + A)^{-1}$, a change $\delta A$ moves $U$ by $-\tfrac12 W\, \delta A\, W$, so the
 gradient is $-\tfrac12 W^H G W^H$: two products with what the forward pass returned, and no second factorisation.

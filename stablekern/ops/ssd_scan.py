@@ -48,6 +48,7 @@ _OP = "ssd_scan"
 # Steps between two saved states. They cost 1/_CHUNK of the states' size in memory; one chunk of recomputed states is
 # what the native backward keeps in its cache.
 _CHUNK = 32
+_STRETCH = 64  # steps whose states the diagnostic has in memory at once
 
 
 def reference(
@@ -179,6 +180,14 @@ def _(*arguments):
     return outputs
 
 
+def _turned(M: Tensor, groups: int, reverse_groups: int) -> Tensor:
+    """(b, l, heads or groups, ...) with those that run backwards flipped in time."""
+    if not reverse_groups:
+        return M
+    ahead, back = M.tensor_split([M.shape[2] * (groups - reverse_groups) // groups], dim=2)
+    return torch.cat((ahead, back.flip(1)), 2)
+
+
 def _flipped(function, steps: tuple[int, ...], results: tuple[int, ...]):
     """A launcher for both directions, by one that only knows the forward one: it gets (and returns) copies in which the
     heads or groups that run backwards are flipped.
@@ -188,16 +197,10 @@ def _flipped(function, steps: tuple[int, ...], results: tuple[int, ...]):
 
     def both(*arguments):
         *tensors, reverse_groups, chunk = arguments
-        if not reverse_groups:
-            return function(*tensors, chunk)
         groups = tensors[steps[-1]].shape[2]
-
-        def turned(tensor):
-            ahead, back = tensor.tensor_split([tensor.shape[2] * (groups - reverse_groups) // groups], dim=2)
-            return torch.cat((ahead, back.flip(1)), 2)
-
-        outputs = function(*(turned(t) if i in steps else t for i, t in enumerate(tensors)), chunk)
-        return tuple(turned(t) if i in results else t for i, t in enumerate(outputs))
+        tensors = [_turned(t, groups, reverse_groups) if i in steps else t for i, t in enumerate(tensors)]
+        outputs = function(*tensors, chunk)
+        return tuple(_turned(t, groups, reverse_groups) if i in results else t for i, t in enumerate(outputs))
 
     return both
 
@@ -302,6 +305,32 @@ def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, ch
     )
 
 
+@torch.no_grad()
+def _saturation(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    initial_state: Tensor | None,
+    lower: Tensor,
+    upper: Tensor,
+    reverse_groups: int,
+) -> Tensor:
+    """Which share of a head's states the clamp changed, (b, h): the scan once more, a stretch of time after another,
+    with the state before every step kept."""
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    state, changed = initial_state, x.new_zeros((batch, heads))
+    x, dt, B = (_turned(M, groups, reverse_groups) for M in (x, dt, B))
+    for start in range(0, length, _STRETCH):
+        tokens, steps, enter = (M[:, start : start + _STRETCH] for M in (x, dt, B))
+        _, state, before = _fwd(tokens, steps, A, enter, enter, None, state, lower, upper, 0, 1)
+        decay, tokens, enter = torch.exp(steps * A), steps[..., None] * tokens, _per_head(enter, heads)
+        free, _ = _advance(before.permute(0, 1, 3, 4, 2), decay, tokens, enter, None, None)
+        changed += _state_clamp.changed(free, lower[..., None], upper[..., None]).sum((1, 3, 4))
+    return changed / max(length * width * states, 1)
+
+
 class _SsdScan(torch.autograd.Function):
     @staticmethod
     def forward(x, dt, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk):
@@ -343,7 +372,8 @@ def ssd_scan(
     return_last_state: bool = False,
     reverse: bool = False,
     bidirectional: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # (b, l, h, p), and (b, h, p, n)
+    return_saturation: bool = False,
+) -> Tensor | tuple[Tensor, ...]:  # (b, l, h, p), (b, h, p, n), (b, h)
     r"""The Mamba-2 scan, linear in the length, with gradients to every tensor and an optional exact state clamp.
 
     $h_t = \mathrm{clamp}(e^{\Delta_t A} h_{t-1} + \Delta_t x_t B_t^\top,\ lo,\ hi)$ and
@@ -370,6 +400,8 @@ def ssd_scan(
     - `bidirectional`: both directions in one call: the first half of the heads (and of the groups, whose number must be
         even) as without `reverse`, the second half as with it. Two blocks that read one input, each with parameters of
         its own, lie side by side as heads.
+    - `return_saturation`: a diagnostic, at the cost of several scans: also return which share of a head's states, over
+        all steps, the clamp has changed; (b, h), in [0, 1], without a gradient. Needs `state_clamp`.
 
     **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$, (b, h, p, n), in
     float32 for half precision; differentiable like $y$. States, sums and gates are computed in float32 or float64.
@@ -414,6 +446,8 @@ def ssd_scan(
     x_wide, step, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
     lower, upper = _state_clamp.bounds(_OP, state_clamp, x_wide, h=sizes["h"], p=sizes["p"])
 
+    if return_saturation and upper is None:
+        raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
     if dt_bias is not None:
         step = step + dt_bias.to(wide)
     if dt_softplus:
@@ -436,4 +470,7 @@ def ssd_scan(
     if z is not None:
         y = y * torch.nn.functional.silu(z.to(wide))
     y = y.to(dtype)
-    return (y, last_state) if return_last_state else y
+    outputs = (y, last_state) if return_last_state else (y,)
+    if return_saturation:
+        outputs += (_saturation(x_wide, step, A, B, initial_state, lower, upper, reverse_groups),)
+    return outputs if len(outputs) > 1 else y

@@ -103,6 +103,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("warm", (spread(g, (3,), 16), normal(3, 16)), {"x0": normal(3, 16)}),
         Sample("jacobi", (spread(g, (3,), 9), normal(3, 9)), {"preconditioner": "jacobi"}),
         Sample("blocks", (spread(g, (3,), 17), normal(3, 17)), {"preconditioner": 4}),
+        Sample("blocks-small", (spread(g, (2,), 5), normal(2, 5)), {"preconditioner": 2, "x0": normal(2, 5)}),
         Sample("cholesky", (spread(g, (2,), 4), normal(2, 4, 2)), {"method": "cholesky"}, gradcheck=True),
         Sample("general", (general(g, (2,), 4), normal(2, 4)), {"method": "cgne"}, gradcheck=True),
         Sample("complex", (spread(g, (2,), 20, c), normal(2, 20, 2, dtype=c))),
@@ -168,9 +169,8 @@ SPECS = (
         reference=_reference,
         samples=samples,
         interpreted=(
-            *("typical", "length-1", "columns", "shared", "empty", "scaled-down", "warm", "blocks", "complex-blocks"),
-            *("conj-view", "symmetric", "general", "complex-general", "csr-small", "csr-warm", "csr-blocks"),
-            *("csr-complex", "csr-symmetric", "csr-general"),
+            *("length-1", "empty", "small", "blocks-small", "complex-small", "symmetric", "general"),
+            *("csr-small", "csr-complex", "csr-symmetric", "csr-general"),
         ),
         # The residual ends at some 4 eps |A| |x|, 8 with the tolerance of 2 eps, of which x has `CONDITION` times.
         floor_ulps=8.0 * CONDITION,

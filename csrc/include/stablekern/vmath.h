@@ -3,6 +3,8 @@
 // NaN comes out where NaN goes in, infinities and underflow give their limits, and no branch depends on a lane.
 #pragma once
 
+#include <cmath>
+
 #include "stablekern/simd.h"
 
 namespace stablekern {
@@ -100,6 +102,52 @@ SK_INLINE Vec<T> log1p_unit(Vec<T> e) {
     for (int k = 10; k >= 0; --k) series = fma(series, z, splat<T>(c[k]));
   }
   return s * series;
+}
+
+template <class T>
+struct SineCosine {
+  Vec<T> sine, cosine;
+};
+// Within 2 ulp of the larger one of the two. x = n pi/2 + r, |r| <= pi/4 (Cody & Waite, pi/2 in three parts), then the
+// polynomials of Cephes (sinf.c, sin.c); lane by lane where n is so large that the parts do not do, or where a product and
+// a sum round twice.
+template <class T>
+SK_INLINE SineCosine<T> sine_cosine(Vec<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+#if defined(SK_AVX512) || defined(SK_AVX2)
+  const Mask<T> far = !less(abs(x), splat<T>(single ? 0x1p16 : 0x1p28));
+#else
+  const Mask<T> far = !none_set<T>();
+#endif
+  const Vec<T> shift = splat<T>(single ? 0x1.8p23 : 0x1.8p52), one = splat<T>(1);
+  const Vec<T> shifted = fma(select(far, Vec<T>{}, x), splat<T>(0.6366197723675814), shift), n = shifted - shift;
+  Vec<T> r = fnma(n, splat<T>(single ? 1.5707963705062866 : 1.5707963267948966), x);
+  r = fnma(n, splat<T>(single ? -4.371138828673793e-08 : 6.123233995736766e-17), r);
+  r = fnma(n, splat<T>(single ? -1.7151245100058819e-15 : -1.4973849048591698e-33), r);
+  const Vec<T> square = r * r;
+  Vec<T> s, c;
+  if constexpr (single) {
+    s = fma(fma(splat<T>(-1.9515295891e-4), square, splat<T>(8.3321608736e-3)), square, splat<T>(-1.6666654611e-1));
+    c = fma(fma(splat<T>(2.443315711809948e-5), square, splat<T>(-1.388731625493765e-3)), square,
+            splat<T>(4.166664568298827e-2));
+  } else {
+    constexpr double of_sine[] = {-1.66666666666666307295e-1, 8.33333333332211858878e-3,  -1.98412698295895385996e-4,
+                                  2.75573136213857245213e-6,  -2.50507477628578072866e-8, 1.58962301576546568060e-10};
+    constexpr double of_cosine[] = {4.16666666666665929218e-2,  -1.38888888888730564116e-3, 2.48015872888517045348e-5,
+                                    -2.75573141792967388112e-7, 2.08757008419747316778e-9,  -1.13585365213876817300e-11};
+    s = splat<T>(of_sine[5]), c = splat<T>(of_cosine[5]);
+    for (int k = 4; k >= 0; --k) s = fma(s, square, splat<T>(of_sine[k])), c = fma(c, square, splat<T>(of_cosine[k]));
+  }
+  const Vec<T> sine = fma(s * square, r, r), cosine = fma(c * square, square, fma(square, splat<T>(-0.5), one));
+  const IVec<T> quarter = (IVec<T>)shifted - (IVec<T>)shift;
+  const Mask<T> odd = equal_to<T>(quarter & 1, 1);
+  constexpr int to_sign = single ? 30 : 62;
+  SineCosine<T> result{flip_sign(select(odd, cosine, sine), (Vec<T>)((quarter & 2) << to_sign)),
+                       flip_sign(select(odd, sine, cosine), (Vec<T>)(((quarter + 1) & 2) << to_sign))};
+  if (any(far))
+    for (int k = 0; k < kLanes<T>; ++k)
+      if (lane_bits(far) >> k & 1) result.sine[k] = std::sin(x[k]), result.cosine[k] = std::cos(x[k]);
+  return result;
 }
 
 }  // namespace stablekern
