@@ -51,10 +51,12 @@ class Course:
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
         self.steps: list[int] = []
+        self.rates: list[float] = []
 
     def note(self, model: nn.Module, scheduler) -> None:
         self.weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
         self.steps.append(scheduler.last_epoch)
+        self.rates.append(float(scheduler.optimizer.param_groups[0]["lr"]))
 
     def changed(self) -> list[bool]:
         return [not torch.equal(a, b) for a, b in zip(self.weights, self.weights[1:], strict=False)]
@@ -170,6 +172,7 @@ def test_a_bad_batch_is_skipped_and_the_schedule_waits(train, optimizer, late, m
     assert guard.schedulers[0].last_epoch == ITEMS - 1
     expected = [step + 1 if step < 4 else step for step in range(ITEMS)]
     assert course.steps == expected or late, "late, the scheduler is put back at the next step"
+    assert course.rates == [pytest.approx(0.1 * 0.9**step) for step in course.steps], "the rate waits, too"
     content = load_bad_batch(report.files[0])
     (batch,) = [content["batch"]] if isinstance(content["batch"], dict) else content["batch"]
     assert content["step"] == 5 and batch["mark"].tolist() == [1.0] * SIZE

@@ -130,6 +130,16 @@ def test_a_bad_step_changes_no_weight_and_no_schedule(name, cause, tmp_path, lat
     assert report.first == f"step 2: {what}" and f"first: step 2: {what}" in str(report)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loss_alone_that_is_not_finite_skips_finite_gradients(name, tmp_path, late):
+    guard = guarded(tmp_path, OPTIMIZERS[name])
+    before = [p.detach().clone() for p in guard.model.parameters()]
+    guard.model(**batch()).square().mean().backward()
+    guard.step(torch.tensor(NAN))
+    assert same(before, [p.detach() for p in guard.model.parameters()])
+    assert (guard.report().taken, guard.report().loss) == (0, 1)
+
+
 def test_clipping_is_that_of_grad_guard(tmp_path):
     guard = guarded(tmp_path, torch.optim.SGD, max_norm=0.01)
     before = [p.detach().clone() for p in guard.model.parameters()]
