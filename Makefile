@@ -24,9 +24,10 @@ $(VENV)/.lint: $(VENV)/.base
 demo: $(VENV)/.base
 	$(BIN)/stablekern demo $(ARGS)
 
-# Warnings are errors (pyproject.toml); the samples of the soaks run here, the soaks themselves in `make soak`.
+# Warnings are errors (pyproject.toml); the samples of the soaks run here, the soaks themselves in `make soak`. A group
+# (`xdist_group`) shares a fixture that takes minutes, and so stays in one process.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run $(ARGS)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("compiled kernels")  # all read what one run of the compiler gave
 
 HERE = Path(__file__).parent
 SOURCE = "".join(path.read_text() for path in HERE.parent.glob("triton_kernels/*.py"))
