@@ -136,3 +136,56 @@ def test_a_torch_without_lapack_takes_its_own_path(monkeypatch):
             assert _registry.backend_for(op, A[:, :8, :8], *arguments) == "native"
     with pytest.raises(stablekern.errors.BackendUnavailableError, match="this torch exports no LAPACK"):
         stablekern.eigh(A)
+
+
+def family(name: str, n: int, dtype: torch.dtype) -> Tensor:
+    """(3, n, n): spectra that a reduction or QL may stumble over."""
+    q = torch.linalg.qr(torch.randn(3, n, n, dtype=dtype)).Q
+    if name == "dense":
+        return hermitian(3, n, dtype)
+    if name == "positive":
+        return q @ (torch.linspace(1, n, n).to(dtype)[:, None] * q.mH)
+    if name == "two values":
+        return q @ ((1 + (torch.arange(n) < n // 2)).to(dtype)[:, None] * q.mH)
+    if name == "graded":
+        return q @ (torch.logspace(0, -12, n).to(dtype)[:, None] * q.mH)
+    if name == "rank one":
+        return q[..., :1] @ q[..., :1].mH
+    if name == "blocks":
+        return torch.block_diag(*[torch.ones(4, 4, dtype=dtype)] * (n // 4)).expand(3, -1, -1).contiguous()
+    return {"identity": torch.eye(n, dtype=dtype), "zero": torch.zeros(n, n, dtype=dtype)}[name].repeat(3, 1, 1)
+
+
+FAMILIES = ("dense", "positive", "two values", "graded", "rank one", "blocks", "identity", "zero")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("n, UPLO, scale", [(36, "L", 1.0), (144, "U", 1.0), (100, "L", 1e30), (40, "U", 1e-30)])
+def test_eigenvalues_alone_are_as_close_as_those_of_lapack(dtype, name, n, UPLO, scale):
+    torch.manual_seed(0)
+    A = family(name, n, dtype) * scale
+    other = A.triu(1) if UPLO == "L" else A.tril(-1)
+    A = A - other + 3 * other  # the triangle that is not named is not read
+    wide = A.to(torch.complex128 if dtype.is_complex else torch.float64)
+    exact, plain = torch.linalg.eigvalsh(wide, UPLO=UPLO), torch.linalg.eigvalsh(A, UPLO=UPLO)
+    w = stablekern.eigvalsh(A, UPLO=UPLO)
+    floor = 4 * torch.finfo(dtype).eps * exact.abs().amax()
+    assert (w.diff(dim=-1) >= 0).all()
+    assert (w - exact).abs().amax() <= 2 * (plain - exact).abs().amax() + floor
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_matrix_has_no_eigenvalues_alone(bad):
+    A = hermitian(4, 48, torch.float32)
+    whole = stablekern.eigvalsh(A)
+    A[2, 40, 3] = bad
+    w = stablekern.eigvalsh(A)
+    assert w[2].isnan().all() and torch.equal(w[[0, 1, 3]], whole[[0, 1, 3]])
+    assert torch.equal(stablekern.eigvalsh(A[:2]), whole[:2])
+
+
+def test_double_precision_is_left_to_lapack():
+    A = hermitian(2, 40, torch.float64)
+    with pytest.raises(stablekern.errors.BackendUnavailableError, match="n > 32 in double precision"):
+        stablekern.eigvalsh(A)

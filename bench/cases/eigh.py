@@ -111,5 +111,18 @@ CASES = (
     _complex_case(8, 256, covariances(8, 256), {"fwd": 1.2}),
     _double_case(),
     _values_case(),
+    Case(
+        "eigvalsh",
+        "64x144x144 complex64",
+        _hermitian(64, 144),
+        stablekern.eigvalsh,
+        "torch.linalg.eigvalsh",
+        torch.linalg.eigvalsh,
+        64 * 16 / 3 * 144**3,
+        8.0 * 64 * 144 * 144,
+        2.0,
+        {"fwd": 2.0},
+        directions=("fwd",),
+    ),  # fmt: skip
     _lone_case(),
 )

@@ -1,11 +1,12 @@
 // Batched eigendecomposition of Hermitian matrices, and its backward.
 //
-// Up to n = 32 they are solved here, larger ones by LAPACK ("stablekern/eigh_large.h"). Each small matrix is scaled by a
-// power of two to size 1 (non-finite ones are replaced by zero and reported) and solved in a SIMD lane of its own, as
-// "stablekern/eigh_lanes.h" tells.
+// Up to n = 32 they are solved here, larger ones by LAPACK ("stablekern/eigh_large.h"), without vectors by the reduction
+// of "stablekern/tridiagonal.h". Each small matrix is scaled by a power of two to size 1 (non-finite ones are replaced by
+// zero and reported) and solved in a SIMD lane of its own, as "stablekern/eigh_lanes.h" tells.
 #include "stablekern/eigh_lanes.h"
 #include "stablekern/eigh_large.h"
 #include "stablekern/symmetric_lanes.h"
+#include "stablekern/tridiagonal.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -50,6 +51,35 @@ void solve_matrices(const T* matrices, int64_t batch, int n, bool upper, int swe
     store_block<S, Blocks, Vectors>(w, block, n, count, past_caches, eigenvalues + item * n, vectors, info + item);
   };
   solve_lanes<S, Vectors>(batch, n, load_lanes, store_lanes, sweeps);
+}
+
+// Larger ones: the reduction to a tridiagonal matrix, one matrix per thread, then QL in double precision.
+template <class S, class T = RealOf<S>>
+void values_large(const S* matrices, int64_t batch, int n, bool upper, T* values, int32_t* info) {
+  const int64_t size = static_cast<int64_t>(n) * n;
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    Reduction<S> reduction(n);
+    Tridiagonal64 tridiagonal(n);
+    const Buffer<S> turned(upper ? size : 0);
+    const Buffer<double> found(n);
+    for (int64_t item = begin; item < end; ++item) {
+      const S* matrix = matrices + item * size;
+      T* to = values + item * n;
+      info[item] = all_finite(matrix, size) ? 0 : kNonFinite;
+      if (info[item] == 0) {
+        if (upper) {  // the transpose, which has the same eigenvalues
+          for (int i = 0; i < n; ++i)
+            for (int j = 0; j <= i; ++j) turned[int64_t{i} * n + j] = matrix[int64_t{j} * n + i];
+          matrix = turned;
+        }
+        const T up = reduction.reduce(matrix);
+        tridiagonal.set(reduction.diagonal, reduction.couplings);
+        if (!tridiagonal.all_values(found)) info[item] = kNotConverged;
+        for (int i = 0; i < n; ++i) to[i] = static_cast<T>(found[i]) * up;
+      }
+      if (info[item] != 0) fill_nan(to, n);
+    }
+  });
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -118,8 +148,12 @@ void solve_tensor(const Tensor& A, bool upper, int sweeps, const Tensor& eigenva
     auto* values = static_cast<T*>(eigenvalues.mutable_data_ptr());
     auto* flags = static_cast<int32_t*>(info.mutable_data_ptr());
     if (n <= kMaxN) return solve_matrices<S, Vectors>(data<T>(A), batch, n, upper, sweeps, values, vectors, flags);
-    STD_TORCH_CHECK(Vectors, "eigvalsh: n must be at most ", kMaxN);
-    solve_large(data<S>(A), batch, n, upper, values, reinterpret_cast<S*>(vectors), flags);
+    if constexpr (Vectors)
+      solve_large(data<S>(A), batch, n, upper, values, reinterpret_cast<S*>(vectors), flags);
+    else if constexpr (std::is_same_v<T, float>)
+      values_large(data<S>(A), batch, n, upper, values, flags);
+    else
+      STD_TORCH_CHECK(false, "eigvalsh: n must be at most ", kMaxN, " in double precision");
   });
 }
 

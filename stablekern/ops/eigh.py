@@ -135,8 +135,13 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-# Larger ones are torch's: without vectors there is little left to gain over its loop through LAPACK.
-@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: lanes_reason(A))
+def _values_reason(A: Tensor) -> str | None:
+    """Larger ones in double precision are torch's: QL in the same precision has several times LAPACK's error."""
+    double = A.dtype in (torch.float64, torch.complex128)
+    return lanes_reason(A) and f"n > {_NATIVE_SIZE} in double precision" if double else None
+
+
+@launcher("eigvalsh_fwd", device="cpu", backend="native", supports=lambda A, upper: _values_reason(A))
 def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
     outputs = _fake_values(A, upper)
     _load.native().eigvalsh_fwd(A.contiguous(), upper, *outputs)

@@ -308,7 +308,7 @@ class Tridiagonal64 {
   using V = Vec<double>;
   static constexpr int kWidth = kLanes<double>;
 
-  explicit Tridiagonal64(int n) : n_(n), eliminated_(n) {}
+  explicit Tridiagonal64(int n) : n_(n), eliminated_(n), work_(n) {}
 
   void set(const double* diagonal, const double* couplings) {
     d_ = diagonal;
@@ -357,6 +357,48 @@ class Tridiagonal64 {
       }
     }
     for (int t = 0; t < count; ++t) found[t] = low[t] + (high[t] - low[t]) / 2;
+  }
+
+  // All of them, ascending, by implicit QL (Wilkinson & Reinsch, Linear Algebra, II/3). False if it took too long.
+  bool all_values(double* found) {
+    const double eps = std::numeric_limits<double>::epsilon(), tiny = eps * eps * norm_;
+    constexpr int most = 60;  // iterations for one value; two are usual
+    double *d = found, *e = work_;
+    std::copy_n(d_, n_, d);
+    std::copy_n(e_, n_, e);
+    for (int l = 0; l < n_; ++l) {
+      for (int iteration = 0;; ++iteration) {
+        int m = l;
+        while (m < n_ - 1 && std::abs(e[m]) > eps * (std::abs(d[m]) + std::abs(d[m + 1])) + tiny) ++m;
+        if (m == l) break;
+        if (iteration == most) return false;
+        const double half = (d[l + 1] - d[l]) / (2 * e[l]), root = std::sqrt(half * half + 1);
+        double g = d[m] - d[l] + e[l] / (half + std::copysign(root, half)), s = 1, c = 1, p = 0;
+        int i = m - 1;
+        for (; i >= l; --i) {
+          const double f = s * e[i], b = c * e[i], r = std::sqrt(f * f + g * g);
+          e[i + 1] = r;
+          if (r == 0) break;  // the matrix has come apart
+          const double inverse = 1 / r;
+          s = f * inverse;
+          c = g * inverse;
+          g = d[i + 1] - p;
+          const double turn = (d[i] - g) * s + 2 * c * b;
+          p = s * turn;
+          d[i + 1] = g + p;
+          g = c * turn - b;
+        }
+        e[m] = 0;
+        if (i >= l) {
+          d[i + 1] -= p;
+          continue;
+        }
+        d[l] -= p;
+        e[l] = g;
+      }
+    }
+    std::sort(d, d + n_);
+    return true;
   }
 
   // Per lane, (T - shift + i width)^-1 b: its imaginary or its real part, in place of b.
@@ -435,6 +477,7 @@ class Tridiagonal64 {
   const double *d_ = nullptr, *e_ = nullptr;
   double low_ = 0, high_ = 0, norm_ = 0;
   Buffer<Eliminated> eliminated_;
+  Buffer<double> work_;
 };
 
 // x (`count` vectors of n) becomes orthonormal, one after the other, each made orthogonal twice to those before it.
