@@ -25,6 +25,7 @@ HEADLINE = (
     ("laplacian_pe", "3840x19x19", ("fwd+bwd",), "chain"),
     ("eigh", "64x144x144", ("fwd",), "torch.linalg.eigh"),
     ("eigenprojector", "64x144x144", ("fwd+bwd",), "torch.linalg.eigh"),
+    ("eigvalsh", "64x144x144", ("fwd",), "torch.linalg.eigvalsh"),
     ("selective_scan", "(8,128,960,16)", ("fwd", "fwd+bwd"), "mambapy"),
     ("ssd_scan", "(76,960,16,8) n=16", ("fwd+bwd",), "sequential torch loop"),
     ("cosine_edges", "(4,19,960,64)", ("fwd", "fwd+bwd"), "einsum"),
@@ -32,7 +33,7 @@ HEADLINE = (
     ("GradGuard", "1e7 in 1000", ("step",), "clip_grad_norm_"),
     ("cg", "256 x n=64", ("fwd",), "Cholesky"),
     ("cayley_step", "", ("fwd+bwd",), "torch.linalg.solve"),
-    ("focal_loss", "1e7", ("fwd", "fwd+bwd"), "composite"),
+    ("focal_loss", "1e7, gamma 2", ("fwd", "fwd+bwd"), "composite"),
 )
 
 
