@@ -40,7 +40,7 @@ __all__ = ["Report", "Watch", "watch"]
 
 _WHERE = "health.watch"
 _IN_FLIGHT = 3  # steps whose weights are kept until their counts have arrived
-_LOOK_AGAIN = 64  # steps after which modules that were added to the model are seen
+_LOOK_AGAIN = 64  # steps after which parameters that were added to the model, or put in place of others, are seen
 _PENDING = 16  # calls of the model without a backward that are kept
 
 
@@ -244,8 +244,8 @@ class Watch:
         self._trail: _loss.LossTrail | None = None
         self._trails: deque[_loss.LossTrail] = deque(maxlen=_PENDING)
         self._stack = contextlib.ExitStack()
-        self._modules: list[tuple[str, nn.Module]] | None = None
-        self._modules_until = 0
+        self._parameters: list[tuple[str, nn.Parameter]] | None = None
+        self._parameters_until = 0
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._intended = self._undelivered = False
         self._finding: _trace.Finding | None = None
@@ -294,7 +294,7 @@ class Watch:
 
     def _attach(self, module: nn.Module) -> None:
         self._roots.add(module)
-        self._modules = None
+        self._parameters = None
         compiled = getattr(module, "_compiled_call_impl", None)
         if compiled is not None:  # hooks would be compiled too
 
@@ -449,17 +449,13 @@ class Watch:
             self._calls.clear()
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
-        """(name, gradient) of every parameter that has one; the modules are looked up anew now and then."""
-        if self._modules is None or self.step >= self._modules_until:
+        """(name, gradient) of every parameter that has one; the parameters are looked up anew now and then."""
+        if self._parameters is None or self.step >= self._parameters_until:
             roots = [self.model] if self.model is not None else list(self._roots)
-            self._modules = [pair for root in roots for pair in _trace.eager(root).named_modules()]
-            self._modules_until = self.step + _LOOK_AGAIN
-        named: dict[int, tuple[str, Tensor]] = {}
-        for path, module in self._modules:
-            for name, p in module._parameters.items():
-                if p is not None and p.grad is not None and p.grad.numel() and id(p) not in named:
-                    named[id(p)] = f"{path}.{name}" if path else name, p.grad
-        return list(named.values())
+            pairs = (pair for root in roots for pair in _trace.eager(root).named_parameters())
+            self._parameters = list({id(p): (name, p) for name, p in pairs if p.numel()}.values())
+            self._parameters_until = self.step + _LOOK_AGAIN
+        return [(name, gradient) for name, p in self._parameters if (gradient := p.grad) is not None]
 
     # ---- the step
 
