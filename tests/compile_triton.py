@@ -42,7 +42,7 @@ ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
 REAL = ("fp32", "fp64")
 VECTORS = {"NODES": 32, "FEATURES": 64, "WIDE": WIDE}
 TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
-MATRIX = {"ROWS": 64, "COLUMNS": 32, "DEPTH": 16}
+MATRIX = {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16}
 TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
 
 
@@ -87,7 +87,8 @@ def selective(io: str, K: int, N: int, R: int, *, backward: bool = False, **cons
     given |= dict.fromkeys(("COMPLEX", "CONSTANT_B", "CONSTANT_C"), False) | constants
     if given["COMPLEX"]:
         types |= {"B_ptr": wide, "C_ptr": wide}
-    return Launch({"K": K, "N": N, "R": R} | given, types, (io,), warps=1, registers=255 if backward else None)
+    all_registers = backward or given["COMPLEX"] or given["CONSTANT_B"] or given["CONSTANT_C"]
+    return Launch({"K": K, "N": N, "R": R} | given, types, (io,), warps=1, registers=255 if all_registers else None)
 
 
 def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:

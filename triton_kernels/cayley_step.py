@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS, _DEPTH = 64, 32, 16
+_ROWS, _COLUMNS, _DEPTH = 32, 32, 16
 _SHARE = 1024  # tokens whose products one program sums up
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
