@@ -13,6 +13,7 @@ import importlib
 from types import ModuleType
 
 from stablekern import errors
+from stablekern._memory import empty_cache
 from stablekern._registry import available_backends, use_backend
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.causal_conv1d import causal_conv1d
@@ -59,6 +60,7 @@ __all__ = [
     "eigh",
     "eigh_ex",
     "eigvalsh",
+    "empty_cache",
     "errors",
     "finite_stats",
     "focal_loss",
