@@ -14,6 +14,7 @@ from types import ModuleType
 
 from stablekern import errors
 from stablekern._registry import available_backends, use_backend
+from stablekern._swap import SwapReport, swap
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.cayley_step import cayley_step
@@ -43,6 +44,7 @@ from stablekern.ops.subspace_residual import subspace_residual
 __version__ = "0.1.0"
 
 __all__ = [
+    "SwapReport",
     "assemble_adjacency",
     "available_backends",
     "causal_conv1d",
@@ -77,6 +79,7 @@ __all__ = [
     "ssd_scan",
     "ssd_state_update",
     "subspace_residual",
+    "swap",
     "use_backend",
 ]
 
