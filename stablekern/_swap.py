@@ -251,11 +251,15 @@ def _adapter(name: str) -> types.ModuleType:
     return importlib.import_module(f"stablekern.adapters.{name}")
 
 
-def _adapters_with(function: str) -> list[Callable[..., bool]]:
-    """That function of the adapters of the libraries that are loaded: an instance of another one cannot be here."""
-    loaded = [name for library, name in _LIBRARIES.items() if library.split(".")[0] in sys.modules]
-    adapters = map(_adapter, dict.fromkeys(loaded))
-    return [getattr(adapter, function) for adapter in adapters if hasattr(adapter, function)]
+def _adapters_with(function: str, cls: type) -> list[Callable[..., bool]]:
+    """That function of the adapters of the libraries that a class is made of, and of those that have been used."""
+    tops = {base.__module__.split(".")[0] for base in cls.__mro__}
+    names = [
+        name
+        for library, name in _LIBRARIES.items()
+        if library.split(".")[0] in tops or f"stablekern.adapters.{name}" in sys.modules
+    ]
+    return [getattr(_adapter(name), function) for name in dict.fromkeys(names) if hasattr(_adapter(name), function)]
 
 
 def _resolved(name: str) -> Any:
@@ -322,11 +326,11 @@ def _swap_object(report: SwapReport, obj: Any) -> None:
     if isinstance(obj, nn.Module):
         for name, module in obj.named_modules():
             label = f"{type(obj).__name__}.{name}" if name else type(obj).__name__
-            if not any(taken(report, module, label) for taken in _adapters_with("swap_layer")):
+            if not any(taken(report, module, label) for taken in _adapters_with("swap_layer", type(module))):
                 for codebase in _CODEBASES:
                     _swap_methods(report, _adapter(codebase), module, type(module), label)
     else:
-        any(taken(report, obj) for taken in _adapters_with("swap_object"))
+        any(taken(report, obj) for taken in _adapters_with("swap_object", type(obj)))
 
 
 def swap(target: Any) -> SwapReport:
@@ -367,7 +371,7 @@ the codebases in `docs/migrate/codebases.md` |
         if isinstance(found, types.ModuleType):
             act = lambda: _swap_module(report, found)  # noqa: E731
         elif isinstance(found, type):
-            act = lambda: any(taken(report, found) for taken in _adapters_with("swap_class"))  # noqa: E731
+            act = lambda: any(taken(report, found) for taken in _adapters_with("swap_class", found))  # noqa: E731
         else:
             act = lambda: _swap_object(report, found)  # noqa: E731
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from stablekern import _check, _swap
 from stablekern.ops.eigh import eigh as _eigh
@@ -42,7 +43,7 @@ def _not_ours(A: Any, UPLO: Any, out: Any) -> str | None:
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "a torch.func transform"
-        if A._fw_grad(0) is not None if torch.autograd.forward_ad._current_level >= 0 else False:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(A).tangent is not None:
             return "a forward-mode derivative"
     return None
 
@@ -51,7 +52,7 @@ def _not_ours(A: Any, UPLO: Any, out: Any) -> str | None:
 def eigh(A: Tensor, UPLO: str = "L", *, out: Any = None) -> Any:
     if reason := _not_ours(A, UPLO, out):
         _swap.fallen[f"torch.linalg.eigh: {reason}"] += 1
-        return _EIGH(A, UPLO, out=out)
+        return _EIGH(A, UPLO) if out is None else _EIGH(A, UPLO, out=out)
     return _eigh(A, UPLO.upper())
 
 
@@ -59,7 +60,7 @@ def eigh(A: Tensor, UPLO: str = "L", *, out: Any = None) -> Any:
 def eigvalsh(A: Tensor, UPLO: str = "L", *, out: Any = None) -> Tensor:
     if reason := _not_ours(A, UPLO, out):
         _swap.fallen[f"torch.linalg.eigvalsh: {reason}"] += 1
-        return _EIGVALSH(A, UPLO, out=out)
+        return _EIGVALSH(A, UPLO) if out is None else _EIGVALSH(A, UPLO, out=out)
     return _eigvalsh(A, UPLO.upper())
 
 
