@@ -12,6 +12,7 @@ the largest component of each eigenvector is positive, and second derivatives ra
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,19 +49,23 @@ def _not_ours(A: Any, UPLO: Any, out: Any) -> str | None:
     return None
 
 
+def _by_torch(function: Callable[..., Any], reason: str, A: Any, UPLO: Any, out: Any) -> Any:
+    _swap.fallen[reason] += 1
+    given = {} if UPLO == "L" else {"UPLO": UPLO}  # an implementation of a subclass need not know it
+    return function(A, **given) if out is None else function(A, **given, out=out)
+
+
 @functools.wraps(_EIGH)
 def eigh(A: Tensor, UPLO: str = "L", *, out: Any = None) -> Any:
     if reason := _not_ours(A, UPLO, out):
-        _swap.fallen[f"torch.linalg.eigh: {reason}"] += 1
-        return _EIGH(A, UPLO) if out is None else _EIGH(A, UPLO, out=out)
+        return _by_torch(_EIGH, f"torch.linalg.eigh: {reason}", A, UPLO, out)
     return _eigh(A, UPLO.upper())
 
 
 @functools.wraps(_EIGVALSH)
 def eigvalsh(A: Tensor, UPLO: str = "L", *, out: Any = None) -> Tensor:
     if reason := _not_ours(A, UPLO, out):
-        _swap.fallen[f"torch.linalg.eigvalsh: {reason}"] += 1
-        return _EIGVALSH(A, UPLO) if out is None else _EIGVALSH(A, UPLO, out=out)
+        return _by_torch(_EIGVALSH, f"torch.linalg.eigvalsh: {reason}", A, UPLO, out)
     return _eigvalsh(A, UPLO.upper())
 
 

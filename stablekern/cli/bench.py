@@ -27,7 +27,7 @@ __all__ = ["Options", "compare", "draw", "read", "run", "show"]
 
 _MISSING = (
     "stablekern bench: the workloads are in the source checkout, not in the installed package: clone it, run "
-    "pip install -e '.[cli,bench]' there, and stablekern bench again (--plots and --compare of kept lines work anywhere)"
+    "pip install -e '.[cli,bench]' there, and stablekern bench again (kept lines can be shown and compared anywhere)"
 )
 _KEY = ("op", "case", "direction", "dtype", "baseline", "allocator", "backend")
 _CHECK_SECONDS = 60.0  # for the suite on one op
