@@ -36,6 +36,7 @@ noise-floor test is this package's.
 
 from __future__ import annotations
 
+import inspect
 import math
 from ctypes import c_double, c_int, c_longlong
 from typing import NamedTuple
@@ -247,6 +248,7 @@ def _item_by_item(function, A: Tensor, uplo: str) -> tuple[tuple[Tensor, ...], T
 
 def _lapack(function, A: Tensor, upper: bool) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The results of a torch.linalg function, which items failed, and `info`."""
+    function = inspect.unwrap(function)  # while torch.linalg is swapped, its functions lead back here
     ready, bad = _readied(A)
     uplo = "U" if upper else "L"
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.assemble_adjacency import assemble_adjacency, reference
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def samples(g: torch.Generator) -> list[Sample]:
