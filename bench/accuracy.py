@@ -1,6 +1,6 @@
-"""Errors of float32 against float64, of every op and of plain torch: `python -m bench.accuracy [--op eigh] [--save] [--draw]`.
+"""Errors of every op and of plain torch in float32 against float64: `python -m bench.accuracy [--op eigh] [--save]`.
 
-Both get the same float32 inputs. The error is the largest deviation from what the op's reference gives for these
+`--draw` draws the saved lines for the documentation. Both get the same float32 inputs. The error is the largest deviation from what the op's reference gives for these
 inputs in float64, over the largest entry of that; "gradients" is the worst of all gradients of one random linear loss.
 Plain torch is the reference itself in float32. Inputs are those of the op's spec (tests/specs).
 """
@@ -108,9 +108,8 @@ def measure(op: str, backend: str = "native") -> list[dict]:
     """One line for each size."""
     sys.path[:0] = [] if str(TESTS) in sys.path else [str(TESTS)]
     import specs
-    import test_ops as suite
-
     import stablekern
+    import test_ops as suite
 
     axis, sizes, make = _studies()[op]
     (spec,) = (spec for spec in specs.all_specs() if spec.name == op)
