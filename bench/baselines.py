@@ -62,6 +62,14 @@ def assemble_topk(edge_weights: Tensor, n: int, k: int = 3) -> Tensor:
     return adjacency + torch.diag_embed((adjacency.sum(-1) < 1e-4).to(adjacency.dtype))
 
 
+def ema_loop(x: Tensor, beta: float) -> Tensor:
+    """A running average along the last dimension, step after step, stacked."""
+    steps = [x[..., 0]]
+    for t in range(1, x.shape[-1]):
+        steps.append(beta * steps[-1] + (1 - beta) * x[..., t])
+    return torch.stack(steps, dim=-1)
+
+
 def focal_composite(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.5) -> Tensor:
     """The shortest composite: BCE with logits times (1 - p_t)^gamma."""
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
