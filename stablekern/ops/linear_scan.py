@@ -39,7 +39,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
 
@@ -312,7 +312,7 @@ def linear_scan(
         lower, upper = None, _state_clamp.bounds(_OP, state_clamp, token.real, d=sizes["d"])[1]
     if return_saturation and upper is None:
         raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
-    states = _LinearScan.apply(gate, token, initial_state, lower, upper, reverse)
+    states = apply(_LinearScan, gate, token, initial_state, lower, upper, reverse)
     if not return_saturation:
         return states.to(dtype)
     return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse)

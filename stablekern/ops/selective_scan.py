@@ -47,7 +47,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
 
@@ -600,7 +600,7 @@ def selective_scan(
     tracked = (u, delta, A, enter, leave, D, z, delta_bias, initial_state)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
     chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
-    y, last_state, _ = _SelectiveScan.apply(*tracked, lower, upper, delta_softplus, chunk)
+    y, last_state, _ = apply(_SelectiveScan, *tracked, lower, upper, delta_softplus, chunk)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
         parts = (u, delta, A, enter, delta_bias, initial_state)
