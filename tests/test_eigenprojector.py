@@ -123,17 +123,18 @@ def test_finite_and_bounded_where_the_cut_is_closed(name, dtype):
             torch.testing.assert_close(gap.double(), w[k] - w[k - 1], rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize("top", [2.0, 3.0])  # a power of two, and far from one
 @pytest.mark.parametrize("n", [4, 40])
-def test_the_stand_in_is_the_documented_one(n):
+def test_the_stand_in_is_the_documented_one(n, top):
     """For one pair across the cut, whose eigenvectors are exact: g / (g^2 + d^2) over max|w|, d = 4 n^1/2 eps."""
     width = 4 * n**0.5 * torch.finfo(torch.float64).eps
     pair = torch.zeros(n, n, dtype=torch.float64)
     pair[0, 1] = pair[1, 0] = 1.0
     for gap in (0.0, width / 8, width, 8 * width, 1e3 * width, 0.5):
-        w = torch.tensor([1 - gap, 1.0, *[1.5] * (n - 3), 2.0], dtype=torch.float64)
-        relative = (w[1] - w[0]) / 2
-        expected = -pair * relative / (relative**2 + width**2) / 2
-        assert expected.abs().max() <= 1 / (2 * width) / 2
+        w = torch.tensor([1 - gap, 1.0, *[1.5] * (n - 3), 2.0], dtype=torch.float64) * (top / 2)
+        relative = (w[1] - w[0]) / top
+        expected = -pair * relative / (relative**2 + width**2) / top
+        assert expected.abs().max() <= 1 / (2 * width) / top
         if n == 40 and gap < 8 * width:  # rounding turns the eigenvectors of so close a pair of a large matrix
             continue
         exact_to = 1e-12 if n == 4 else 4 * torch.finfo(torch.float64).eps / float(relative)
