@@ -218,30 +218,28 @@ def test_the_real_library_loads():
     assert module.simd in ("avx512", "avx2", "portable") and module.vector_bytes in (16, 32, 64)
 
 
-def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
-    """Build a wheel from a copy of the sources, unpack it elsewhere, and run an op from there; nothing is compiled."""
+def wheel(tmp_path: Path, change=lambda source: None, **environment: str) -> tuple[str, Path]:
+    """The name of a wheel of a copy of the sources, after `change(copy)`, and where it was unpacked."""
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "runs", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=ignore)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
+    change(source)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    pip = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     start = time.monotonic()
-    subprocess.run(pip, check=True, capture_output=True, timeout=300)
+    run = subprocess.run(pip, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    assert run.returncode == 0, run.stdout + run.stderr
     assert time.monotonic() - start < 120
-    (wheel,) = tmp_path.glob("stablekern-*.whl")
-    assert wheel.name.endswith("py3-none-any.whl"), "a plain build holds no compiled code"
+    (path,) = tmp_path.glob("stablekern-*.whl")
     site = tmp_path / "site"
-    shutil.unpack_archive(wheel, site, "zip")
+    shutil.unpack_archive(path, site, "zip")
+    return path.name, site
+
+
+def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
+    """Build a wheel from a copy of the sources, unpack it elsewhere, and run an op from there; nothing is compiled."""
+    name, site = wheel(tmp_path)
+    assert name.endswith("py3-none-any.whl"), "a plain build holds no compiled code"
     for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed"):
         assert (site / "stablekern" / name).is_file(), name
     code = """
@@ -258,3 +256,34 @@ def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
     where, *values = run.stdout.strip().splitlines()
     assert where.count(str(site)) == 2, where
     assert values[0][:8] == values[1][:8] == "0.086643"
+
+
+def test_a_wheel_may_carry_the_library_built_ahead(tmp_path):
+    """As with all sources, but with one kernel only, which takes seconds: nothing is left to compile for the user."""
+    log, wrapper = tmp_path / "log", tmp_path / "cxx"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec {_build.compiler()} "$@"\n')
+    wrapper.chmod(0o755)
+
+    def keep_one(source: Path) -> None:
+        path = source / "stablekern" / "_build.py"
+        before, _, rest = path.read_text().partition("SOURCES = (")
+        path.write_text(f'{before}SOURCES = ("bindings.cpp", "cpu/focal_loss.cpp")\n{rest.partition(")")[2]}')
+
+    name, site = wheel(tmp_path, keep_one, STABLEKERN_PREBUILD="1", CXX=str(wrapper), STABLEKERN_MARCH="x86-64-v2")
+    assert "-none-any" not in name, "it holds compiled code"
+    commands = log.read_text().splitlines()
+    assert len(commands) == 4 and all("-march=x86-64-v2" in line for line in commands if " -c " in line)
+    assert "c++-header" in commands[0] + commands[1], "the prelude is compiled beside what does not read it"
+    code = """
+        import torch, stablekern
+        from stablekern import _build, _load
+        print(_load.native_module().__file__, stablekern.available_backends("focal_loss")["native"])
+        with stablekern.use_backend("native"):
+            print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
+    """
+    cache = tmp_path / "cache"
+    run = python(code, PYTHONPATH=str(site), CXX="no-such-compiler", STABLEKERN_CACHE_DIR=str(cache))
+    assert run.returncode == 0, run.stderr
+    where, value = run.stdout.strip().splitlines()
+    assert where == f"{site / 'stablekern' / _build._LIBRARY} None" and value[:8] == "0.086643"
+    assert not cache.exists() and "compil" not in run.stderr
