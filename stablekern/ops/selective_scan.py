@@ -54,8 +54,8 @@ __all__ = ["selective_scan"]
 
 _OP = "selective_scan"
 # Steps between two saved states: they cost 1/_CHUNK of (b, d, l, n) in memory, and the recomputed states of one chunk,
-# with their decays, are what the native backward keeps in its first-level cache.
-_CHUNK = 16
+# with their decays, are what the native backward keeps in its first-level cache. Half of it where states are pairs.
+_CHUNK, _GENERAL_CHUNK = 32, 16
 _STRETCH = 64  # steps whose states the diagnostic has in memory at once
 
 
@@ -598,7 +598,8 @@ def selective_scan(
             warnings.warn(message(_OP, rule, f"{most:g}"), RuntimeWarning, stacklevel=2)
     tracked = (u, delta, A, enter, leave, D, z, delta_bias, initial_state)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
-    chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
+    steps = _GENERAL_CHUNK if _is_general(A, enter, leave) else _CHUNK
+    chunk = steps if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
     y, last_state, _ = _SelectiveScan.apply(*tracked, lower, upper, delta_softplus, chunk)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
