@@ -263,7 +263,9 @@ def test_only_what_is_asked_for_gets_a_gradient_and_is_kept(backend):
     assert args[2].grad is not None and all(args[i].grad is None for i in (0, 1, 3, 4))
     args = [a.detach() for a in args]
     kept = [_fwd(*args, *(None,) * 6, False, chunk)[2] for chunk in (_CHUNK, 70)]
-    assert [tuple(states.shape) for states in kept] == [(2, -(-70 // _CHUNK), 4, 6), (2, 1, 4, 6)], "one every _CHUNK steps"
+    assert [tuple(states.shape) for states in kept] == [(2, -(-70 // _CHUNK), 4, 6), (2, 1, 4, 6)], (
+        "one every _CHUNK steps"
+    )
 
 
 def test_last_state_alone_can_be_differentiated(backend):

@@ -177,7 +177,16 @@ def linear_scan_fwd(
     if states.numel() == 0:
         return
     optional = (gate if tensor is None else tensor for tensor in (initial_state, lower, upper))
-    _launch(linear_scan_fwd_kernel, gate, token, *optional, states, first=initial_state, lower=lower, reverse_channels=reverse_channels)
+    _launch(
+        linear_scan_fwd_kernel,
+        gate,
+        token,
+        *optional,
+        states,
+        first=initial_state,
+        lower=lower,
+        reverse_channels=reverse_channels,
+    )
 
 
 def linear_scan_bwd(
@@ -199,4 +208,6 @@ def linear_scan_bwd(
     inputs = (grad_states, gate, token, states, initial_state, lower, upper)
     inputs = (gate if tensor is None else tensor for tensor in inputs)
     outputs = (grad_gate, grad_token, grad_initial_state)
-    _launch(linear_scan_bwd_kernel, *inputs, *outputs, first=initial_state, lower=lower, reverse_channels=reverse_channels)
+    _launch(
+        linear_scan_bwd_kernel, *inputs, *outputs, first=initial_state, lower=lower, reverse_channels=reverse_channels
+    )

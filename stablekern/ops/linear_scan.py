@@ -110,11 +110,11 @@ def _fake_bwd(
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape[:2])
 
 
-# The last `reverse_channels` go from the last step to the first. Bounds are real, (d); a complex scan has `upper` alone, the largest modulus. `token` goes into the backward pass only
-# where there are bounds.
+# The last `reverse_channels` go from the last step to the first. Bounds are real, (d); a complex scan has `upper` alone,
+# the largest modulus. `token` goes into the backward pass only where there are bounds.
 _fwd = define(
-    "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_channels)"
-    " -> Tensor",
+    "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper,"
+    " int reverse_channels) -> Tensor",
     fake=_fake_fwd,
 )
 _bwd = define(
@@ -285,8 +285,8 @@ def linear_scan(
         of the circle, times `c` over the length before, for a complex one. The bounds themselves get no gradient and
         must not ask for one.
     - `reverse`: from the last step to the first, $h_t = \mathrm{clamp}(a_t h_{t+1} + b_t)$; nothing is flipped.
-    - `bidirectional`: both directions in one call: the first half of the channels, whose number must be even, as without
-        `reverse`, the second half as with it.
+    - `bidirectional`: both directions in one call: the first half of the channels, whose number must be even, as
+        without `reverse`, the second half as with it.
     - `return_saturation`: a diagnostic: also return which share of a channel's states the clamp has changed; (b, d),
         in [0, 1], without a gradient; found from the states, to an ulp of the bound. Needs `state_clamp`.
 
