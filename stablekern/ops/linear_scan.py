@@ -110,7 +110,7 @@ def _fake_bwd(
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape[:2])
 
 
-# The last `reverse_channels` go from the last step to the first. Bounds are real, (d); a complex scan has `upper` alone,
+# The last `reverse_channels` go from the last step to the first. Bounds are real, (d); complex scans have `upper` alone,
 # the largest modulus. `token` goes into the backward pass only where there are bounds.
 _fwd = define(
     "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper,"
