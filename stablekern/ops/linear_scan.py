@@ -110,8 +110,8 @@ def _fake_bwd(
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape[:2])
 
 
-# The last `reverse_channels` go from the last step to the first. Bounds are real, (d); complex scans have `upper` alone,
-# the largest modulus. `token` goes into the backward pass only where there are bounds.
+# The last `reverse_channels` go from the last step to the first. Bounds are real, (d); complex scans have `upper`, the
+# largest modulus, alone. `token` goes into the backward pass only where there are bounds.
 _fwd = define(
     "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper,"
     " int reverse_channels) -> Tensor",
