@@ -212,8 +212,14 @@ def _check_steps(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool)
 
 def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Memory of the scan's dtypes that holds the values themselves, not their conjugates or negatives."""
-    widened = _widened(A, *tensors)
-    return [None if tensor is None else tensor.resolve_conj().resolve_neg().contiguous() for tensor in widened]
+    ready = A.dtype, A.real.dtype if A.is_complex() else A.dtype
+
+    def plain(M: Tensor) -> Tensor:
+        if M.dtype in ready and M.is_contiguous() and not M.is_conj() and not M.is_neg():
+            return M  # as nearly always: four dispatched calls spared
+        return _widened(A, M)[0].resolve_conj().resolve_neg().contiguous()
+
+    return [None if tensor is None else plain(tensor) for tensor in tensors]
 
 
 def _wide_outputs(A: Tensor, *outputs: Tensor) -> list[Tensor]:
@@ -551,7 +557,7 @@ def selective_scan(
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_selective_scan.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
-    sizes = _check.shapes(_OP, u=(u, "b d l"), delta=(delta, "b d l"), A=(A, "d n"))
+    _check.shapes(_OP, u=(u, "b d l"), A=(A, "d n"))
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, u=u)
     wide = torch.promote_types(dtype, torch.float32)
     is_complex = A.is_complex()
@@ -565,11 +571,12 @@ def selective_scan(
             _check.dtypes(_OP, allowed[name], **{name: tensor})
             if tensor.device != u.device:
                 raise ValueError(message(_OP, f"`{name}` and `u` must be on one device", tensor.device, u.device))
-    enter, enters = _projection("B", B, A, sizes["l"])
-    leave, leaves = _projection("C", C, A, sizes["l"])
+    enter, enters = _projection("B", B, A, u.shape[2])
+    leave, leaves = _projection("C", C, A, u.shape[2])
     sizes = _check.shapes(
         _OP,
         u=(u, "b d l"),
+        delta=(delta, "b d l"),
         A=(A, "d n"),
         B=(enter, enters),
         C=(leave, leaves),
