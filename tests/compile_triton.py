@@ -55,7 +55,7 @@ STRIDES = integers("nodes", "features", "steps", "x_item", "x_node", "x_step", "
 WIDE_PAIRS = dict.fromkeys(("grad_ptr", "edges_ptr", "inverse_ptr"), "*fp32")
 
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
-LINEAR, ROWS = integers("rows", "channels", "length"), {"STAGES": 4, "ROWS": 32}
+LINEAR, ROWS = integers("rows", "first_channel", "some", "channels", "length"), {"STAGES": 4, "ROWS": 32}
 SSD = integers(
     *("length", "heads", "width", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length"),
     *("head_tiles", "column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
