@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test bench lint check soak clean
+.PHONY: demo test bench lint types docs check soak sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.base: pyproject.toml setup.py constraints.txt
@@ -14,7 +14,7 @@ $(VENV)/.base: pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '.[eeg,cli,test,bench]'
+	$(PIP) -e '.[eeg,cli,test,bench,docs,types]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base
@@ -36,11 +36,26 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --diff .
 
-check: lint test
+types: $(VENV)/.test
+	$(BIN)/python -m mypy
+
+# Offline, warnings as errors; internal links and anchors are checked. To read it: python -m http.server -d build/site
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+check: lint types test
 
 soak: $(VENV)/.test
 	$(BIN)/python tests/soak.py $(ARGS)
 	$(BIN)/python tests/training_soak.py
+
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py $(ARGS)
+
+# Python 3.11, for which the coverage-guided engine has wheels.
+fuzz: $(VENV)/.test
+	$(PIP) -e '.[fuzz]'
+	$(BIN)/python tests/fuzz_arguments.py -max_total_time=600 $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -123,6 +123,13 @@ def page(device: Path) -> str:
     return "\n".join([*_table(timed, fresh), "", _machine(timed[-1])])
 
 
+def section(names: list[str]) -> str:
+    """Markdown for the page of an op: its rows, and what the machine was; empty if it was not timed."""
+    timed, fresh = _timed(RESULTS / DEVICE)
+    rows = [r for r in timed if r["op"] in names]
+    return "\n".join([*_table(rows, fresh), "", _machine(rows[-1])]) if rows else ""
+
+
 def draw(device: Path, path: Path) -> None:
     """Bars of the headline ratios, logarithmic, the gate of each as a line across it."""
     from matplotlib import rc_context

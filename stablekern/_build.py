@@ -47,6 +47,7 @@ SOURCES = (
     "cpu/cg.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/covariance_blend.cpp",
+    "cpu/assemble_adjacency.cpp",
     "cpu/causal_conv1d.cpp",
     "cpu/complex_adamw.cpp",
     "cpu/finite_stats.cpp",
@@ -116,8 +117,8 @@ def _includes() -> list[str]:
     pybind_root = Path(importlib.util.find_spec("pybind11").origin).parent  # type: ignore[union-attr, arg-type]
     return [
         str(source_root() / "include"),
+        str(pybind_root / "include"),  # before torch's, which has a pybind11 of its own that refuses the stable ABI
         str(torch_root / "include"),
-        str(pybind_root / "include"),
         sysconfig.get_paths()["include"],
     ]
 
