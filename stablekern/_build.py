@@ -51,6 +51,7 @@ SOURCES = (
     "cpu/causal_conv1d.cpp",
     "cpu/complex_adamw.cpp",
     "cpu/finite_stats.cpp",
+    "cpu/gated_rms_norm.cpp",
     "cpu/sample_covariance.cpp",
     "cpu/chol_solve_safe.cpp",
     "cpu/focal_loss.cpp",

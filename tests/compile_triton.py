@@ -102,6 +102,7 @@ GRAPHS = integers(
     *("nodes", "pairs", "steps", "top_k", "w_item", "w_pair", "w_step", "g_item", "g_step", "g_row", "g_column")
 ) | {"picks_ptr": "*u8"}
 
+NORM = integers("rows", "width", "part", "rows_per_program", "grad_row", "y_row", "z_row")
 CG = integers("n", "columns", "matrix_elements", "block_elements", "maxiter", "rtol_stride", "atol_stride")
 
 
@@ -228,6 +229,14 @@ LAUNCHES = {
             Launch({**VECTORS, "CENTRE": False}, STRIDES, ("fp32",)),
             Launch({**VECTORS, "CENTRE": True}, STRIDES | WIDE_PAIRS, ("bf16",)),
             Launch({**VECTORS, "FEATURES": 32, "CENTRE": True}, STRIDES, ("fp64",)),
+        )
+        for way in ("fwd", "bwd")
+    },
+    **{
+        f"gated_rms_norm_{way}_kernel": (
+            Launch({"ROWS": 32, "PART": 32, "WIDE": WIDE}, NORM, REAL, 8),
+            Launch({"ROWS": 8, "PART": 128, "WIDE": WIDE}, NORM, ("fp32",), 8),
+            Launch({"ROWS": 1, "PART": 1024, "WIDE": WIDE}, NORM, REAL, 8),
         )
         for way in ("fwd", "bwd")
     },
