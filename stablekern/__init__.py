@@ -28,6 +28,7 @@ from stablekern.ops.eigenprojector import eigenprojector, eigenprojector_ex
 from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 from stablekern.ops.finite_stats import finite_stats
 from stablekern.ops.focal_loss import focal_loss
+from stablekern.ops.gated_rms_norm import gated_rms_norm
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
 from stablekern.ops.linear_scan import linear_scan
 from stablekern.ops.mvdr_denominator import mvdr_denominator
@@ -66,6 +67,7 @@ __all__ = [
     "errors",
     "finite_stats",
     "focal_loss",
+    "gated_rms_norm",
     "laplacian_pe",
     "laplacian_pe_ex",
     "linear_scan",

@@ -50,6 +50,7 @@ SOURCES = (
     "cpu/covariance_blend.cpp",
     "cpu/assemble_adjacency.cpp",
     "cpu/cayley_step.cpp",
+    "cpu/gated_rms_norm.cpp",
     "cpu/focal_loss.cpp",
     "cpu/sample_covariance.cpp",
     "cpu/small_cayley.cpp",

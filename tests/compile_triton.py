@@ -109,6 +109,7 @@ GRAPHS = integers(
     *("nodes", "pairs", "steps", "top_k", "w_item", "w_pair", "w_step", "g_item", "g_step", "g_row", "g_column")
 ) | {"picks_ptr": "*u8"}
 
+NORM = integers("rows", "width", "part", "rows_per_program", "grad_row", "y_row", "z_row")
 CG = integers("n", "columns", "matrix_elements", "block_elements", "maxiter", "rtol_stride", "atol_stride")
 
 
@@ -314,6 +315,14 @@ LAUNCHES = {
     ),
     "philox_normal_kernel": (Launch({"BLOCK": 1024}, {"step_ptr": "*i64"}, REAL),),
     "tensor_lists_write_kernel": (Launch({}, {"column_ptr": "*i64", "words": ("i64",) * 64}, ("fp32",), warps=1),),
+    **{
+        f"gated_rms_norm_{way}_kernel": (
+            Launch({"ROWS": 32, "PART": 32, "WIDE": WIDE}, NORM, REAL, 8),
+            Launch({"ROWS": 8, "PART": 128, "WIDE": WIDE}, NORM, ("fp32",), 8),
+            Launch({"ROWS": 1, "PART": 1024, "WIDE": WIDE}, NORM, REAL, 8),
+        )
+        for way in ("fwd", "bwd")
+    },
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
         Launch({"BY_LOGITS": False, "BY_TARGETS": False, "HAS_GAMMA": False, **ELEMENTWISE}, {"n": "i32"}),
