@@ -203,7 +203,8 @@ def test_other_versions_and_signatures_are_refused(monkeypatch):
     monkeypatch.setattr("torch_geometric.__version__", "9.1.0")
     with pytest.raises(SwapError, match=r"of torch_geometric the versions 2.6, 2.7, 2.8 are known: got 9.1.0"):
         stablekern.swap("torch_geometric")
-    monkeypatch.setattr(transformers, "__version__", "6.0.0")
+    adapter = importlib.import_module("stablekern.adapters.transformers_mamba")
+    monkeypatch.setattr(adapter.transformers, "__version__", "6.0.0")
     before = identities()
     with pytest.raises(SwapError, match=r"of transformers the versions 5.23 are known: got 6.0.0"):
         stablekern.swap("transformers")
