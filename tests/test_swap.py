@@ -68,6 +68,12 @@ def test_torch_linalg(dtype, n):
             loss = (P.abs().square() * torch.arange(n)).sum() + w.square().sum() + eigvalsh(leaf).pow(3).sum()
             results.append((w.detach(), P.detach(), torch.autograd.grad(loss, leaf)[0]))
             assert w.shape == (4, n), module
+        triangles = torch.randn(4, n, n, dtype=dtype)  # the two hold different matrices
+        for uplo in ("L", "U", "l", "u"):
+            both = THEIRS["eigvalsh"](triangles, uplo), THEIRS["eigh"](triangles, UPLO=uplo)[0]
+            ours = torch.linalg.eigvalsh(triangles, uplo), torch.linalg.eigh(triangles, UPLO=uplo)[0]
+            tolerance = 20 * n * torch.finfo(dtype).eps * float(both[0].abs().max())
+            torch.testing.assert_close(ours, both, rtol=0, atol=tolerance)
     for ours, theirs in zip(*results, strict=True):
         eps = torch.finfo(dtype).eps
         assert (ours - theirs).abs().max() <= 200 * n * eps * theirs.abs().max()
@@ -209,7 +215,14 @@ def test_other_versions_and_signatures_are_refused(monkeypatch):
     with pytest.raises(SwapError, match=r"of transformers the versions 5.23 are known: got 6.0.0"):
         stablekern.swap("transformers")
     assert identities() == before
+    monkeypatch.setitem(sys.modules, "stablekern.adapters.transformers_mamba", None)  # as if it were not installed
+    with pytest.raises(SwapError, match="transformers must be installed, in a version that is known: got "):
+        stablekern.swap("transformers")
     other = types.ModuleType("other")
+    other.small_cayley = min
+    with pytest.raises(SwapError, match=r"its parameters \(not to be read\)"):
+        stablekern.swap(other)
+    del other.small_cayley
     other.cg_solve = lambda matrix, rhs: rhs
     with pytest.raises(SwapError, match=r"its parameters \(matrix, rhs\) are not those .* \(A, b, max_iter, tol\)"):
         stablekern.swap(other)
@@ -270,6 +283,8 @@ def test_models_of_transformers(name, train, monkeypatch):
     with stablekern.swap(model) as report:
         assert list(model.state_dict()) == names and [id(p) for p in model.parameters()] == objects
         agree(computed(model, tokens, attention_mask=mask), theirs)
+        with stablekern.swap(model) as second:
+            assert not second.swapped and [entry.reason for entry in second.left] == ["swapped already"] * 2
     assert len(calls) == 4 and len(report.swapped) == 2  # 2 layers, a forward and a prefill
     assert not any("forward" in vars(module) for module in model.modules())
     again = computed(model, tokens, attention_mask=mask)
@@ -287,6 +302,14 @@ def test_all_models_of_transformers(name):
             assert not second.swapped
     assert identities() == before
     assert len(report.swapped) == 10
+
+
+def test_a_mixer_with_a_forward_of_its_own_is_left():
+    model = MODELS["mamba"]()
+    first = model.backbone.layers[0].mixer
+    first.forward = types.MethodType(type(first).forward, first)  # as accelerate's hooks do
+    with stablekern.swap(model) as report:
+        assert len(report.swapped) == 1 and "it has a forward of its own" in str(report)
 
 
 def test_what_transformers_keeps_is_counted():
