@@ -242,12 +242,14 @@ def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
     assert wheel.name.endswith("py3-none-any.whl"), "a plain build holds no compiled code"
     site = tmp_path / "site"
     shutil.unpack_archive(wheel, site, "zip")
-    for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed"):
+    for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed",
+                 "testing/specs/eigh.py"):  # fmt: skip
         assert (site / "stablekern" / name).is_file(), name
     code = """
         import torch, stablekern
-        from stablekern import _build
+        from stablekern import _build, testing
         print(stablekern.__file__, _build.source_root())
+        testing.all_specs()
         with stablekern.use_backend("torch"):
             print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
         with stablekern.use_backend("triton"):

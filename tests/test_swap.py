@@ -483,6 +483,7 @@ def graph(n: int, weighted: bool, seed: int = 0) -> Data:
     upper = (torch.rand(n, n, generator=g) < 0.5).triu(1)
     weights = torch.rand(n, n, generator=g).triu(1) * upper
     weights, both = weights + weights.mT, upper | upper.mT
+    weights[0, 0], both[0, 0] = 0.7, True  # a self-loop, which the encoding leaves out
     index = both.nonzero().mT
     return Data(edge_index=index, edge_weight=weights[index[0], index[1]] if weighted else None, num_nodes=n)
 
@@ -491,6 +492,7 @@ def gap(data: Data) -> float:
     """The least distance between the six lowest eigenvalues of the graph."""
     dense = torch.zeros(data.num_nodes, data.num_nodes, **DOUBLE)
     dense[data.edge_index[0], data.edge_index[1]] = 1.0 if data.edge_weight is None else data.edge_weight.double()
+    dense.fill_diagonal_(0.0)
     return float(THEIRS["eigvalsh"](stablekern.normalized_laplacian(dense))[:6].diff().min())
 
 
