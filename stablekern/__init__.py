@@ -3,8 +3,9 @@
 `stablekern.<op>` is one autograd operation with a float64 reference, on the best backend that the machine has; the
 first call of an op that has a native kernel compiles it. Importing the package compiles and loads nothing.
 
-Beside the ops: `stablekern.optim` (ComplexAdamW, GradGuard, parameter_groups), `stablekern.nn` (layers and the EEG
-detector), `stablekern.eeg` (recordings), `stablekern.health` (finite checks); the last three load on first use.
+Beside the ops: `swap`, which puts them into code that exists; `stablekern.optim` (ComplexAdamW, GradGuard,
+parameter_groups), `stablekern.nn` (layers and the EEG detector), `stablekern.eeg` (recordings), `stablekern.health`
+(finite checks), `stablekern.testing` (the suite on this machine); all but the first two load on first use.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training", "zoo")
+_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "testing", "training", "zoo")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -240,12 +240,14 @@ def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
     """Build a wheel from a copy of the sources, unpack it elsewhere, and run an op from there; nothing is compiled."""
     name, site = wheel(tmp_path)
     assert name.endswith("py3-none-any.whl"), "a plain build holds no compiled code"
-    for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed"):
+    for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed",
+                 "testing/specs/eigh.py"):  # fmt: skip
         assert (site / "stablekern" / name).is_file(), name
     code = """
         import torch, stablekern
-        from stablekern import _build
+        from stablekern import _build, testing
         print(stablekern.__file__, _build.source_root())
+        testing.all_specs()
         with stablekern.use_backend("torch"):
             print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
         with stablekern.use_backend("triton"):
