@@ -1,8 +1,9 @@
 """Errors of every op and of plain torch in float32 against float64: `python -m bench.accuracy [--op eigh] [--save]`.
 
-`--draw` draws the saved lines for the documentation. Both get the same float32 inputs. The error is the largest deviation from what the op's reference gives for these
-inputs in float64, over the largest entry of that; "gradients" is the worst of all gradients of one random linear loss.
-Plain torch is the reference itself in float32. Inputs are those of the op's spec (tests/specs).
+`--draw` draws the saved lines for the documentation. Both get the same float32 inputs. The error is the largest
+deviation from what the reference of the op gives for these inputs in float64, over the largest entry of that;
+"gradients" is the worst of all gradients of one random linear loss. Plain torch is the reference itself in float32.
+Inputs are those of the op's spec (tests/specs).
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def reference(
             ]
             for half in (0, 1)
         )
-        both = reference(*ahead, activation=activation), reference(*back, activation=activation, reverse=True)
+        both = reference(*ahead, activation=activation), reference(*back, activation=activation, reverse=True)  # type: ignore[arg-type]
         return torch.cat(both, 1)
     before = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if initial_state is None else initial_state
     padded = torch.cat((x, before) if reverse else (before, x), -1)

@@ -188,7 +188,7 @@ def _in_torch(
 @launcher("cg_fwd", device="cuda", backend="torch")
 @launcher("cg_fwd", device="cpu", backend="torch")
 def _(A: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *rest, method, asymmetry = rest
+    *others, method, asymmetry = rest
 
     def forms(A: Tensor):
         gap = A - (A.mT if method == _COCG else A.mH)
@@ -196,7 +196,7 @@ def _(A: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         crooked = (_krylov.size_of(gap.flatten(1)) > limit)[..., None] & (method != _CGNE)
         return lambda v: v @ A.mT, lambda v: v @ A.conj(), crooked, None
 
-    return _in_torch(A, forms, b, *rest, method)
+    return _in_torch(A, forms, b, *others, method)  # type: ignore[call-arg]
 
 
 @launcher("cg_bwd", device="cuda", backend="torch")
@@ -290,7 +290,7 @@ def _csr_adjoint(crow: Tensor, col: Tensor, values: Tensor) -> tuple[Tensor, Ten
 @launcher("cg_csr_fwd", device="cuda", backend="torch")
 @launcher("cg_csr_fwd", device="cpu", backend="torch")
 def _(crow: Tensor, col: Tensor, values: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *rest, method, asymmetry = rest
+    *others, method, asymmetry = rest
 
     def forms(values: Tensor):
         adjoint = _csr_product(*_csr_adjoint(crow, col, values)) if method == _CGNE else None
@@ -302,7 +302,7 @@ def _(crow: Tensor, col: Tensor, values: Tensor, b: Tensor, *rest: Any) -> tuple
             asymmetry * longest,
         )
 
-    return _in_torch(values, forms, b, *rest, method)
+    return _in_torch(values, forms, b, *others, method)  # type: ignore[call-arg]
 
 
 # Beside a solve this is nothing: Triton has no kernel of its own for it.
@@ -362,7 +362,7 @@ class _Cg(torch.autograd.Function):
         U, failed, blocks, rtol, atol, x, info, *tensors = ctx.saved_tensors
         maxiter, method = ctx.limits
         grad = _without_failed(grad, info)
-        start = None if U is None else _start(*tensors, U, failed, grad)
+        start = None if U is None else _start(*tensors, U, failed, grad)  # type: ignore[call-arg]
         system = tensors
         if method == _CGNE:
             system = (tensors[0].mH,) if ctx.form == "dense" else _csr_adjoint(*tensors)
@@ -419,15 +419,18 @@ class _Callable(NamedTuple):
         def product(v: Tensor) -> Tensor:
             return _krylov.times_power(self.function(v, *params), -exponent)
 
-        def preconditioner(r: Tensor) -> Tensor:
-            return _krylov.times_power(self.preconditioner(r), exponent)
+        given = self.preconditioner
 
-        adjoint = None
+        def preconditioner(r: Tensor) -> Tensor:
+            return _krylov.times_power(r if given is None else given(r), exponent)
+
+        forward: Callable[[Tensor], Tensor] = product
+        adjoint: Callable[[Tensor], Tensor] | None = None
         if method == _CGNE:
             adjoint = self._adjoint(b, params, exponent)
             if transposed:
-                product, adjoint = adjoint, product
-        operator = _krylov.Operator(product, exponent, adjoint, self.preconditioner and preconditioner)
+                forward, adjoint = adjoint, forward
+        operator = _krylov.Operator(forward, exponent, adjoint, given and preconditioner)
         looks = 1 if b.device.type == "cpu" else 0 if torch.cuda.is_current_stream_capturing() else _CALLABLE_LOOKS
         control = _krylov.Control(rtol[..., None], atol[..., None], maxiter, looks)
         info = torch.where(torch.isfinite(self.size), 0, NON_FINITE)
@@ -537,20 +540,20 @@ def cg_ex(
             raise ValueError(message(_OP, "`x0` must have the shape of `b`", tuple(x0.shape), tuple(b.shape)))
     steps = 10 * shape.n if maxiter is None else _check.integer(_OP, "maxiter", maxiter, low=0)
     if method == "auto":
-        columns = shape.flat[1]
+        columns = shape.flat()[1]
         method = select_solver(A, columns=columns, maxiter=maxiter) if form == "dense" and not preconditioner else "cg"
     if method == "cholesky" and form != "dense":
         raise ValueError(message(_OP, '`method` "cholesky" needs a dense `A`', form))
     if method == "cgne" and preconditioner is not None:
         raise ValueError(message(_OP, '`method` "cgne" takes no `preconditioner`', repr(preconditioner)))
     code = METHODS.index("cg" if method == "cholesky" or (method == "cocg" and not dtype.is_complex) else method)
-    rtol = _systems.tolerance("rtol", _default_rtol(dtype) if rtol is None else rtol, b, shape.systems)
-    atol = _systems.tolerance("atol", atol, b, shape.systems)
+    rtol = _systems.tolerance("rtol", _default_rtol(dtype) if rtol is None else rtol, b, shape.systems())
+    atol = _systems.tolerance("atol", atol, b, shape.systems())
     if form == "callable":
         if not (preconditioner is None or callable(preconditioner)):
             rule = "`preconditioner` of a callable `A` must be None or a callable"
             raise TypeError(message(_OP, rule, repr(preconditioner)))
-        function = _Callable(A, preconditioner, _probed(A, b, tuple(params)))
+        function = _Callable(A, preconditioner, _probed(A, b, tuple(params)))  # type: ignore[arg-type]
         start = None if x0 is None else x0.detach()
         return CgResult(*_CgCallable.apply(function, b, start, rtol, atol, steps, code, *params))
     rows, start = shape.rows(b), None if x0 is None else shape.rows(x0.detach())
@@ -558,14 +561,14 @@ def cg_ex(
     U = failed = None
     if method == "cholesky":
         found = chol_solve_safe.factor(tensors[0])
-        U, failed = found.U, found.failed
+        U, failed = found.U, found.failed()
         start = _start(tensors[0], U, failed, rows)
     arguments = (rows, start, blocks, rtol, atol, steps, code)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *tensors)):
         x, *rest = _Cg.apply(form, U, failed, *arguments, *tensors)
     else:  # autograd's own bookkeeping takes as long as some thirty small systems
         x, *rest = _run(form, tensors, *arguments)
-    return CgResult(shape.back(x), *(one.reshape(shape.systems) for one in rest))
+    return CgResult(shape.back(x), *(one.reshape(shape.systems()) for one in rest))
 
 
 def _report(result: CgResult, b: Tensor, rtol: float | Tensor | None, atol: float | Tensor, method: str) -> None:

@@ -181,7 +181,6 @@ class Factor(NamedTuple):
     info: Tensor
     jitter: Tensor
 
-    @property
     def failed(self) -> Tensor:
         return self.info > _SHIFTED
 
@@ -190,7 +189,7 @@ class Factor(NamedTuple):
         batch = torch.broadcast_shapes(self.info.shape, A.shape[:-2])
         matrices = (self.R, A, self.U)
         flat = [M.expand(*batch, *M.shape[-2:]).reshape(math.prod(batch), *M.shape[-2:]) for M in matrices]
-        return (*flat, self.failed.expand(batch).reshape(-1)), batch
+        return (*flat, self.failed().expand(batch).reshape(-1)), batch
 
     def solve(self, A: Tensor) -> Tensor:
         """The solutions; batch dimensions broadcast. A failed item is solved as the identity, with gradient 0."""
@@ -238,5 +237,5 @@ def chol_solve_safe(
         sizes.append(size)
         size *= 10
     found = factor(R, [size / max(n, 1) for size in (*sizes, limit)])
-    solution = found.solve(A).masked_fill(found.failed[..., None, None], torch.nan)
+    solution = found.solve(A).masked_fill(found.failed()[..., None, None], torch.nan)
     return CholSolveSafe(solution, found.info, found.jitter)

@@ -33,6 +33,7 @@ pull request 29513 (a clamp kills the gradient).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _fake(x: Tensor, centre: bool, eps: float) -> tuple[Tensor, Tensor]:
     b, n, t, _ = x.shape
-    like = {"dtype": _wide(x), "device": x.device}
+    like: dict[str, Any] = {"dtype": _wide(x), "device": x.device}
     return torch.empty(b, n * (n - 1) // 2, t, **like), torch.empty(b, n, t, **like)
 
 

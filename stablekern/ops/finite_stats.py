@@ -31,7 +31,7 @@ class FiniteStats(NamedTuple):
     min: Tensor  # (K,) float64
     max: Tensor  # (K,) float64
     mean: Tensor  # (K,) float64
-    count: Tensor  # (K,) int64, all entries
+    count: Tensor  # type: ignore[assignment] # (K,) int64, all entries; hides tuple.count
 
 
 def _reference_of_one(x: Tensor) -> tuple[float, ...]:

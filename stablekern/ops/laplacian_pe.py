@@ -208,7 +208,7 @@ def _(values, rows, components, previous, k, first, cluster_gap, orthonormal) ->
     if not isinstance(chosen, Tensor) or chosen.numel():
         earlier = None if previous is None else previous[chosen]
         inputs = (x[chosen] for x in (rows, ok, fixed, same, clustered))
-        rotation[chosen] = _rotations(*inputs, earlier, window, orthonormal)
+        rotation[chosen] = _rotations(*inputs, earlier, window, orthonormal)  # type: ignore[arg-type, call-arg]
     return rotation
 
 
@@ -409,5 +409,6 @@ def laplacian_pe(
     more.
     **Sources:** see the module's text.
     """
-    options = {"skip_trivial": skip_trivial, "align": align, "interval": interval, "previous": previous, "grad": grad}
-    return laplacian_pe_ex(adjacency, k, **options).pe
+    return laplacian_pe_ex(
+        adjacency, k, skip_trivial=skip_trivial, align=align, interval=interval, previous=previous, grad=grad
+    ).pe

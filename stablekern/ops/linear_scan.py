@@ -34,6 +34,8 @@ accumulation as a prefix of clipped maps, slope 1); Martin & Cundy 2018, arXiv:1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,10 @@ def reference(
     state = torch.zeros_like(token[..., 0]) if initial_state is None else initial_state
     bounds = None
     if state_clamp is not None:
-        real = {"dtype": token.real.dtype if token.is_complex() else token.dtype, "device": token.device}
+        real: dict[str, Any] = {
+            "dtype": token.real.dtype if token.is_complex() else token.dtype,
+            "device": token.device,
+        }
         bounds = [torch.as_tensor(bound, **real) for bound in _state_clamp.pair(_OP, state_clamp)]
     states = []
     times = range(token.shape[-1])
@@ -233,7 +238,7 @@ def _saturation(
     first = torch.zeros_like(token[..., :1]) if initial_state is None else initial_state[..., None]
     before = torch.cat((states[..., 1:], first) if reverse else (first, states[..., :-1]), -1)
     each = (None if bound is None else bound[:, None] for bound in (lower, upper))
-    return _state_clamp.changed(gate * before[..., :length] + token, *each).to(upper.dtype).sum(-1) / max(length, 1)
+    return _state_clamp.changed(gate * before[..., :length] + token, *each).to(upper.dtype).sum(-1) / max(length, 1)  # type: ignore[arg-type]
 
 
 class _LinearScan(torch.autograd.Function):
@@ -314,4 +319,4 @@ def linear_scan(
     states = _LinearScan.apply(gate, token, initial_state, lower, upper, reverse)
     if not return_saturation:
         return states.to(dtype)
-    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse)
+    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse)  # type: ignore[arg-type]

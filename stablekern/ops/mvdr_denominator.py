@@ -88,4 +88,4 @@ def mvdr_denominator(
     found = factor(H)
     flat, batch = found.beside(A)
     denominator = _Denominator.apply(*flat).reshape(*batch, A.shape[-1])
-    return denominator.masked_fill(found.failed[..., None], torch.nan)
+    return denominator.masked_fill(found.failed()[..., None], torch.nan)

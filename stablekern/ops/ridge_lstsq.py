@@ -79,4 +79,4 @@ def ridge_lstsq(
     else:
         found = factor(Phi.mH @ Phi + ridge)
         x = found.solve(Phi.mH @ column)
-    return x[..., 0].masked_fill(found.failed[..., None], torch.nan)
+    return x[..., 0].masked_fill(found.failed()[..., None], torch.nan)

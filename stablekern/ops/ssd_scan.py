@@ -95,7 +95,7 @@ def reference(
     for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
         state = decay[t] * state + token[t] * enter[t]
         if bounds:
-            state = torch.clamp(state, *bounds)
+            state = torch.clamp(state, *bounds)  # type: ignore[arg-type]
         outputs.append((state * leave[t]).sum(-1))
     y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x * 0
     if D is not None:
@@ -472,5 +472,5 @@ def ssd_scan(
     y = y.to(dtype)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
-        outputs += (_saturation(x_wide, step, A, B, initial_state, lower, upper, reverse_groups),)
+        outputs += (_saturation(x_wide, step, A, B, initial_state, lower, upper, reverse_groups),)  # type: ignore[arg-type]
     return outputs if len(outputs) > 1 else y

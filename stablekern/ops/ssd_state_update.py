@@ -209,7 +209,8 @@ def ssd_state_update(
         rule = "changes `state` in place and has no gradient; call it under `torch.no_grad()`, or use `ssd_scan`"
         raise RuntimeError(message(_OP, rule, "requires_grad=True"))
     lower, upper = _state_clamp.bounds(_OP, state_clamp, state, h=heads, p=sizes["p"])
-    A, D, dt_bias = (None if tensor is None else tensor.to(wide) for tensor in (A, D, dt_bias))
+    A = A.to(wide)
+    D, dt_bias = (None if tensor is None else tensor.to(wide) for tensor in (D, dt_bias))
     if D is not None:
         D = (D[:, None] if D.dim() == 1 else D).expand(heads, sizes["p"])
     if not dt_softplus and _check.readable(dt) and dt.numel():

@@ -82,7 +82,7 @@ def subspace_residual(
     U = torch.where(kept, U / squared_modulus(U).sum(-2, keepdim=True).sqrt(), 0.0)
     eye = torch.eye(sizes["k"], dtype=A.dtype, device=A.device)
     found = factor(U.mH @ U + ridge * eye)
-    V, unusable = found.solve(U.mH), found.failed
+    V, unusable = found.solve(U.mH), found.failed()
     # Held constant: the result does not depend on it.
     largest = components(R.detach()).abs().flatten(R.dim() - 2).amax(-1)[..., None, None]
     lost = ~(largest > 0) | ~torch.isfinite(largest)
