@@ -18,10 +18,15 @@ def pair(op: str, state_clamp: Bound | Sequence[Bound]) -> tuple[Bound, Bound]:
     if isinstance(state_clamp, (tuple, list)):
         if len(state_clamp) != 2:
             raise ValueError(message(op, "`state_clamp` must be c or (lo, hi)", f"{len(state_clamp)} values"))
+        for bound in state_clamp:
+            if isinstance(bound, Tensor):
+                _check.dtypes(op, _check.HALF + _check.REAL, state_clamp=bound)
         return state_clamp[0], state_clamp[1]
     if isinstance(state_clamp, bool) or not isinstance(state_clamp, (int, float, Tensor)):
         rule = "`state_clamp` must be a number, a tensor or a pair of them"
         raise TypeError(message(op, rule, type(state_clamp).__name__))
+    if isinstance(state_clamp, Tensor):
+        _check.dtypes(op, _check.HALF + _check.REAL, state_clamp=state_clamp)
     return -state_clamp, state_clamp
 
 

@@ -119,6 +119,7 @@ def made_tensor(choose: Bytes, like: Any) -> Tensor:
     fill = (1, 0, -1, math.nan, math.inf, 1e30, 1e-30, 255)[choose.below(8)]
     if not (dtype.is_floating_point or dtype.is_complex):
         fill = choose.below(5) - (1 if dtype.is_signed else 0)
+    fill = math.inf if dtype == torch.float16 and fill == 1e30 else fill
     x = torch.full(shape, fill, dtype=dtype)
     strides = choose.below(6)
     if strides == 1 and x.dim():

@@ -27,6 +27,20 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:ignore_interceptors_accesses=1",
 }
+# What each of them must find, or it finds nothing: called through ctypes like this, before the tests.
+PLANTED = {
+    "address": 'extern "C" int fault() { int* x = new int[4]; return x[4]; }',
+    "thread": """
+        #include <cstdint>
+        extern "C" std::int32_t torch_parallel_for(
+            std::int64_t, std::int64_t, std::int64_t, void (*)(std::int64_t, std::int64_t, void*), void*);
+        extern "C" int fault() {
+          int sum = 0;
+          torch_parallel_for(0, 64, 1, [](std::int64_t, std::int64_t, void* sum) { ++*static_cast<int*>(sum); }, &sum);
+          return sum;
+        }""",
+}
+FINDS = {"address": "insufficient space for an object", "thread": "WARNING: ThreadSanitizer: data race"}
 # Every native kernel on every sample of its spec. Gradcheck calls the same kernels a thousand times.
 TESTS = ("tests/test_ops.py", "-k", "cpu-native and matches")
 
@@ -72,6 +86,17 @@ def preloaded(kind: str) -> str:
     )
 
 
+def finds_planted_fault(kind: str, settings: dict[str, str], fixed: list[str]) -> None:
+    source, library = WORK / kind / "planted.cpp", WORK / kind / "planted.so"
+    source.write_text(PLANTED[kind])
+    compiled = [settings["CXX"], "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(compiled, env={**settings, "LD_PRELOAD": ""}, check=True)
+    call = f"import ctypes; ctypes.CDLL({str(library)!r}).fault()"
+    done = subprocess.run([*fixed, sys.executable, "-c", call], env=settings, capture_output=True, text=True)
+    if done.returncode == 0 or FINDS[kind] not in done.stderr:
+        raise SystemExit(f"sanitize: {kind} does not find the fault that was planted for it\n{done.stderr}")
+
+
 def run(kind: str, words: list[str]) -> int:
     settings = environment(kind)
     build = "from stablekern import _build, settings; print(_build.build(settings.get('STABLEKERN_CACHE_DIR')))"
@@ -79,16 +104,9 @@ def run(kind: str, words: list[str]) -> int:
     settings |= {"LD_PRELOAD": preloaded(kind), **OPTIONS}
     # ThreadSanitizer wants its shadow where address randomisation may put libraries.
     fixed = ["setarch", platform.machine(), "-R"] if kind == "thread" and shutil.which("setarch") else []
-    for old in (WORK / kind).glob("report.*"):
-        old.unlink()
-    for name in OPTIONS:
-        settings[name] += f":log_path={WORK / kind / 'report'}"  # pytest holds what is written to stderr
-    test = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *(words or TESTS)]
-    status = subprocess.run([*fixed, *test], env=settings, cwd=ROOT).returncode
-    for report in sorted((WORK / kind).glob("report.*")):
-        sys.stderr.write(report.read_text(errors="replace"))
-        status = status or 1
-    return status
+    finds_planted_fault(kind, settings, fixed)
+    test = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--capture=sys", *(words or TESTS)]
+    return subprocess.run([*fixed, *test], env=settings, cwd=ROOT).returncode
 
 
 def main() -> int:

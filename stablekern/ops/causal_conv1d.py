@@ -299,6 +299,8 @@ def causal_conv1d(
     bits for any number of threads (`tests/test_causal_conv1d.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
+    _check.required(_OP, x=x, weight=weight)
+    _check.flag(_OP, reverse=reverse, bidirectional=bidirectional)
     sizes = _check.shapes(_OP, x=(x, "b d l"), weight=(weight, "d k"), bias=(bias, "d"))
     if sizes["k"] < 1:
         raise ValueError(message(_OP, "`weight` must have at least one tap", sizes["k"]))

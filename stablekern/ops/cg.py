@@ -47,6 +47,7 @@ __all__ = ["CgResult", "cg", "cg_ex", "select_solver"]
 _OP = "cg"
 _CG, _COCG, _CGNE = range(3)
 _DENSE_ROWS, _LANE_VECTORS, _LANE_ELEMENTS = 1024, 9, 2**18  # what the native kernels' memory is bounded by
+_MOST = 2**63 - 1  # what a schema's int holds
 _CALLABLE_LOOKS = 8  # iterations between two looks at a flag on a GPU
 _warned = False
 
@@ -486,6 +487,7 @@ def select_solver(A: Any, *, columns: int = 1, maxiter: int | None = None) -> st
     if not isinstance(A, Tensor):
         return "cg"
     n = _check.shapes("select_solver", A=(A, "... n n"))["n"]
+    _check.integer("select_solver", "columns", columns, low=0)
     steps = min(n, n if maxiter is None else _check.integer("select_solver", "maxiter", maxiter, low=0))
     return "cholesky" if numerics.CG_FACTOR_PRODUCTS.value < steps * columns else "cg"
 
@@ -517,6 +519,10 @@ def cg_ex(
     if b.dim() == 0:
         raise ValueError(message(_OP, "`b` must have the shape (..., n) or (..., n, k)", ()))
     given = isinstance(A, Tensor) or not callable(A)
+    if not isinstance(params, (tuple, list)) or not all(isinstance(one, Tensor) for one in params):
+        raise TypeError(message(_OP, "`params` must be a sequence of tensors", type(params).__name__))
+    if isinstance(preconditioner, Tensor):
+        raise TypeError(message(_OP, "`preconditioner` must be None, a name, a block size or a function", "a tensor"))
     if params and given:
         raise ValueError(message(_OP, "`params` are those of a callable `A`", type(A).__name__))
     if not given:
@@ -538,7 +544,7 @@ def cg_ex(
         _check.dtypes(_OP, _check.REAL + _check.COMPLEX, b=b, x0=x0)
         if x0.shape != b.shape:
             raise ValueError(message(_OP, "`x0` must have the shape of `b`", tuple(x0.shape), tuple(b.shape)))
-    steps = 10 * shape.n if maxiter is None else _check.integer(_OP, "maxiter", maxiter, low=0)
+    steps = 10 * shape.n if maxiter is None else _check.integer(_OP, "maxiter", maxiter, low=0, high=_MOST)
     if method == "auto":
         columns = shape.flat()[1]
         method = select_solver(A, columns=columns, maxiter=maxiter) if form == "dense" and not preconditioner else "cg"

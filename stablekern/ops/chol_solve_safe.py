@@ -229,8 +229,10 @@ def chol_solve_safe(
     **Accuracy:** backward stable for $H + jI$; the solution's relative error grows with the condition number of that.
     **Sources:** Higham, Accuracy and Stability of Numerical Algorithms, secs. 10.1 and 10.3.
     """
+    _check.required(_OP, R=R, A=A)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     n = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n q"))["n"]
+    _check.broadcast(_OP, R=R.shape[:-2], A=A.shape[:-2])
     size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n, numerics.CHOLESKY_JITTER_LIMIT.of()
     sizes = []
     while size < limit:

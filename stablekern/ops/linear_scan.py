@@ -296,6 +296,8 @@ def linear_scan(
     The same bits for any number of threads (`tests/test_linear_scan.py`).
     **Sources:** Blelloch 1990, sec. 1.4.1; Martin & Cundy 2018, arXiv:1709.04057.
     """
+    _check.required(_OP, gate=gate, token=token)
+    _check.flag(_OP, reverse=reverse, return_saturation=return_saturation)
     sizes = _check.shapes(_OP, gate=(gate, "b d l"), token=(token, "b d l"), initial_state=(initial_state, "b d"))
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL + _check.COMPLEX, gate=gate, token=token)
     wide = torch.promote_types(dtype, torch.float32)

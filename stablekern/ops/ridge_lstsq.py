@@ -56,6 +56,7 @@ def ridge_lstsq(
     smallest singular value: that of the normal equations.
     **Sources:** see the module's text.
     """
+    _check.required(_OP, Phi=Phi, y=y)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, Phi=Phi, y=y)
     sizes = _check.shapes(_OP, Phi=(Phi, "... m n"), y=(y, "... m"))
     m, n = sizes["m"], sizes["n"]

@@ -552,6 +552,9 @@ def selective_scan(
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_selective_scan.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
+    _check.required(_OP, u=u, delta=delta, A=A, B=B, C=C)
+    _check.flag(_OP, delta_softplus=delta_softplus, return_last_state=return_last_state)
+    _check.flag(_OP, return_saturation=return_saturation)
     sizes = _check.shapes(_OP, u=(u, "b d l"), delta=(delta, "b d l"), A=(A, "d n"))
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, u=u)
     wide = torch.promote_types(dtype, torch.float32)

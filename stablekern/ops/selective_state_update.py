@@ -192,7 +192,9 @@ def selective_state_update(
     **Accuracy:** at most twice the error of the same step in plain torch (`tests/test_ops.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
-    heads = isinstance(state, Tensor) and state.dim() == 4
+    _check.required(_OP, state=state, x=x, dt=dt, A=A, B=B, C=C)
+    _check.flag(_OP, dt_softplus=dt_softplus)
+    heads = state.dim() == 4
     row, projected = ("h d", "b g n") if heads else ("d", "b g n")
     if isinstance(B, Tensor) and B.dim() == 2:
         projected = "b n"

@@ -182,6 +182,8 @@ def ssd_state_update(
     **Accuracy:** at most twice the error of the same step in plain torch (`tests/test_ops.py`).
     **Sources:** Dao & Gu 2024, arXiv:2405.21060.
     """
+    _check.required(_OP, state=state, x=x, dt=dt, A=A, B=B, C=C)
+    _check.flag(_OP, dt_softplus=dt_softplus)
     sizes = _check.shapes(
         _OP,
         state=(state, "b h p n"),

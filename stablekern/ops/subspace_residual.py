@@ -63,6 +63,7 @@ def subspace_residual(
     **Accuracy:** absolute error of about $n \epsilon$, and $\epsilon / \rho$ for parallel columns.
     **Source:** see the module's text.
     """
+    _check.required(_OP, R=R, A=A)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     sizes = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n k"))
     if A.shape[:-2] != R.shape[:-2]:
