@@ -180,7 +180,7 @@ def _rows(lines: list[dict]) -> list[str]:
 _HEAD = ["| | Ours | Plain torch | Gradients: ours | Plain torch |", "|---|---|---|---|---|"]
 _WHAT = (
     "Largest error in float32 over the largest exact entry, against the reference in float64 on the same inputs; plain "
-    "torch is the reference in float32 (`python -m bench.accuracy`). The grey line of a figure is eps of float32, 1.2e-7."
+    "torch is the reference in float32 (`python -m bench.accuracy`). The grey line of a figure is float32's eps."
 )
 
 

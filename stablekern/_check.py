@@ -91,6 +91,14 @@ def flag(op: str, **values: Any) -> None:
             raise TypeError(message(op, f"`{name}` must be True or False", type(value).__name__))
 
 
+def own_memory(op: str, **tensors: Tensor) -> None:
+    """What is changed in place must not hold one element twice, as an expanded tensor does."""
+    for name, tensor in tensors.items():
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            rule = f"`{name}` is changed in place, so its elements must not share memory (`.clone()`)"
+            raise ValueError(message(op, rule, tuple(tensor.stride())))
+
+
 def broadcast(op: str, **batches: torch.Size) -> None:
     """The batch dimensions of the tensors of these names must go together."""
     try:

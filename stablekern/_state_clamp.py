@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from stablekern import _check
@@ -58,7 +59,8 @@ def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tupl
             bound = bound.to(device=like.device, dtype=like.dtype)
             bound = bound.reshape(shape + (1,) * (len(full) - len(shape)))
         else:
-            bound = like.new_full((), _check.number(op, "state_clamp", bound))
+            # Through float64: what is beyond single precision is infinite there, and clamps nothing.
+            bound = like.new_full((), _check.number(op, "state_clamp", bound), dtype=torch.float64).to(like.dtype)
         both.append(bound.expand(full))
     lower, upper = both
     if _check.readable(lower, upper) and not bool((lower <= upper).all()):

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "sanitize"
 FLAGS = {
-    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all",
+    "address": "-fsanitize=address,undefined",
     "thread": "-fsanitize=thread",
 }
 RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
@@ -101,7 +101,7 @@ def run(kind: str, words: list[str]) -> int:
     settings = environment(kind)
     build = "from stablekern import _build, settings; print(_build.build(settings.get('STABLEKERN_CACHE_DIR')))"
     subprocess.run([sys.executable, "-c", build], env=settings, cwd=ROOT, check=True)
-    settings |= {"LD_PRELOAD": preloaded(kind), **OPTIONS}
+    settings = {**OPTIONS, **settings, "LD_PRELOAD": preloaded(kind)}
     # ThreadSanitizer wants its shadow where address randomisation may put libraries.
     fixed = ["setarch", platform.machine(), "-R"] if kind == "thread" and shutil.which("setarch") else []
     finds_planted_fault(kind, settings, fixed)

@@ -233,7 +233,7 @@ def chol_solve_safe(
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     n = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n q"))["n"]
     _check.broadcast(_OP, R=R.shape[:-2], A=A.shape[:-2])
-    size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n, numerics.CHOLESKY_JITTER_LIMIT.of()
+    size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * max(n, 1), numerics.CHOLESKY_JITTER_LIMIT.of()
     sizes = []
     while size < limit:
         sizes.append(size)

@@ -296,6 +296,7 @@ def covariance_blend_ex(
     ($n\epsilon$ times the sum of the diagonal's moduli); bit 1: an entry of an input, or its trace, is not finite. The
     result of an item whose `info` is not 0 is NaN; no other item is touched. All else is as in `covariance_blend`.
     """
+    _check.required(_OP, R_pred=R_pred)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R_pred=R_pred, R_samp=R_samp)
     rank = R_pred.dim()
     if not isinstance(dims, tuple) or len(dims) != 2 or not all(isinstance(d, int) for d in dims):

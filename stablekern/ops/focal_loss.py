@@ -286,6 +286,7 @@ def focal_loss(
     **Accuracy:** at most twice the error of the same formula in plain torch and the same dtype (`tests/test_ops.py`).
     **Source:** Lin et al. 2017, arXiv:1708.02002, eq. 5.
     """
+    _check.required("focal_loss", logits=logits, targets=targets)
     _check.dtypes("focal_loss", _check.REAL + _check.HALF, logits=logits, targets=targets)
     if logits.shape != targets.shape:
         raise ValueError(

@@ -315,7 +315,7 @@ def laplacian_pe_ex(
     encoding and eigenvalues of such a step are NaN; no other step is touched. All else is as in `laplacian_pe`.
     """
     dims = _check.shapes(_OP, adjacency=(adjacency, "... t n n"))
-    _check.integer(_OP, "interval", interval, low=1)
+    interval = min(_check.integer(_OP, "interval", interval, low=1), max(dims["t"], 1))
     if not isinstance(skip_trivial, bool):
         raise TypeError(message(_OP, "`skip_trivial` must be a bool", type(skip_trivial).__name__))
     first = int(skip_trivial)

@@ -193,6 +193,7 @@ def selective_state_update(
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
     _check.required(_OP, state=state, x=x, dt=dt, A=A, B=B, C=C)
+    _check.own_memory(_OP, state=state)
     _check.flag(_OP, dt_softplus=dt_softplus)
     heads = state.dim() == 4
     row, projected = ("h d", "b g n") if heads else ("d", "b g n")

@@ -183,6 +183,7 @@ def ssd_state_update(
     **Sources:** Dao & Gu 2024, arXiv:2405.21060.
     """
     _check.required(_OP, state=state, x=x, dt=dt, A=A, B=B, C=C)
+    _check.own_memory(_OP, state=state)
     _check.flag(_OP, dt_softplus=dt_softplus)
     sizes = _check.shapes(
         _OP,
