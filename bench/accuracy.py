@@ -110,7 +110,7 @@ def measure(op: str, backend: str = "native") -> list[dict]:
     sys.path[:0] = [] if str(TESTS) in sys.path else [str(TESTS)]
     import specs
     import stablekern
-    import test_ops as suite
+    from stablekern.testing import suite
 
     axis, sizes, make = _studies()[op]
     (spec,) = (spec for spec in specs.all_specs() if spec.name == op)

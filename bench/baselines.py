@@ -49,6 +49,27 @@ def cosine_einsum(x: Tensor) -> Tensor:
     return gram[:, :, i, j].permute(0, 2, 1)
 
 
+def assemble_topk(edge_weights: Tensor, n: int, k: int = 3) -> Tensor:
+    """Fill both triangles -> topk -> scatter -> threshold -> average with the transpose; a self loop where it is 0."""
+    b, _, t = edge_weights.shape
+    i, j = torch.triu_indices(n, n, 1)
+    full = edge_weights.new_zeros(b, t, n, n)
+    full[:, :, i, j] = full[:, :, j, i] = edge_weights.permute(0, 2, 1)
+    values, index = full.topk(k, dim=-1)
+    sparse = torch.zeros_like(full).scatter(-1, index, values)
+    sparse = torch.where(sparse > 1e-4, sparse, 0.0)
+    adjacency = (sparse + sparse.mT) / 2
+    return adjacency + torch.diag_embed((adjacency.sum(-1) < 1e-4).to(adjacency.dtype))
+
+
+def ema_loop(x: Tensor, beta: float) -> Tensor:
+    """A running average along the last dimension, step after step, stacked."""
+    steps = [x[..., 0]]
+    for t in range(1, x.shape[-1]):
+        steps.append(beta * steps[-1] + (1 - beta) * x[..., t])
+    return torch.stack(steps, dim=-1)
+
+
 def focal_composite(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.5) -> Tensor:
     """The shortest composite: BCE with logits times (1 - p_t)^gamma."""
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")

@@ -1,8 +1,11 @@
 // `stablekern._native`: what the library was built for, and C++ internals that the tests call.
 // The ops themselves register with the dispatcher when the library is loaded; nothing of them is bound here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "stablekern/exchange.h"
 #include "stablekern/lapack.h"
@@ -23,6 +26,14 @@ PYBIND11_MODULE(_native, m) {
     if (found == nullptr) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(found);
   });
+  // Memory for results (stablekern/pool.h): a DLPack capsule; the bytes that wait in the pool and that tensors hold.
+  m.def("pooled_empty", [](std::vector<int64_t> shape, uint8_t code, uint8_t bits, size_t limit) {
+    PyObject* capsule = stablekern::pooled_capsule(std::move(shape), code, bits, limit);
+    if (capsule == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(capsule);
+  });
+  m.def("pool_bytes", [] { return std::pair(stablekern::pool().held(), stablekern::pool().lent()); });
+  m.def("pool_clear", [] { stablekern::pool().clear(); });
   m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     stablekern::Words word[1][4];
     stablekern::philox4x32<1>({stablekern::Words{} + c0}, c1, {c2, c3, k0, k1}, word);

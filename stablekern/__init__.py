@@ -13,7 +13,9 @@ import importlib
 from types import ModuleType
 
 from stablekern import errors
+from stablekern._memory import empty_cache
 from stablekern._registry import available_backends, use_backend
+from stablekern._swap import SwapReport, swap
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.cayley_step import cayley_step
@@ -43,6 +45,7 @@ from stablekern.ops.subspace_residual import subspace_residual
 __version__ = "0.1.0"
 
 __all__ = [
+    "SwapReport",
     "assemble_adjacency",
     "available_backends",
     "causal_conv1d",
@@ -59,6 +62,7 @@ __all__ = [
     "eigh",
     "eigh_ex",
     "eigvalsh",
+    "empty_cache",
     "errors",
     "finite_stats",
     "focal_loss",
@@ -77,6 +81,7 @@ __all__ = [
     "ssd_scan",
     "ssd_state_update",
     "subspace_residual",
+    "swap",
     "use_backend",
 ]
 

@@ -48,6 +48,7 @@ SOURCES = (
     "cpu/cg.cpp",
     "cpu/cosine_edges.cpp",
     "cpu/covariance_blend.cpp",
+    "cpu/assemble_adjacency.cpp",
     "cpu/causal_conv1d.cpp",
     "cpu/complex_adamw.cpp",
     "cpu/finite_stats.cpp",

@@ -14,6 +14,7 @@ __all__ = [
     "RecordingError",
     "SettingError",
     "StablekernError",
+    "SwapError",
     "TrainingStoppedError",
     "message",
 ]
@@ -41,6 +42,10 @@ class NonFiniteError(StablekernError, FloatingPointError):
 
 class SettingError(StablekernError, ValueError):
     """An environment variable holds a value outside its legal ones; the text lists them."""
+
+
+class SwapError(StablekernError, ValueError):
+    """`swap` does not know the target, or not in this version; the text says what it knows."""
 
 
 class TrainingStoppedError(StablekernError, RuntimeError):

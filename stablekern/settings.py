@@ -37,6 +37,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _megabytes(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if value != value or value in (float("inf"), float("-inf")):
@@ -53,6 +60,7 @@ def _backend(text: str) -> str:
 _LEGAL: dict[Callable[[str], Any], str] = {
     _flag: f"one of {', '.join(_TRUE + _FALSE)}",
     _count: "a whole number >= 1",
+    _megabytes: "a whole number >= 0",
     _finite: "a finite number",
     _backend: "one of native, torch, triton, cuda",
     str: "a text",
@@ -78,6 +86,7 @@ _ALL = (
     Setting("STABLEKERN_NATIVE", _flag, True, "build and use the native CPU kernels"),
     Setting("STABLEKERN_CACHE_DIR", str, None, "where compiled kernels are kept; default ~/.cache/stablekern"),
     Setting("STABLEKERN_MARCH", str, "native", "instruction set that the native kernels are compiled for (-march)"),
+    Setting("STABLEKERN_POOL_MB", _megabytes, 512, "most memory kept for the next results of CPU kernels; 0: none"),
     Setting("SEIZURE_MAMBA_FORCE_FALLBACK", _flag, False, "the Mamba layers replace their scan by D * conv1d(x)"),
     Setting(
         "BGB_NAN_DEBUG", _flag, False, "check the detector's intermediate tensors; raise at the first non-finite one"

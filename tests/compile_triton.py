@@ -98,6 +98,10 @@ def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     return Launch(tile | constants, SSD, (io,), warps=1, registers=255 if backward else None)
 
 
+GRAPHS = integers(
+    *("nodes", "pairs", "steps", "top_k", "w_item", "w_pair", "w_step", "g_item", "g_step", "g_row", "g_column")
+) | {"picks_ptr": "*u8"}
+
 CG = integers("n", "columns", "matrix_elements", "block_elements", "maxiter", "rtol_stride", "atol_stride")
 
 
@@ -110,6 +114,15 @@ def cg(io: str, N: int, ROWS: int, **constants: int) -> Launch:
 
 
 LAUNCHES = {
+    "assemble_adjacency_fwd_kernel": (
+        Launch({"NODES": 32, "STEPS": 2, "ALL": False, "WIDE": WIDE}, GRAPHS),
+        Launch({"NODES": 64, "STEPS": 1, "ALL": False, "WIDE": WIDE}, GRAPHS, REAL, warps=16),
+        Launch({"NODES": 4, "STEPS": 16, "ALL": True, "WIDE": WIDE}, GRAPHS, ("fp32",)),
+    ),
+    "assemble_adjacency_bwd_kernel": (
+        Launch({"NODES": 32, "STEPS": 2, "WIDE": WIDE}, GRAPHS),
+        Launch({"NODES": 64, "STEPS": 1, "WIDE": WIDE}, GRAPHS, REAL, warps=16),
+    ),
     **{
         f"causal_conv1d_{way}_kernel": tuple(
             Launch({"HAS_BIAS": True, "SILU": True, "WIDTH": width, "BLOCK_C": c, "BLOCK_T": t}, CONV, REAL)

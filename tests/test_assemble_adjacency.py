@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import stablekern
 from stablekern.ops.assemble_adjacency import assemble_adjacency
+
+BACKENDS = ("native", "torch", "triton")
 
 
 def graph(weights: dict[tuple[int, int], float], n: int) -> torch.Tensor:
@@ -30,12 +33,58 @@ def test_ties_go_to_the_lower_index():
     torch.testing.assert_close(a, expected, rtol=0, atol=0)
 
 
-def test_the_threshold_comes_after_the_selection():
-    """A weak edge uses up the place and is dropped; nothing takes its place."""
-    a = assemble_adjacency(graph({(0, 1): 5e-5, (0, 2): 4e-5}, 3), 3, top_k=1)
-    assert not a.any()
+def before_the_selection(weights: torch.Tensor, n: int, top_k: int, threshold: float) -> torch.Tensor:
+    """The same with the threshold first."""
+    return assemble_adjacency(torch.where(weights <= threshold, 0, weights), n, top_k=top_k, threshold=0.0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 2.0])
+def test_the_threshold_may_come_before_or_after(threshold):
+    """A weak edge is dropped; nothing could take its place."""
+    w = torch.randint(-2, 9, (2, 66, 50)) / 8  # ties, and weights on the threshold
+    for top_k in (1, 3, 7):
+        after = assemble_adjacency(w, 12, top_k=top_k, threshold=threshold)
+        assert torch.equal(after, before_the_selection(w, 12, top_k, threshold))
     on_the_bound = assemble_adjacency(graph({(0, 1): 0.25}, 3), 3, threshold=0.25)
     assert not on_the_bound.any()
+
+
+def test_half_weights_are_not_compared_with_the_threshold():
+    """Nodes 1 and 2 both pick node 0, which picks node 1 alone."""
+    a = assemble_adjacency(graph({(0, 1): 1.0, (0, 2): 0.375}, 3), 3, top_k=1, threshold=0.25)[0, 0]
+    assert a[0, 1] == 1.0 and a[0, 2] == 0.1875
+
+
+def awkward(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Ties, zeros of both signs, negative weights, now and then a NaN or an infinity, whole graphs of either."""
+    w = (torch.randint(-3, 12, shape) / 8).to(dtype) * torch.where(torch.rand(shape) < 0.5, 1.0, 1.01)
+    w = torch.where(torch.rand(shape) < 0.02, torch.nan, w)
+    w = torch.where(torch.rand(shape) < 0.02, torch.inf, w)
+    w = torch.where(torch.rand(shape) < 0.02, -torch.inf, w)
+    if shape[2] > 2:
+        w[0, :, 0], w[0, :, 1], w[0, :, 2] = torch.nan, 1.0, -0.0
+    return w.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("nodes", "steps"), [(19, 37), (2, 5), (5, 16), (33, 3), (1, 4)])
+def test_backends_agree_bit_for_bit(nodes, steps, dtype):
+    """Graphs, and gradients of a loss that has NaN where nothing was kept."""
+    w = awkward((2, nodes * (nodes - 1) // 2, steps), dtype)
+    for top_k in (1, 2, 3, 5, nodes, None):
+        found = []
+        # Triton's interpreter cuts a sum off to bfloat16, where everything else rounds.
+        for backend in BACKENDS[: 2 if dtype == torch.bfloat16 else 3]:
+            leaf = w.clone().requires_grad_()
+            with stablekern.use_backend(backend):
+                a = assemble_adjacency(leaf, nodes, top_k=top_k)
+                weights = torch.linspace(-2, 3, a.numel(), dtype=torch.float64).to(dtype).view(a.shape)
+                (grad,) = torch.autograd.grad(a, leaf, torch.where(a == 0, torch.nan, weights))
+            found.append((a.detach(), grad))
+        for other in found[1:]:
+            for ours, theirs in zip(other, found[0], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        assert torch.isfinite(found[0][1]).all()
 
 
 def test_isolated_nodes_have_zero_rows():
@@ -54,7 +103,13 @@ def test_gradient_is_the_share_of_the_edge():
     assert grad.flatten().tolist() == [2.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 
-def test_nan_stays_in_its_graph_and_visible():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_graph_and_visible(backend):
+    with stablekern.use_backend(backend):
+        nan_stays_in_its_graph_and_visible()
+
+
+def nan_stays_in_its_graph_and_visible():
     w = torch.rand(2, 171, 3)
     broken = w.clone()
     broken[1, 0, 2] = torch.nan

@@ -241,7 +241,8 @@ def test_demo_writes_report_metrics_and_a_checkpoint_that_loads_in_a_new_process
         "raw = torch.load(sys.argv[1], weights_only=True)\n"
         "same = nn.SeizureDetector.from_preset(facts['preset']).eval()\n"
         "same.load_state_dict(raw['state_dict'], strict=True)\n"
-        "x = torch.randn(2, 19, 512); torch.save([x, model(x).detach(), same(x).detach()], sys.argv[2])\n"
+        "x = torch.randn(2, 19, 512); torch.set_grad_enabled(False)\n"  # torch's products differ in the last bit by it
+        "torch.save([x, model(x), same(x)], sys.argv[2])\n"
         "print(facts['step'], facts['seed'])\n"
     )
     out = tmp_path / "logits.pt"

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import stablekern.nn as snn
+from slow_mamba import compare, slow_mamba, slow_mamba2
 from stablekern.adapters import mamba_ssm
 
 DOUBLE = {"dtype": torch.float64}
@@ -71,6 +73,15 @@ def test_signatures_are_theirs():
                              "final_states_out", "activation"],
         "causal_conv1d_update": ["x", "conv_state", "weight", "bias", "activation", "cache_seqlens",
                                  "conv_state_indices"],
+        "mamba_inner_fn": ["xz", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight",
+                           "out_proj_weight", "out_proj_bias", "A", "B", "C", "D", "delta_bias", "B_proj_bias",
+                           "C_proj_bias", "delta_softplus", "checkpoint_lvl", "b_rms_weight", "c_rms_weight",
+                           "dt_rms_weight", "b_c_dt_rms_eps"],
+        "mamba_split_conv1d_scan_combined": ["zxbcdt", "conv1d_weight", "conv1d_bias", "dt_bias", "A", "D",
+                                             "chunk_size", "initial_states", "seq_idx", "dt_limit",
+                                             "return_final_states", "activation", "rmsnorm_weight", "rmsnorm_eps",
+                                             "outproj_weight", "outproj_bias", "headdim", "ngroups",
+                                             "norm_before_gate"],
     }  # fmt: skip
 
 
@@ -198,6 +209,56 @@ def test_causal_conv1d_update(kept):
         outputs.append(mamba_ssm.causal_conv1d_update(x[..., t], state, weight, bias, "silu")[..., None])
     torch.testing.assert_close(torch.cat(outputs, -1), whole)
     assert torch.equal(state, x[..., -kept:])
+
+
+def test_mamba_inner_fn():
+    """The block behind its first projection, against the loops over sequences, steps and channels."""
+    block, x = snn.Mamba(6, d_state=3).double(), torch.randn(2, 5, 6, **DOUBLE)
+    A = -torch.exp(block.A_log)
+    rest = (block.conv1d.weight, block.conv1d.bias, block.x_proj.weight, block.dt_proj.weight, block.out_proj.weight)
+    out = mamba_ssm.mamba_inner_fn(
+        block.in_proj(x).mT, *rest, None, A, None, None, block.D, delta_bias=block.dt_proj.bias
+    )
+    compare(block, out, slow_mamba(block, x))
+    bias = torch.randn(3, **DOUBLE)
+    arguments = (block.in_proj(x).mT, *rest, None, A, None, None, block.D, block.dt_proj.bias)
+    moved = mamba_ssm.mamba_inner_fn(*arguments, B_proj_bias=bias), mamba_ssm.mamba_inner_fn(*arguments, None, bias)
+    assert all((other - out).abs().max() > 1e-4 for other in moved)
+    with pytest.raises(ValueError, match="mamba_inner_fn: `b_rms_weight` is not available"):
+        mamba_ssm.mamba_inner_fn(*arguments, b_rms_weight=bias)
+    with pytest.raises(ValueError, match="`A` must be real"):
+        mamba_ssm.mamba_inner_fn(*arguments[:7], torch.complex(A, A))
+
+
+def test_mamba_split_conv1d_scan_combined():
+    block, x = snn.Mamba2(6, d_state=3, headdim=4, ngroups=3).double(), torch.randn(2, 5, 6, **DOUBLE)
+    arguments = (block.in_proj(x), block.conv1d.weight.squeeze(1), block.conv1d.bias, block.dt_bias,
+                 -torch.exp(block.A_log), block.D, 256)  # fmt: skip
+    more = {
+        "rmsnorm_weight": block.norm.weight,
+        "rmsnorm_eps": block.norm.eps,
+        "outproj_weight": block.out_proj.weight,
+        "headdim": 4,
+        "ngroups": 3,
+        "norm_before_gate": False,
+    }
+    combined = mamba_ssm.mamba_split_conv1d_scan_combined
+    compare(block, combined(*arguments, **more), slow_mamba2(block, x))
+    wide = block.D[:, None].expand(-1, 4)
+    out, state = combined(*arguments[:5], wide, 256, **{**more, "headdim": None}, return_final_states=True)
+    torch.testing.assert_close(out, combined(*arguments, **more))
+    assert state.shape == (2, 3, 4, 3)
+    gated = combined(*arguments, headdim=4, ngroups=3)  # no norm, no projection: the gate alone
+    assert gated.shape == (2, 5, 12)
+    for wrong, text in (
+        ({"norm_before_gate": True}, "`norm_before_gate` is not available"),
+        ({"headdim": None}, "`headdim` must be given"),
+        ({"seq_idx": torch.zeros(2, 5)}, "`seq_idx` is not available"),
+    ):
+        with pytest.raises(ValueError, match=f"mamba_split_conv1d_scan_combined: {text}"):
+            combined(*arguments, **{**more, **wrong})
+    with pytest.raises(ValueError, match="`zxbcdt` must have"):
+        combined(torch.cat((arguments[0], arguments[0]), -1), *arguments[1:], **more)
 
 
 def test_what_is_absent_is_refused():

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import functools
-import zlib
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 import stablekern
-from specs import OpSpec, Sample, all_specs
-from stablekern import _registry
+from specs import all_specs
 from stablekern.errors import BackendUnavailableError
+from stablekern.testing import suite
+from stablekern.testing.suite import backends_of, cast, compared, gradcheck, leaves, run
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SPECS = all_specs()
 
 
-@functools.cache
-def samples_of(spec: OpSpec) -> list[Sample]:
-    return spec.samples(torch.Generator().manual_seed(zlib.crc32(spec.name.encode())))
-
-
-def backends_of(spec: OpSpec, device: str) -> list[str]:
-    """Backends for which the op, or any dispatcher op of its name, has a launcher; plain torch for composites."""
-    if not spec.dispatched:
-        return ["default"]
-    return [b for b in _registry._ORDER[device] if b in _registry._launchers[f"{spec.name}_fwd"][device]]
+samples_of = functools.cache(suite.samples_of)
 
 
 def cases(*, gradcheck: bool = False) -> list:
@@ -49,75 +39,7 @@ def cases(*, gradcheck: bool = False) -> list:
     return found
 
 
-def cast(value, dtype: torch.dtype, device: str, *, grad: bool = False):
-    """Floating tensors to `dtype` (complex ones to its complex partner), strides kept; all tensors to `device`."""
-
-    def one(leaf):
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if leaf.is_complex():
-            target = torch.complex128 if dtype == torch.float64 else torch.complex64
-        else:
-            target = dtype if leaf.is_floating_point() else leaf.dtype
-        # `clone` after `to` keeps permuted strides; a strided view is rebuilt as one by `as_strided` on its storage.
-        moved = leaf.to(device)
-        dense = moved.to(target) if moved.dtype != target else moved.clone()
-        if not leaf.is_contiguous() and dense.is_contiguous() and leaf.numel() > 1:
-            wide = torch.zeros(*leaf.shape, 2, dtype=target, device=device)
-            wide[..., 0] = dense
-            dense = wide[..., 0].detach()
-        return dense.detach().requires_grad_(grad and (target.is_floating_point or target.is_complex))
-
-    return tree_map(one, value)
-
-
-def leaves(value) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-
-
-def run(spec: OpSpec, function, sample: Sample, dtype, device, gradients: bool):
-    """Compared outputs, then the gradients of one fixed random linear loss of them."""
-    args, kwargs = cast((sample.args, sample.kwargs), dtype, device, grad=gradients)
-    outputs = [o for o in spec.view(function(*args, **kwargs), sample) if o is not None]
-    if not gradients:
-        return [o.detach() for o in outputs], []
-    inputs = [leaf for leaf in leaves((args, kwargs)) if leaf.requires_grad]
-    smooth = [o for o in outputs if o.requires_grad]
-    g = torch.Generator().manual_seed(5)
-    weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device) for o in smooth]
-    weights = [
-        w.to(o.dtype) if not o.is_complex() else torch.complex(w, w.flip(-1)).to(o.dtype)
-        for w, o in zip(weights, smooth, strict=True)
-    ]
-    grads = torch.autograd.grad(smooth, inputs, weights, allow_unused=True, materialize_grads=True) if smooth else []
-    return [o.detach() for o in outputs], list(grads)
-
-
-def error(actual: Tensor, exact: Tensor) -> float:
-    """Largest deviation over the largest exact magnitude."""
-    if not exact.numel():
-        return 0.0
-    scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((actual.to(exact.dtype) - exact).abs().max() / scale)
-
-
-def check_close(label: str, ours: Tensor, plain: Tensor, exact: Tensor, spec: OpSpec) -> None:
-    assert ours.shape == exact.shape, f"{label}: shape {tuple(ours.shape)} for {tuple(exact.shape)}"
-    if not exact.dtype.is_floating_point and not exact.is_complex():
-        torch.testing.assert_close(ours, exact, rtol=0, atol=0)
-        return
-    rounded = exact.to(ours.dtype)
-    finite = torch.isfinite(rounded)
-    assert torch.equal(torch.isfinite(ours), finite), f"{label}: non-finite entries differ from the exact result's"
-    torch.testing.assert_close(ours[~finite], rounded[~finite], equal_nan=True)
-    ours, plain, exact = ours[finite], plain[finite], exact[finite]
-    eps = torch.finfo(ours.dtype).eps
-    bound = spec.slack * error(plain.nan_to_num(0.0), exact) + spec.floor_ulps * eps
-    measured = error(ours, exact)
-    assert measured <= bound, f"{label}: error {measured:.2e} above {bound:.2e}"
-
-
-def supported(spec: OpSpec, backend: str, function):
+def supported(spec, backend: str, function):
     """The op under a forced backend; a sample that the backend does not support is a skip that says why."""
 
     def call(*args, **kwargs):
@@ -135,37 +57,14 @@ def supported(spec: OpSpec, backend: str, function):
 @pytest.mark.parametrize(("spec", "device", "backend", "sample"), cases())
 def test_matches_reference(spec, device, backend, sample, poisoned_empty):
     """Outputs and every gradient: at most `slack` times the error of plain torch in the same dtype, against float64."""
-    gradients = spec.differentiable and sample.gradients
     for dtype in sample.dtypes or spec.dtypes:
-        # The exact result of the *rounded* inputs: what is measured is the computation.
-        args, kwargs = cast((sample.args, sample.kwargs), dtype, "cpu")
-        rounded = replace(sample, args=args, kwargs=kwargs)
-        exact = run(spec, spec.reference, rounded, torch.float64, "cpu", gradients)
-        plain = run(spec, spec.reference, rounded, dtype, "cpu", gradients)
-
-        ours = supported(spec, backend, run)(spec, spec.op, rounded, dtype, device, gradients)
-        for kind, a, b, c in zip(("output", "gradient"), ours, plain, exact, strict=True):
-            assert len(a) == len(c), f"{kind}s: {len(a)} for {len(c)}"
-            for index, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
-                assert x.dtype == y.dtype, f"{kind} {index}: {x.dtype} for {y.dtype}"
-                check_close(f"{kind} {index} in {dtype}", x.cpu(), y, z, spec)
+        for found in compared(spec, supported(spec, backend, run), sample, dtype, device):
+            assert found.error <= found.tolerance, f"{found.kind}: error {found.error:.2e} above {found.tolerance:.2e}"
 
 
 @pytest.mark.parametrize(("spec", "device", "backend", "sample"), cases(gradcheck=True))
 def test_gradcheck(spec, device, backend, sample):
-    args, kwargs = cast((sample.args, sample.kwargs), torch.float64, device, grad=True)
-    flat, tree = tree_flatten((args, kwargs))
-    where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.requires_grad]
-
-    def function(*inputs):
-        filled = list(flat)
-        for i, x in zip(where, inputs, strict=True):
-            filled[i] = x
-        a, k = tree_unflatten(filled, tree)
-        return tuple(o for o in spec.view(spec.op(*a, **k), sample) if o is not None and o.requires_grad)
-
-    check = supported(spec, backend, torch.autograd.gradcheck)
-    assert check(function, tuple(flat[i] for i in where), fast_mode=False, atol=1e-6, rtol=1e-4, nondet_tol=0.0)
+    assert gradcheck(spec, sample, device, supported(spec, backend, torch.autograd.gradcheck))
 
 
 @pytest.mark.parametrize(("spec", "device", "backend", "sample"), cases())

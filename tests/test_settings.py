@@ -19,6 +19,7 @@ EXPECTED = {
     "STABLEKERN_NATIVE": (True, FLAG),
     "STABLEKERN_CACHE_DIR": (None, TEXT),
     "STABLEKERN_MARCH": ("native", TEXT),
+    "STABLEKERN_POOL_MB": (512, ({"0": 0, "2048": 2048}, ("-1", "0.5", "all"))),
     "SEIZURE_MAMBA_FORCE_FALLBACK": (False, FLAG),
     "BGB_NAN_DEBUG": (False, FLAG),
     "BGB_DEBUG_FINITE": (False, FLAG),

@@ -36,10 +36,11 @@ def streamed(stream, signal, seed):
     return torch.cat([*out, stream.finish()]), out
 
 
+@pytest.mark.parametrize("edge_ema", [0.0, 0.9])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("length", [16 * 53, 48 * 20, 16, 16 * 53 + 7])
-def test_a_causal_stream_gives_the_offline_logits(length, seed):
-    model = detector(causal=True)
+def test_a_causal_stream_gives_the_offline_logits(length, seed, edge_ema):
+    model = detector(causal=True, edge_ema=edge_ema)
     signal = torch.randn(19, length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     whole = length // 16 * 16
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor
 import stablekern
 from bench import baselines
 from bench.cases import Case
+from stablekern.nn import TemporalEMA
 from stablekern.ops import linear_scan as spine
 
 
@@ -66,4 +67,10 @@ CASES = (
     _case(_WIDE, torch.complex64, "mambapy pscan", _pscan),
     _case(_LONG, torch.float32, "mambapy pscan", _pscan),
     _case(_LONG, torch.complex64, "mambapy pscan", _pscan),
-)
+    Case(
+        "linear_scan", "TemporalEMA (4,171,960)", lambda device: (torch.rand(4, 171, 960, device=device),),
+        TemporalEMA(0.9), "loop over time, stacked", functools.partial(baselines.ema_loop, beta=0.9),
+        # The least: every number in and out, in each direction.
+        3.0 * 4 * 171 * 960, 8.0 * 4 * 171 * 960, 2.0, {},
+    ),
+)  # fmt: skip

@@ -8,6 +8,7 @@ r"""The functions that models import from mamba_ssm and causal_conv1d, with the 
 | `mamba_chunk_scan_combined` | `stablekern.ssd_scan` |
 | `selective_state_update` | `stablekern.selective_state_update` |
 | `causal_conv1d_fn`, `causal_conv1d_update` | `stablekern.causal_conv1d` |
+| `mamba_inner_fn`, `mamba_split_conv1d_scan_combined` | the above and the projections around them |
 
 They run on any device, and any length, stride and size is legal. What differs is said in each docstring; what is not
 there (packed sequences, slots of a paged cache) raises and is never passed over. Errors carry the name of the op
@@ -22,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, silu
 
 from stablekern import _check
 from stablekern.errors import message
+from stablekern.nn.norms import gated_rms_norm, wide
 from stablekern.ops.causal_conv1d import causal_conv1d
 from stablekern.ops.selective_scan import selective_scan
 from stablekern.ops.selective_state_update import selective_state_update as _selective_state_update
@@ -34,6 +37,8 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "mamba_chunk_scan_combined",
+    "mamba_inner_fn",
+    "mamba_split_conv1d_scan_combined",
     "selective_scan_fn",
     "selective_state_update",
 ]
@@ -191,3 +196,114 @@ def causal_conv1d_update(
     )
     conv_state.detach().copy_(torch.cat((before, steps.detach()), -1)[..., steps.shape[-1] :])
     return y[..., 0] if x.dim() == 2 else y
+
+
+def mamba_inner_fn(
+    xz: Tensor,  # (b, 2 d, l)
+    conv1d_weight: Tensor,  # (d, 1, k)
+    conv1d_bias: Tensor | None,  # (d)
+    x_proj_weight: Tensor,  # (r + 2 n, d)
+    delta_proj_weight: Tensor,  # (d, r)
+    out_proj_weight: Tensor,  # (m, d)
+    out_proj_bias: Tensor | None,  # (m)
+    A: Tensor,  # (d, n)
+    B: Tensor | None = None,  # (b, n, l), or (d, n)
+    C: Tensor | None = None,  # as B
+    D: Tensor | None = None,  # (d)
+    delta_bias: Tensor | None = None,  # (d)
+    B_proj_bias: Tensor | None = None,  # (n)
+    C_proj_bias: Tensor | None = None,  # (n)
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:  # (b, l, m)
+    r"""A Mamba-1 block behind its first projection: convolution, projections, scan, gate, last projection.
+
+    `B` and `C` that are None come from the input through `x_proj_weight`. **Different:** `checkpoint_lvl` changes
+    nothing, the scan recomputes its states in any case. The norms of `B`, `C` and the steps (`*_rms_weight`) raise
+    `ValueError`, as does a complex `A`.
+    """
+    name = "mamba_inner_fn"
+    _absent(name, b_rms_weight=b_rms_weight, c_rms_weight=c_rms_weight, dt_rms_weight=dt_rms_weight)
+    if A.is_complex():
+        raise ValueError(message(f"adapters.mamba_ssm.{name}", "`A` must be real", A.dtype))
+    x, z = xz.chunk(2, dim=1)
+    inner = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
+    rank, states = delta_proj_weight.shape[1], A.shape[1]
+    low, enter, leave = linear(inner.mT, x_proj_weight).mT.split((rank, states, states), dim=1)
+    enter = enter if B_proj_bias is None else enter + B_proj_bias[:, None]
+    leave = leave if C_proj_bias is None else leave + C_proj_bias[:, None]
+    B, C = enter if B is None else B, leave if C is None else C
+    y = selective_scan(inner, delta_proj_weight @ low, A, B, C, D, z, delta_bias, delta_softplus)
+    return linear(y.mT, out_proj_weight, out_proj_bias)
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,  # (b, l, 2 h p + 2 g n + h), or wider by two gated halves in front
+    conv1d_weight: Tensor,  # (h p + 2 g n, k)
+    conv1d_bias: Tensor | None,  # (h p + 2 g n)
+    dt_bias: Tensor,  # (h)
+    A: Tensor,  # (h)
+    D: Tensor,  # (h), or (h, p)
+    chunk_size: int,
+    initial_states: Tensor | None = None,  # (b, h, p, n)
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, torch.inf),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,  # (h p)
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,  # (m, h p)
+    outproj_bias: Tensor | None = None,  # (m)
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:  # (b, l, m)
+    r"""A Mamba-2 block behind its first projection: convolution, scan, gate with norm, last projection.
+
+    **Returns:** the output, with `return_final_states` a pair with the last state (b, h, p, n). **Different:**
+    `chunk_size` changes nothing. `seq_idx`, a norm before the gate, and gated halves besides the scan (`d_ssm` of
+    mamba_ssm's module) raise `ValueError`.
+    """
+    name = "mamba_split_conv1d_scan_combined"
+    _absent(name, seq_idx=seq_idx)
+    if norm_before_gate and rmsnorm_weight is not None:
+        rule = "`norm_before_gate` is not available, set it to False as mamba_ssm's Mamba2 does"
+        raise ValueError(message(f"adapters.mamba_ssm.{name}", rule, norm_before_gate))
+    heads, width = (D.shape[0], headdim) if D.dim() == 1 else D.shape
+    if width is None:
+        raise ValueError(message(f"adapters.mamba_ssm.{name}", "`headdim` must be given for D (h)", None))
+    channels = conv1d_weight.shape[0]
+    inner = heads * width
+    if zxbcdt.shape[-1] != inner + channels + heads:
+        rule = f"`zxbcdt` must have {inner + channels + heads} columns; gated halves in front are not available"
+        raise ValueError(message(f"adapters.mamba_ssm.{name}", rule, zxbcdt.shape[-1]))
+    z, mixed, dt = zxbcdt.split((inner, channels, heads), dim=-1)
+    mixed = causal_conv1d(mixed.mT, conv1d_weight, conv1d_bias, activation=activation).mT
+    x, B, C = mixed.split((inner, (channels - inner) // 2, (channels - inner) // 2), dim=-1)
+    y = mamba_chunk_scan_combined(
+        x.unflatten(-1, (heads, width)),
+        dt.to(x.dtype),
+        A,
+        B.unflatten(-1, (ngroups, -1)),
+        C.unflatten(-1, (ngroups, -1)),
+        chunk_size,
+        D=D,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        dt_softplus=True,
+        dt_limit=dt_limit,
+        return_final_states=return_final_states,
+    )
+    y, *last = y if return_final_states else (y,)
+    y = y.flatten(-2)
+    if rmsnorm_weight is None:
+        y = (wide(y) * silu(wide(z))).to(y.dtype)
+    else:
+        y = gated_rms_norm(y, z, rmsnorm_weight, rmsnorm_eps, ngroups)
+    if outproj_weight is not None:
+        y = linear(y, outproj_weight, outproj_bias)
+    return (y, *last) if return_final_states else y

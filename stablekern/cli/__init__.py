@@ -16,7 +16,9 @@ __all__ = ["EXTRAS", "main", "missing_extras"]
 
 # The extras of each command, and the modules that stand for them.
 _CLI, _EEG = ("typer", "rich", "matplotlib"), ("mne", "edfio", "timescoring")
-EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")} | {"zoo": {"cli": _CLI}}
+EXTRAS = {command: {"cli": _CLI, "eeg": _EEG} for command in ("demo", "train", "detect")} | {
+    command: {"cli": _CLI} for command in ("zoo", "bench")
+}
 _USAGE = """usage: stablekern COMMAND [--help]
 
   doctor [--json] [--no-build]   what this machine can run, and why not more; needs no extras
@@ -25,6 +27,8 @@ _USAGE = """usage: stablekern COMMAND [--help]
   doctor --watch module:function [--steps N] [--html FILE] [--json]
                                  run a training function: the first non-finite tensor, and why
   zoo [--json] [--html FILE]     why training goes NaN: causes, published fixes and ours, counted
+  bench [--op OP] [--plots DIR] [--compare A B] [--json]
+                                 time the ops against what people use instead
   demo                           train the smallest detector on a real recording, in minutes
   train --config FILE            train a detector on a folder of recordings with annotations
   detect FILE --checkpoint FILE  find the events in a recording

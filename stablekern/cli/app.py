@@ -77,6 +77,60 @@ def zoo(
 
 
 @app.command()
+def bench(
+    lines: Annotated[
+        list[Path] | None, typer.Argument(help="Show and draw these files (or folders) of lines; nothing is timed.")
+    ] = None,
+    op: Annotated[str | None, typer.Option(help="Comma-separated ops; all by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda by default where there is one.")] = None,
+    direction: Annotated[str | None, typer.Option(help="fwd, fwd+bwd or step; all by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each line.")] = 4.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; those of torch by default.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Force one.")] = None,
+    allocator: Annotated[str, typer.Option(help="What becomes of freed memory: system or keep.")] = "system",
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not run an op's suite before it is timed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Append the lines to this file, one JSON object each.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for time and share of the limit as PNG and SVG.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two files (or folders) of lines, the second against the first.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+) -> None:
+    """Time the ops against what people use instead: speed, share of the machine's limit, error against float64.
+
+    The workloads are in the source checkout (`bench/`), their baselines in the extra `bench`. An op whose suite fails
+    is not timed. The exit code is 1 if something could not be.
+    """
+    _need_extras("bench")
+    from stablekern.cli import bench as command
+
+    if compare is not None:
+        raise typer.Exit(command.compare(*compare, as_json=json))
+    for name, value, legal in (
+        ("--device", device, ("cpu", "cuda")),
+        ("--direction", direction, ("fwd", "fwd+bwd", "step")),
+        ("--allocator", allocator, ("system", "keep")),
+        ("--backend", backend, ("native", "torch", "triton", "cuda")),
+    ):
+        if value is not None and value not in legal:
+            raise typer.BadParameter(f"{value} is none of {', '.join(legal)}", param_hint=name)
+    options = command.Options(
+        lines=tuple(lines or ()),
+        op=op,
+        device=device,
+        direction=direction,
+        seconds=seconds,
+        threads=threads,
+        backend=backend,
+        allocator=allocator,
+        check=not no_check,
+        out=out,
+        plots=plots,
+    )
+    raise typer.Exit(command.run(options, as_json=json))
+
+
+@app.command()
 def demo(
     edf: Annotated[
         Path | None, typer.Option(help="Your own recording (EDF or EDF+) in place of the one in the package.")

@@ -9,6 +9,7 @@ from stablekern.nn.mamba2 import BiMamba2, Mamba2
 from stablekern.nn.mamba_parts import MambaCache
 from stablekern.nn.mamba_stack import Mamba2Stack
 from stablekern.nn.norms import LayerScale, RMSNorm, RMSNormGated
+from stablekern.nn.smoothing import TemporalEMA
 from stablekern.nn.tcn import ProjectionHead, TCNEncoder
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "RMSNormGated",
     "SeizureDetector",
     "TCNEncoder",
+    "TemporalEMA",
 ]

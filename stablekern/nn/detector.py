@@ -30,6 +30,8 @@ channels, 16 eigenvectors, a graph for every frame). What is different from it, 
   them in a buffer that made its checkpoints unloadable. There is no such buffer here, and a strict load works.
 - *GELU between the graph layers*, which were linear but for the norm; *the norms after the two Mamba stacks are gone*,
   since each stack ends in one; *linear interpolation and GELU* before the last layer, see `ProjectionHead`.
+- *Its running average of the adjacencies*, a loop over 960 steps, is `edge_ema`: one scan over the edge weights, before
+  the edges are chosen; off unless asked for, since the edge stream has a memory of its own.
 - *The graph may be slower than the features* (`graph_stride`): what connects electrodes changes less often than 16
   times a second. "v3" keeps 1; the small presets do not, and their graphs cost accordingly less.
 """
@@ -48,6 +50,7 @@ from stablekern.nn.graph import EdgeStream, GraphMixer
 from stablekern.nn.mamba2 import BiMamba2, drop_fallback_entries
 from stablekern.nn.mamba_stack import Mamba2Stack
 from stablekern.nn.norms import boundary_norm
+from stablekern.nn.smoothing import TemporalEMA
 from stablekern.nn.stream import CausalStream, Memory, WindowStream
 from stablekern.nn.tcn import DOWNSAMPLING, ProjectionHead, TCNEncoder
 from stablekern.ops.assemble_adjacency import assemble_adjacency
@@ -83,6 +86,7 @@ class DetectorConfig:
     edge_state: int = 8
     edge_headdim: int = 4
     edge_metric: str = "cosine"  # or "correlation"
+    edge_ema: float = 0.0  # share of its running average that a graph's edges keep, see `TemporalEMA`; 0: no average
     top_k: int = 3  # edges kept per electrode
     graph_stride: int = 1  # frames that share a graph
     pe_k: int = 16  # eigenvectors
@@ -170,6 +174,7 @@ class SeizureDetector(nn.Module):
             num_layers=config.edge_layers,
             **shared,
         )
+        self.edge_average = TemporalEMA(config.edge_ema)
         self.gnn = GraphMixer(
             dim,
             config.pe_k,
@@ -237,7 +242,10 @@ class SeizureDetector(nn.Module):
         streams = self.node_mamba(electrodes.flatten(0, 1).transpose(1, 2), *past)
         streams = streams.transpose(1, 2).unflatten(0, (-1, nodes))
         streams = clamp_and_check(streams, tag="nodes")
-        weights = assert_finite("edge weights", self.edge_stream(electrodes, *past))
+        weights = self.edge_stream(electrodes, *past)
+        if self.config.edge_ema:
+            weights = self.edge_average(weights, memory=memory)
+        weights = assert_finite("edge weights", weights)
         adjacency = assert_finite("adjacency", assemble_adjacency(weights, nodes, top_k=self.config.top_k))
         mixed = clamp_and_check(self.norm_graph(self.gnn(streams, adjacency, self.config.graph_stride)), tag="graph")
 

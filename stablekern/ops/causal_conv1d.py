@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 
@@ -74,8 +75,8 @@ def _like(x: Tensor) -> Tensor:
     """New memory of the shape of x, (b, d, l), dense, with side by side what is so in x."""
     batch, channels, length = x.shape
     if _steps_are_dense(x):
-        return x.new_empty((batch, channels, length))
-    return x.new_empty((batch, length, channels)).transpose(1, 2)
+        return empty((batch, channels, length), x)
+    return empty((batch, length, channels), x).transpose(1, 2)
 
 
 def _fake_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse_channels: int) -> Tensor:

@@ -53,6 +53,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, numerics
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 
@@ -78,7 +79,7 @@ def reference(psi: Tensor, edges: Tensor, weights: Tensor, dt: float | Tensor, *
 
 
 def _fake_fwd(psi: Tensor, edges: Tensor, weights: Tensor, dt: Tensor, method: str) -> Tensor:
-    return psi.new_empty(psi.shape)
+    return empty(psi.shape, psi)
 
 
 def _fake_bwd(
@@ -90,7 +91,7 @@ def _fake_bwd(
     dt: Tensor,
     method: str,
 ) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape), weights.new_empty(0 if psi is None else edges.shape[1], dtype=torch.float64)
+    return empty(grad.shape, grad), weights.new_empty(0 if psi is None else edges.shape[1], dtype=torch.float64)
 
 
 # Tokens are (n, D), `dt` is a 0-d float64. The backward pass gets psi and out only if it shall return the sums Q.
@@ -251,7 +252,7 @@ def _(psi, edges, weights, dt, method):
     plan, operator = _native_operator(psi, edges, weights, dt, method)
     if not operator[0].numel():
         return _applied(psi, edges, weights, plan, conjugate=False)
-    out = psi.new_empty(psi.shape)
+    out = empty(psi.shape, psi)
     _load.native().cayley_step_fwd(psi, edges, weights, *operator, False, out)
     return out
 
@@ -294,7 +295,7 @@ def _supports_bwd(grad, psi, out, edges, weights, dt, method):
 def _(psi, edges, weights, dt, method):
     from stablekern.triton_kernels.cayley_step import cayley_step_apply
 
-    psi, out = _plain(psi), psi.new_empty(psi.shape)
+    psi, out = _plain(psi), empty(psi.shape, psi)
     cayley_step_apply(psi, _unitary(edges, weights, dt / 2, psi.shape[1], psi.dtype), False, out)
     return out
 
@@ -304,7 +305,7 @@ def _(psi, edges, weights, dt, method):
 def _(grad, psi, out, edges, weights, dt, method):
     from stablekern.triton_kernels.cayley_step import cayley_step_apply, cayley_step_edges
 
-    grad, grad_psi = _plain(grad), grad.new_empty(grad.shape)
+    grad, grad_psi = _plain(grad), empty(grad.shape, grad)
     cayley_step_apply(grad, _unitary(edges, weights, dt / 2, grad.shape[1], grad.dtype), True, grad_psi)
     if psi is None:
         return grad_psi, weights.new_empty(0, dtype=torch.float64)

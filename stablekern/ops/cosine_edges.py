@@ -33,13 +33,13 @@ pull request 29513 (a clamp kills the gradient).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablekern import _check
 from stablekern._load import native
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.numerics import COSINE_EPS, COSINE_GRAD_FLOOR
 
@@ -76,14 +76,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _fake(x: Tensor, centre: bool, eps: float) -> tuple[Tensor, Tensor]:
     b, n, t, _ = x.shape
-    like: dict[str, Any] = {"dtype": _wide(x), "device": x.device}
-    return torch.empty(b, n * (n - 1) // 2, t, **like), torch.empty(b, n, t, **like)
+    return empty((b, n * (n - 1) // 2, t), x, _wide(x)), empty((b, n, t), x, _wide(x))
 
 
 def _fake_bwd(
     grad: Tensor, x: Tensor, edges: Tensor, inverse_norm: Tensor, centre: bool, eps: float, grad_floor: float
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return empty(x.shape, x)
 
 
 # `edges` and `inverse_norm` are float32 or float64; the latter is 1 / max(|x|, eps), and 0 where x is 0 or not finite.
@@ -136,7 +135,7 @@ def _(x: Tensor, centre: bool, eps: float) -> tuple[Tensor, Tensor]:
 def _(
     grad: Tensor, x: Tensor, edges: Tensor, inverse_norm: Tensor, centre: bool, eps: float, grad_floor: float
 ) -> Tensor:
-    dx = torch.empty(x.shape, dtype=_wide(x), device=x.device)
+    dx = empty(x.shape, x, _wide(x))
     native().cosine_edges_bwd(grad.contiguous(), _dense_features(x), edges, inverse_norm, centre, eps, grad_floor, dx)
     return dx.to(x.dtype)
 
@@ -165,7 +164,7 @@ def _(
 ) -> Tensor:
     from stablekern.triton_kernels.cosine_edges import cosine_edges_bwd
 
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = empty(x.shape, x)
     cosine_edges_bwd(grad.contiguous(), x, edges, inverse_norm, centre, eps, grad_floor, dx)
     return dx
 

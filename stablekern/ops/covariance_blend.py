@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 
@@ -74,7 +75,7 @@ def _fake(
 def _outputs(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The blend, the traces of both inputs (float64; 1 for one that is not there) and `info`."""
     batch, device = pred.shape[0], pred.device
-    blend = torch.empty(pred.shape, dtype=pred.dtype, device=device)
+    blend = empty(pred.shape, pred)
     traces = torch.empty(batch, 2, dtype=torch.float64, device=device)
     return blend, traces, torch.empty(batch, dtype=torch.int32, device=device)
 
@@ -85,9 +86,9 @@ def _fake_bwd(grad, pred, samp, weights, constants, traces, info, by_pred, by_we
 
 def _grads(pred: Tensor, by_pred: bool, by_weights: bool) -> tuple[Tensor, Tensor]:
     """Those of `pred` and of the three weights of each item; one that is not wanted is an empty tensor."""
-    grad_pred = torch.empty(pred.shape if by_pred else (0,), dtype=pred.dtype, device=pred.device)
+    grad_pred = empty(pred.shape if by_pred else (0,), pred)
     shape = (pred.shape[0], 3) if by_weights else (0,)
-    return grad_pred, torch.empty(shape, dtype=pred.dtype.to_real(), device=pred.device)
+    return grad_pred, empty(shape, pred, pred.dtype.to_real())
 
 
 # Matrices (batch, n, n). The factors c are `constants`, or one row of `weights` (batch, 3) per item.

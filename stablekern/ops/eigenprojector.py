@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, numerics
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
@@ -61,17 +62,17 @@ def _fake_fwd(A: Tensor, k: int, largest: bool, gap_floor: float) -> tuple[Tenso
     batch, n, _ = A.shape
     real = A.dtype.to_real()
     return (
-        A.new_empty(A.shape),
+        empty(A.shape, A),
         A.new_empty(batch, dtype=real),
-        A.new_empty((batch, n), dtype=real),
-        A.new_empty(A.shape),
+        empty((batch, n), A, real),
+        empty(A.shape, A),
         A.new_empty(batch, dtype=torch.int32),
         A.new_empty(batch, dtype=torch.int32),
     )
 
 
 def _fake_bwd(values: Tensor, rows: Tensor, reduced: Tensor, grad: Tensor, *cut) -> Tensor:
-    return rows.new_empty(rows.shape)
+    return empty(rows.shape, rows)
 
 
 _fwd = define(

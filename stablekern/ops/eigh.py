@@ -36,6 +36,7 @@ noise-floor test is this package's.
 
 from __future__ import annotations
 
+import inspect
 import math
 from ctypes import c_double, c_int, c_longlong
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, _nvrtc, numerics
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 
@@ -84,13 +86,13 @@ def reference(A: Tensor, UPLO: str = "L") -> tuple[Tensor, Tensor]:
 
 
 def _fake_values(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
-    values = torch.empty(A.shape[:2], dtype=A.dtype.to_real(), device=A.device)
+    values = empty(A.shape[:2], A, A.dtype.to_real())
     return values, torch.empty(A.shape[:1], dtype=torch.int32, device=A.device)
 
 
 def _fake_fwd(A: Tensor, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
     values, info = _fake_values(A, upper)
-    return values, torch.empty(A.shape, dtype=A.dtype, device=A.device), info
+    return values, empty(A.shape, A), info
 
 
 def _fake_bwd(
@@ -102,7 +104,7 @@ def _fake_bwd(
     gap_floor: float,
     noise_kappa: float,
 ) -> Tensor:
-    return torch.empty(eigenvector_rows.shape, dtype=eigenvector_rows.dtype, device=eigenvector_rows.device)
+    return empty(eigenvector_rows.shape, eigenvector_rows)
 
 
 _fwd = define(
@@ -203,7 +205,7 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
 @launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: lanes_reason(rows))
 def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
     inputs = _dense(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows)
-    result = torch.empty_like(inputs[1])  # type: ignore[arg-type]
+    result = empty(inputs[1].shape, inputs[1])
     numbers = [c_longlong(len(result)), c_int(mode), *(c_double(number) for number in rule)]
     _launch("eigh_bwd", result, [*inputs, *numbers, result])
     return result
@@ -246,6 +248,7 @@ def _item_by_item(function, A: Tensor, uplo: str) -> tuple[tuple[Tensor, ...], T
 
 def _lapack(function, A: Tensor, upper: bool) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The results of a torch.linalg function, which items failed, and `info`."""
+    function = inspect.unwrap(function)  # while torch.linalg is swapped, its functions lead back here
     ready, bad = _readied(A)
     uplo = "U" if upper else "L"
     try:

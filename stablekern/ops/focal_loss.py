@@ -25,6 +25,7 @@ from torch import Tensor
 
 from stablekern import _check
 from stablekern._load import native
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 
 __all__ = ["focal_loss"]
@@ -62,14 +63,14 @@ def _fake_total(
 
 def _outputs(logits: Tensor, by_logits: bool, by_targets: bool) -> tuple[Tensor, ...]:
     """Loss, dL/dx, dL/dy."""
-    loss = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    loss = empty(logits.shape, logits)
     return loss, *_derivatives(logits, by_logits, by_targets)
 
 
 def _derivatives(logits: Tensor, *wanted: bool) -> list[Tensor]:
     """dL/dx, dL/dy; one that is not wanted is an empty tensor."""
     shapes = (logits.shape if one else (0,) for one in wanted)
-    return [torch.empty(shape, dtype=logits.dtype, device=logits.device) for shape in shapes]
+    return [empty(shape, logits) for shape in shapes]
 
 
 # The derivatives leave with the loss: they share its exponential and logarithm, and the backward is one product.
@@ -85,9 +86,7 @@ _total_fwd = define(
     fake=_fake_total,
 )
 # `grad` has the shape of `slope`, or none: one number for all.
-_bwd = define(
-    "focal_loss_bwd(Tensor grad, Tensor slope) -> Tensor", fake=lambda grad, slope: slope.new_empty(slope.shape)
-)
+_bwd = define("focal_loss_bwd(Tensor grad, Tensor slope) -> Tensor", fake=lambda grad, slope: empty(slope.shape, slope))
 
 
 def _unsupported(logits: Tensor, *others: object) -> str | None:
@@ -109,7 +108,7 @@ def _unsupported_bwd(grad: Tensor, slope: Tensor) -> str | None:
 
 @launcher("focal_loss_bwd", device="cpu", backend="native", supports=_unsupported_bwd)
 def _(grad: Tensor, slope: Tensor) -> Tensor:
-    out = torch.empty(slope.shape, dtype=slope.dtype, device=slope.device)
+    out = empty(slope.shape, slope)
     native().focal_loss_bwd(grad.contiguous(), slope, out)
     return out
 

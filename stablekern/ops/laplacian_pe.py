@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, numerics
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
@@ -74,11 +75,11 @@ def _fake_fwd(adjacency: Tensor, first: int, k: int, canonical: bool, cluster_ga
     batch, n = adjacency.shape[:2]
     shapes = ((batch, n), (batch, k, n), (batch, n - k, n), (batch, n))
     flags = (adjacency.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    return *(adjacency.new_empty(shape) for shape in shapes), *flags
+    return *(empty(shape, adjacency) for shape in shapes), *flags
 
 
 def _fake_bwd(adjacency: Tensor, *rest) -> Tensor:
-    return adjacency.new_empty(adjacency.shape)
+    return empty(adjacency.shape, adjacency)
 
 
 def _fake_align(
@@ -92,7 +93,7 @@ def _fake_align(
     orthonormal: float,
 ) -> Tensor:
     batch, steps, n = eigenvalues.shape
-    return eigenvalues.new_empty((batch, steps, k, n))
+    return empty((batch, steps, k, n), eigenvalues)
 
 
 _fwd = define(
@@ -194,7 +195,7 @@ def _(adjacency, values, pe_rows, other_rows, inverse_root, grad_values, grad_pe
 def _(values, rows, components, previous, k, first, cluster_gap, orthonormal) -> Tensor:
     batch, steps, n = values.shape
     if not rows.numel():
-        return rows.new_empty((batch, steps, k, n))
+        return empty((batch, steps, k, n), rows)
     window = slice(first, first + k)
     fixed = torch.arange(n, device=values.device) < components[..., None]
     apart = ~(values.diff(dim=-1) <= cluster_gap * values.abs().amax(-1, keepdim=True)) | fixed[..., :-1]

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
@@ -88,7 +89,7 @@ def _fake_fwd(
     upper: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    return token.new_empty(token.shape)
+    return empty(token.shape, token)
 
 
 def _fake_bwd(
@@ -101,7 +102,7 @@ def _fake_bwd(
     upper: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape[:2])
+    return empty(gate.shape, gate), empty(gate.shape, gate), empty(gate.shape[:2], gate)
 
 
 # Bounds are real, (d); a complex scan has `upper` alone, the largest modulus. `token` goes into the backward pass only

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.ops.eigh import settle_failed
 
@@ -51,11 +52,11 @@ def reference(adjacency: Tensor) -> Tensor:
 
 
 def _fake_fwd(adjacency: Tensor) -> tuple[Tensor, Tensor]:
-    return adjacency.new_empty(adjacency.shape), adjacency.new_empty(adjacency.shape[:2])
+    return empty(adjacency.shape, adjacency), empty(adjacency.shape[:2], adjacency)
 
 
 def _fake_bwd(grad: Tensor, laplacian: Tensor, inverse_root: Tensor) -> Tensor:
-    return laplacian.new_empty(laplacian.shape)
+    return empty(laplacian.shape, laplacian)
 
 
 _fwd = define("normalized_laplacian_fwd(Tensor adjacency) -> (Tensor laplacian, Tensor inverse_root)", fake=_fake_fwd)

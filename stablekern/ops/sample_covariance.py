@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 from stablekern.ops.chol_solve_safe import components, hermitised, lapack_reason
@@ -37,11 +38,11 @@ def reference(X: Tensor, *, center: bool = False, ddof: int = 0, target_trace: f
 
 
 def _fake(X: Tensor, center: bool, divisor: int, target: float) -> Tensor:
-    return torch.empty(X.shape[0], X.shape[2], X.shape[2], dtype=X.dtype, device=X.device)
+    return empty((X.shape[0], X.shape[2], X.shape[2]), X)
 
 
 def _fake_bwd(grad: Tensor, X: Tensor, center: bool, divisor: int, target: float) -> Tensor:
-    return torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    return empty(X.shape, X)
 
 
 # X (batch, L, n); `target` 0 stands for none.

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
@@ -138,9 +139,9 @@ def _fake_fwd(
     batch, channels, length = u.shape
     states = A.shape[1]
     return (
-        u.new_empty(u.shape),
-        A.new_empty((batch, channels, states)),
-        A.new_empty((batch, (length + chunk - 1) // chunk, states, channels)),
+        empty(u.shape, u),
+        empty((batch, channels, states), A),
+        empty((batch, (length + chunk - 1) // chunk, states, channels), A),
     )
 
 
@@ -164,11 +165,11 @@ def _fake_bwd(
     batch, channels, _ = u.shape
     real = A.real.dtype if A.is_complex() else A.dtype
     return (
-        *(like.new_empty(like.shape) for like in (u, delta, A, B, C)),
+        *(empty(like.shape, like) for like in (u, delta, A, B, C)),
         u.new_empty((channels,), dtype=real),
-        u.new_empty((0,)) if z is None else z.new_empty(z.shape),
+        u.new_empty((0,)) if z is None else empty(z.shape, z),
         u.new_empty((channels,), dtype=real),
-        A.new_empty((batch, channels, A.shape[1])),
+        empty((batch, channels, A.shape[1]), A),
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 
 __all__ = ["small_cayley"]
@@ -35,11 +36,11 @@ def reference(A: Tensor) -> Tensor:
 
 
 def _fake_fwd(A: Tensor) -> Tensor:
-    return A.new_empty(A.shape)
+    return empty(A.shape, A)
 
 
 def _fake_bwd(grad: Tensor, U: Tensor) -> Tensor:
-    return U.new_empty(U.shape)
+    return empty(U.shape, U)
 
 
 _fwd = define("small_cayley_fwd(Tensor A) -> Tensor", fake=_fake_fwd)

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
@@ -53,12 +54,12 @@ def reference(A: Tensor, function: str) -> Tensor:
 
 
 def _fake_fwd(A: Tensor, function: int) -> tuple[Tensor, Tensor, Tensor]:
-    values = A.new_empty(A.shape[:2], dtype=A.dtype.to_real())
-    return A.new_empty(A.shape), values, A.new_empty(A.shape)
+    values = empty(A.shape[:2], A, A.dtype.to_real())
+    return empty(A.shape, A), values, empty(A.shape, A)
 
 
 def _fake_bwd(values: Tensor, rows: Tensor, grad: Tensor, function: int) -> Tensor:
-    return rows.new_empty(rows.shape)
+    return empty(rows.shape, rows)
 
 
 _fwd = define(

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
+from stablekern._memory import empty
 from stablekern._registry import define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
@@ -123,9 +124,9 @@ def _fake_fwd(
     states = B.shape[3]
     chunks = (length + chunk - 1) // chunk
     return (
-        x.new_empty(x.shape),
-        x.new_empty((batch, heads, width, states)),
-        x.new_empty((batch, chunks, states, heads, width)),
+        empty(x.shape, x),
+        empty((batch, heads, width, states), x),
+        empty((batch, chunks, states, heads, width), x),
     )
 
 
@@ -146,7 +147,7 @@ def _fake_bwd(
 ) -> tuple[Tensor, ...]:
     batch, _, heads, width = x.shape
     shapes = (x.shape, dt.shape, A.shape, B.shape, C.shape, (heads, width), (batch, heads, width, B.shape[3]))
-    return tuple(x.new_empty(shape) for shape in shapes)
+    return tuple(empty(shape, x) for shape in shapes)
 
 
 _fwd = define(

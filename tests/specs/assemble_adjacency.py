@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.assemble_adjacency import assemble_adjacency, reference
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def samples(g: torch.Generator) -> list[Sample]:
@@ -46,7 +47,10 @@ SPECS = (
         reference=reference,
         samples=samples,
         dtypes=FLOATS + HALVES,
-        dispatched=False,
+        interpreted=(
+            *("typical", "ties", "all-equal", "electrodes", "keep-all", "k-above-n", "threshold", "high-threshold"),
+            *("all-dropped", "length-1", "two-nodes", "one-node", "empty", "permuted"),
+        ),
         errors=(
             (_call(n_nodes=5), ValueError, r"`edge_weights` must have 10 pairs for 5 nodes: got \(1, 6, 2\)"),
             (_call(torch.zeros(6, 2)), ValueError, r"`edge_weights` must have the shape \(b, e, t\): got \(6, 2\)"),

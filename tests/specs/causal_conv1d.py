@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.causal_conv1d import causal_conv1d, reference
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def inputs(g: torch.Generator, b: int, d: int, l: int, k: int):  # noqa: E741 (l is length)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, OpSpec, Sample
 from stablekern.ops.cayley_step import cayley_step, reference
+
+from . import FLOATS, OpSpec, Sample
 
 
 def graph(g: torch.Generator, nodes: int, chords: int = 0) -> torch.Tensor:

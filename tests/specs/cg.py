@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import OpSpec, Sample
 from stablekern.ops import cg as spine
+
+from . import OpSpec, Sample
 
 CONDITION = 10.0
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specs import OpSpec, Sample
-from specs.eigh import separated
 from stablekern.ops import (
     chol_solve_safe,
     covariance_blend,
@@ -17,6 +15,9 @@ from stablekern.ops import (
     sample_covariance,
     subspace_residual,
 )
+
+from . import OpSpec, Sample
+from .eigh import separated
 
 COMPLEX = torch.complex128
 

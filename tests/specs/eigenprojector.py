@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from specs import OpSpec, Sample
-from specs.eigh import repeated, separated
 from stablekern.ops import eigenprojector as spine
+
+from . import OpSpec, Sample
+from .eigh import repeated, separated
 
 
 def _op(A, k, *, largest=False):

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from specs import OpSpec, Sample
 from stablekern.ops import eigh as spine
+
+from . import OpSpec, Sample
 
 
 def _hermitised(function):

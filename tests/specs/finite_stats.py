@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.finite_stats import finite_stats, reference
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def samples(g: torch.Generator) -> list[Sample]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 import stablekern
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops import focal_loss as spine
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def reference(logits, targets, *, alpha=0.5, gamma=2.0, pos_weight=None, reduction="none"):

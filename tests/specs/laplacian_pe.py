@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specs import OpSpec, Sample
-from specs.normalized_laplacian import dense_graphs
 from stablekern.ops import laplacian_pe as spine
 from stablekern.ops import normalized_laplacian
+
+from . import OpSpec, Sample
+from .normalized_laplacian import dense_graphs
 
 _GAP = 0.02
 

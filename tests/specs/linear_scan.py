@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.linear_scan import linear_scan, reference
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def inputs(g: torch.Generator, *sizes: int, complex: bool = False):

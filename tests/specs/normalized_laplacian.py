@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops import normalized_laplacian as spine
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def top_graphs(g: torch.Generator, batch: tuple[int, ...], n: int, *, degree: int = 3, clusters: int = 1) -> Tensor:

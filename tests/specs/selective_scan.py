@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.selective_scan import reference, selective_scan
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def inputs(g: torch.Generator, b: int, d: int, l: int, groups: int, n: int, *, is_complex: bool = False):  # noqa: E741

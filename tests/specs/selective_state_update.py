@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.selective_state_update import reference, selective_state_update
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def inputs(g: torch.Generator, b: int, row: tuple[int, ...], groups: int | None, n: int, *, is_complex: bool = False):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import OpSpec, Sample
 from stablekern.ops.small_cayley import reference, small_cayley
+
+from . import OpSpec, Sample
 
 
 def skew(g: torch.Generator, *shape: int, dtype=torch.complex128) -> torch.Tensor:

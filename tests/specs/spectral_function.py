@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from specs import OpSpec, Sample
-from specs.eigh import repeated, separated
 from stablekern.ops import spectral_function as spine
+
+from . import OpSpec, Sample
+from .eigh import repeated, separated
 
 NAMES = ("exp", "sqrt", "rsqrt", "log", "inv")
 SQUARE = (lambda w: w * w, lambda w: 2 * w)

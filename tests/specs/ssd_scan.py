@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.ssd_scan import reference, ssd_scan
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def inputs(g: torch.Generator, b: int, l: int, h: int, p: int, groups: int, n: int):  # noqa: E741

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.ssd_state_update import reference, ssd_state_update
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def inputs(g: torch.Generator, b: int, h: int, p: int, groups: int, n: int):

@@ -6,7 +6,10 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
+#include "stablekern/pool.h"
 #include "stablekern/spans.h"
 
 namespace stablekern {
@@ -81,6 +84,38 @@ inline bool span_row(const DlpackTensor& tensor, int64_t* row) {
   row[1] = count;
   row[2] = static_cast<int64_t>(type);
   return true;
+}
+
+// A tensor that gives its memory back to the pool when it dies, as the capsule that `torch.from_dlpack` takes; null with
+// Python's MemoryError set if there is none.
+struct DlpackManaged {
+  DlpackTensor tensor;
+  void* context;
+  void (*deleter)(DlpackManaged*);
+};
+
+inline PyObject* pooled_capsule(std::vector<int64_t> shape, uint8_t code, uint8_t bits, size_t limit) {
+  struct Owner {
+    DlpackManaged managed;
+    std::vector<int64_t> shape;
+  };
+  size_t bytes = bits / 8;
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  void* data = pool().acquire(bytes, limit);
+  if (data == nullptr) return PyErr_NoMemory();
+  auto* owner = new Owner{{}, std::move(shape)};
+  owner->managed = {{data, kDlpackCpu, 0, static_cast<int32_t>(owner->shape.size()), code, bits, 1,
+                     owner->shape.data(), nullptr, 0},
+                    owner, [](DlpackManaged* self) {
+                      pool().release(self->tensor.data);
+                      delete static_cast<Owner*>(self->context);
+                    }};
+  return PyCapsule_New(&owner->managed, "dltensor", [](PyObject* capsule) {
+    // Whoever takes the tensor renames the capsule and calls the deleter himself.
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* managed = static_cast<DlpackManaged*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
 }
 
 // The gradients of `parameters` that are not None as a new list, and their rows in `table`; None, with no error set, if
