@@ -41,7 +41,7 @@ types: $(VENV)/.test
 
 # Offline, warnings as errors; internal links and anchors are checked. To read it: python -m http.server -d build/site
 docs: $(VENV)/.test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: lint types test
 

@@ -1,9 +1,9 @@
 """Errors of every op and of plain torch in float32 against float64: `python -m bench.accuracy [--op eigh] [--save]`.
 
 `--draw` draws the saved lines for the documentation. Both get the same float32 inputs. The error is the largest
-deviation from what the op's reference gives for these inputs in float64, over the largest entry of that; "gradients" is
-the worst of all gradients of one random linear loss. Plain torch is the reference itself in float32. Inputs are those
-of the op's spec (tests/specs).
+deviation from what the reference of the op gives for these inputs in float64, over the largest entry of that;
+"gradients" is the worst of all gradients of one random linear loss. Plain torch is the reference itself in float32.
+Inputs are those of the op's spec (tests/specs).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def measure(op: str, backend: str = "native") -> list[dict]:
     sys.path[:0] = [] if str(TESTS) in sys.path else [str(TESTS)]
     import specs
     import stablekern
-    import test_ops as suite
+    from stablekern.testing import suite
 
     axis, sizes, make = _studies()[op]
     (spec,) = (spec for spec in specs.all_specs() if spec.name == op)
@@ -180,7 +180,7 @@ def _rows(lines: list[dict]) -> list[str]:
 _HEAD = ["| | Ours | Plain torch | Gradients: ours | Plain torch |", "|---|---|---|---|---|"]
 _WHAT = (
     "Largest error in float32 over the largest exact entry, against the reference in float64 on the same inputs; plain "
-    "torch is the reference in float32 (`python -m bench.accuracy`)."
+    "torch is the reference in float32 (`python -m bench.accuracy`). The grey line of a figure is float32's eps."
 )
 
 

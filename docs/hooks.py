@@ -129,7 +129,7 @@ def reference(module_name: str, level: int) -> str:
 
 
 def signature(name: str, value: Any) -> str:
-    text = str(inspect.signature(value)).replace("'", "")
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))  # annotations are texts
     if len(name + text) <= 100:
         return name + text
     inner, _, result = text.removeprefix("(").rpartition(")")

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -173,7 +174,31 @@ def cache_directory(cache: str | None) -> Path:
         raise BuildError(
             message("build", f"the cache directory {directory} must be writable by you alone (0700)", mode)
         )
+    directory = directory.resolve()
+    if folder := open_folder(directory):
+        rule = f"anybody may replace the cache directory {directory} in {folder} (chmod o-w, or the sticky bit)"
+        raise BuildError(message("build", rule, oct(stat.S_IMODE(folder.stat().st_mode))))
     return directory
+
+
+def open_folder(path: Path) -> Path | None:
+    """The first folder from `path` upwards in which anybody may rename what is not his, if there is one."""
+    for folder in (path, *path.parents):
+        mode = folder.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return folder
+    return None
+
+
+def private(path: Path) -> bool:
+    """Whether `path` is a file of yours, in a folder of yours, that nobody else can write: what may be executed."""
+    if not path.is_file():
+        return False
+    facts = [part.lstat() for part in (path.parent, path)]
+    return all(
+        one.st_uid == os.getuid() and not stat.S_ISLNK(one.st_mode) and not one.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        for one in facts
+    )
 
 
 def prebuilt() -> Path | None:
@@ -187,7 +212,7 @@ def find(cache: str | None, march: str) -> Path | None:
     if path := prebuilt():
         return path
     path = cache_directory(cache) / f"native-{_identity(march)}" / _LIBRARY
-    return path if path.is_file() else None
+    return path if private(path) else None
 
 
 def build(cache: str | None = None, march: str = "native") -> Path:
@@ -196,17 +221,19 @@ def build(cache: str | None = None, march: str = "native") -> Path:
         return path
     directory = cache_directory(cache)
     final = directory / f"native-{_identity(march)}"
-    if (final / _LIBRARY).is_file():
+    if private(final / _LIBRARY):
         return final / _LIBRARY
     with open(directory / f"{final.name}.lock", "w") as lock:
         _wait_for(lock)
-        if not (final / _LIBRARY).is_file():
+        if not private(final / _LIBRARY):
             for stale in directory.glob(f"{final.name}.*.partial"):  # of builders that were killed: we hold the lock
                 shutil.rmtree(stale, ignore_errors=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".partial", dir=directory))
             try:
-                compile_into(partial, march)
-                if final.exists():  # a directory without a library: left by something else than a build
+                compile_into(partial, march).chmod(0o700)  # whatever the umask
+                if final.is_symlink():
+                    final.unlink()
+                if final.exists():  # without a library, or with one that others could write: not left by a build
                     shutil.rmtree(final)
                 os.replace(partial, final)
             finally:
@@ -238,7 +265,15 @@ def compile_into(directory: Path, march: str = "native") -> Path:
     flags = [*FLAGS, f"-march={march}", *(f"-I{path}" for path in _includes())]
     if march == "native":
         flags.append("-mprefer-vector-width=512" if _is_x86() else "")
-    quote = lambda text: text.replace("$", "$$").replace(" ", "$ ")  # noqa: E731 (ninja's own escapes)
+
+    def quote(path: str) -> str:
+        """A path of a build statement, in ninja's own escapes; it quotes $in and $out for the shell itself."""
+        return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def word(text: str) -> str:
+        """One word of a command, which ninja hands to a shell."""
+        return shlex.quote(text).replace("$", "$$")
+
     objects = [f"{Path(name).stem}.o" for name in SOURCES]
     # The compiler looks for `_PRELUDE` with .gch in its working directory, then for the header itself: where it cannot
     # precompile, or does not use what it has precompiled, it reads the header.
@@ -254,8 +289,8 @@ def compile_into(directory: Path, march: str = "native") -> Path:
 
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {quote(compiler())}",
-        f"flags = {' '.join(quote(flag) for flag in flags if flag)}",
+        f"cxx = {word(compiler())}",
+        f"flags = {' '.join(word(flag) for flag in flags if flag)}",
         "rule precompile",
         "  command = $cxx $flags -x c++-header -c $in -o $out || rm -f $out",
         "  description = precompile $in",
@@ -263,7 +298,7 @@ def compile_into(directory: Path, march: str = "native") -> Path:
         "  command = $cxx $flags $include -c $in -o $out",
         "  description = compile $in",
         "rule link",
-        f"  command = $cxx $in {' '.join(quote(flag) for flag in _link_flags())} -o $out",
+        f"  command = $cxx $in {' '.join(word(flag) for flag in _link_flags())} -o $out",
         "  description = link",
         *(f"build {out}: precompile {quote(str(header))}" for out in prelude),
         *(line for o, name in zip(objects, SOURCES, strict=True) for line in edge(o, name)),

@@ -77,9 +77,41 @@ def dtypes(op: str, allowed: Collection[torch.dtype], **tensors: Any) -> torch.d
     return first[1].dtype
 
 
+def required(op: str, **tensors: Any) -> None:
+    """None stands for an absent tensor in `shapes` and `dtypes`: these must be there."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(message(op, f"`{name}` must be a tensor", type(tensor).__name__))
+
+
+def flag(op: str, **values: Any) -> None:
+    """Each must be True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(message(op, f"`{name}` must be True or False", type(value).__name__))
+
+
+def own_memory(op: str, **tensors: Tensor) -> None:
+    """What is changed in place must not hold one element twice, as an expanded tensor does."""
+    for name, tensor in tensors.items():
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            rule = f"`{name}` is changed in place, so its elements must not share memory (`.clone()`)"
+            raise ValueError(message(op, rule, tuple(tensor.stride())))
+
+
+def broadcast(op: str, **batches: torch.Size) -> None:
+    """The batch dimensions of the tensors of these names must go together."""
+    try:
+        torch.broadcast_shapes(*batches.values())
+    except RuntimeError:
+        names = " and ".join(f"`{name}`" for name in batches)
+        rule = f"the batch dimensions of {names} must broadcast"
+        raise ValueError(message(op, rule, *(tuple(shape) for shape in batches.values()))) from None
+
+
 def choice(op: str, name: str, value: Any, legal: Collection[Any]) -> None:
     """`value` must be one of `legal`."""
-    if value not in legal:
+    if isinstance(value, Tensor) or value not in legal:
         raise ValueError(message(op, f"`{name}` must be one of {', '.join(repr(v) for v in legal)}", repr(value)))
 
 

@@ -112,7 +112,7 @@ class _Rows:
 
     def direction(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """z, along which the search goes on from r, and its product with r."""
-        if self.method == _CGNE:
+        if self.A.adjoint is not None and self.method == _CGNE:
             return self.A.adjoint(r), norm_of(r).square()
         z = r if self.A.preconditioner is None else self.A.preconditioner(r)
         return z, self.inner(r, z)

@@ -32,12 +32,10 @@ class Shape(NamedTuple):
     columns: int | None
     shared: bool  # one matrix for all
 
-    @property
     def systems(self) -> tuple[int, ...]:
         """The shape of `info`."""
         return self.batch if self.columns is None else (*self.batch, self.columns)
 
-    @property
     def flat(self) -> tuple[int, int]:
         """(m, k): matrices, right-hand sides each."""
         each = 1 if self.columns is None else self.columns
@@ -47,8 +45,8 @@ class Shape(NamedTuple):
     def rows(self, b: Tensor) -> Tensor:
         """(m, k, n) of what has the shape of b."""
         if self.columns is None:
-            return b.expand(*self.batch, self.n).reshape(*self.flat, self.n)
-        return b.expand(*self.batch, self.n, self.columns).mT.reshape(*self.flat, self.n)
+            return b.expand(*self.batch, self.n).reshape(*self.flat(), self.n)
+        return b.expand(*self.batch, self.n, self.columns).mT.reshape(*self.flat(), self.n)
 
     def back(self, x: Tensor) -> Tensor:
         """The shape of b of rows (m, k, n)."""
@@ -83,7 +81,9 @@ def tolerance(name: str, value: float | Tensor, b: Tensor, systems: tuple[int, .
     """One element for a number, else one for each system."""
     dtype = REAL_OF[b.dtype]
     if not isinstance(value, Tensor):
-        return torch.full((1,), _check.number(_OP, name, value, low=0.0), dtype=dtype, device=b.device)
+        # Through float64: what is beyond single precision is infinite there.
+        whole = torch.full((1,), _check.number(_OP, name, value, low=0.0), dtype=torch.float64, device=b.device)
+        return whole.to(dtype)
     _check.dtypes(_OP, _check.REAL, **{name: value})
     if value.device != b.device:
         raise ValueError(message(_OP, f"`{name}` must be on the device of `b`", value.device))

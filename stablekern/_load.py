@@ -6,9 +6,11 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
+import stat
 import sys
 import threading
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -92,6 +94,22 @@ def triton_reason(device: str) -> str | None:
         return "on a CPU only under TRITON_INTERPRET=1"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    return _triton_cache_reason(os.environ.get("TRITON_CACHE_DIR"), os.environ.get("TRITON_HOME"))
+
+
+@functools.cache
+def _triton_cache_reason(cache: str | None, home: str | None) -> str | None:
+    """Triton loads libraries from its cache and makes it with the umask, so it is looked at first."""
+    folder = Path(cache).expanduser() if cache else Path(home or Path.home()) / ".triton" / "cache"
+    if folder.exists():
+        facts = folder.stat()
+        if facts.st_uid not in (os.getuid(), 0):
+            return f"Triton's cache {folder} belongs to another user ({facts.st_uid}); set TRITON_CACHE_DIR"
+        if facts.st_mode & stat.S_IWOTH:
+            return f"anybody can write into Triton's cache {folder}; set TRITON_CACHE_DIR"
+    there = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    if open_to_all := _build.open_folder(there.resolve()):
+        return f"anybody may replace Triton's cache in {open_to_all}; set TRITON_CACHE_DIR"
     return None
 
 

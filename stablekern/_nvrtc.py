@@ -98,10 +98,9 @@ def compiled(source: str, function: str, macros: Mapping[str, object], arch: str
         digest.update(path.read_bytes() + b"\0")
     directory = _build.cache_directory(settings.get("STABLEKERN_CACHE_DIR"))
     final = directory / f"cuda-{function}-{digest.hexdigest()[:20]}.bin"
-    try:
+    if _build.private(final):
         return final.read_bytes()
-    except FileNotFoundError:
-        binary = _compile(root / source, [*arguments, f"-I{root}"], cubin=arch.startswith("sm_"))
+    binary = _compile(root / source, [*arguments, f"-I{root}"], cubin=arch.startswith("sm_"))
     # Whole or not at all, whoever else writes it: the same name means the same content.
     with tempfile.NamedTemporaryFile(dir=directory, prefix=f"{final.name}.", suffix=".partial", delete=False) as file:
         file.write(binary)

@@ -84,7 +84,8 @@ def _choose(name: str, device: str, arguments: tuple[Any, ...]) -> tuple[str, Ca
             continue
         if not wanted and backend == "triton" and device == "cpu":
             continue
-        reason = None if here[backend].supports is None else here[backend].supports(*arguments)
+        supports = here[backend].supports
+        reason = None if supports is None else supports(*arguments)
         reason = reason or _missing(backend, device)
         if reason is None:
             return backend, here[backend].function

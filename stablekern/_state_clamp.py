@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from stablekern import _check
@@ -18,10 +19,15 @@ def pair(op: str, state_clamp: Bound | Sequence[Bound]) -> tuple[Bound, Bound]:
     if isinstance(state_clamp, (tuple, list)):
         if len(state_clamp) != 2:
             raise ValueError(message(op, "`state_clamp` must be c or (lo, hi)", f"{len(state_clamp)} values"))
+        for bound in state_clamp:
+            if isinstance(bound, Tensor):
+                _check.dtypes(op, _check.HALF + _check.REAL, state_clamp=bound)
         return state_clamp[0], state_clamp[1]
     if isinstance(state_clamp, bool) or not isinstance(state_clamp, (int, float, Tensor)):
         rule = "`state_clamp` must be a number, a tensor or a pair of them"
         raise TypeError(message(op, rule, type(state_clamp).__name__))
+    if isinstance(state_clamp, Tensor):
+        _check.dtypes(op, _check.HALF + _check.REAL, state_clamp=state_clamp)
     return -state_clamp, state_clamp
 
 
@@ -53,7 +59,8 @@ def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tupl
             bound = bound.to(device=like.device, dtype=like.dtype)
             bound = bound.reshape(shape + (1,) * (len(full) - len(shape)))
         else:
-            bound = like.new_full((), _check.number(op, "state_clamp", bound))
+            # Through float64: what is beyond single precision is infinite there, and clamps nothing.
+            bound = like.new_full((), _check.number(op, "state_clamp", bound), dtype=torch.float64).to(like.dtype)
         both.append(bound.expand(full))
     lower, upper = both
     if _check.readable(lower, upper) and not bool((lower <= upper).all()):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import stablekern
 from stablekern import _build, _load
 from stablekern.errors import BuildError
 
@@ -218,74 +222,145 @@ def test_the_real_library_loads():
     assert module.simd in ("avx512", "avx2", "portable") and module.vector_bytes in (16, 32, 64)
 
 
-def wheel(tmp_path: Path, change=lambda source: None, **environment: str) -> tuple[str, Path]:
-    """The name of a wheel of a copy of the sources, after `change(copy)`, and where it was unpacked."""
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "runs", "__pycache__", "results")
-    shutil.copytree(ROOT, source, ignore=ignore)
-    change(source)
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    pip = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
-    start = time.monotonic()
-    run = subprocess.run(pip, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+IGNORED = (".git", ".venv", "*.egg-info", "build", "dist", "runs", "__pycache__", "results", "site", "figures")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A copy of the checkout, which a build may write into."""
+    copy = tmp_path_factory.mktemp("sources") / "stablekern"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED))
+    return copy
+
+
+def pip_wheel(source: Path, out: Path, **environment: str) -> Path:
+    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source]
+    run = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert time.monotonic() - start < 120
-    (path,) = tmp_path.glob("stablekern-*.whl")
-    site = tmp_path / "site"
-    shutil.unpack_archive(path, site, "zip")
-    return path.name, site
+    (wheel,) = out.glob("stablekern-*.whl")
+    return wheel
 
 
-def test_wheel_holds_kernels_and_works_away_from_the_checkout(tmp_path):
-    """Build a wheel from a copy of the sources, unpack it elsewhere, and run an op from there; nothing is compiled."""
-    name, site = wheel(tmp_path)
-    assert name.endswith("py3-none-any.whl"), "a plain build holds no compiled code"
-    for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed",
-                 "testing/specs/eigh.py"):  # fmt: skip
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/RECORD")}
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory) -> Path:
+    """The pure-Python wheel."""
+    return pip_wheel(sources, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def clean(tmp_path):
+    """A new environment: what it takes to install a wheel without its dependencies there, and to run it.
+
+    The dependencies are those of this environment, by PYTHONPATH, in which an editable install does not count.
+    """
+    home = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
+    others = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+
+    def install(wheel: Path) -> Path:
+        words = [sys.executable, "-m", "pip", "--python", home, "install", "--quiet", "--no-deps", wheel]
+        run = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return site
+
+    def execute(*words: str, **environment: str) -> subprocess.CompletedProcess:
+        settings = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{others}", **environment}
+        words = (str(home / "bin" / words[0]), *words[1:])
+        return subprocess.run(words, capture_output=True, text=True, timeout=300, env=settings, cwd=tmp_path)
+
+    return install, execute
+
+
+def test_version_stands_in_one_place(wheel):
+    assert wheel.name == f"stablekern-{stablekern.__version__}-py3-none-any.whl", "a plain build holds no compiled code"
+    assert f"## {stablekern.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+    for path in ("pyproject.toml", "setup.py", "docs/index.md", "README.md"):
+        assert stablekern.__version__ not in (ROOT / path).read_text(), path
+
+
+def test_the_source_archive_builds_the_same_wheel(sources, wheel, tmp_path):
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=sources)
+    assert run.returncode == 0, run.stderr
+    archive = tmp_path / run.stdout.splitlines()[-1]
+    assert archive.name == f"stablekern-{stablekern.__version__}.tar.gz"
+    (tmp_path / "out").mkdir()
+    again = pip_wheel(archive, tmp_path / "out")
+    assert contents(again) == contents(wheel)
+
+
+def test_the_pure_wheel_works_in_a_clean_environment(wheel, clean, tmp_path):
+    """Kernels are inside; nothing is taken from the checkout, and nothing is compiled by installing."""
+    install, execute = clean
+    site = install(wheel)
+    kernels = ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h")
+    for name in (*kernels, "testing/specs/eigh.py", "py.typed"):
         assert (site / "stablekern" / name).is_file(), name
     code = """
         import torch, stablekern
         from stablekern import _build, testing
         print(stablekern.__file__, _build.source_root())
         testing.all_specs()
-        with stablekern.use_backend("torch"):
-            print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
-        with stablekern.use_backend("triton"):
-            print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
+        for backend in ("torch", "triton"):
+            with stablekern.use_backend(backend):
+                print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
     """
-    run = python(code, PYTHONPATH=str(site), TRITON_INTERPRET="1")
+    run = execute("python", "-c", textwrap.dedent(code), TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stderr
     where, *values = run.stdout.strip().splitlines()
     assert where.count(str(site)) == 2, where
     assert values[0][:8] == values[1][:8] == "0.086643"
+    cache = tmp_path / "cache"
+    run = execute("stablekern", "doctor", "--json", "--no-build", STABLEKERN_CACHE_DIR=str(cache))
+    assert json.loads(run.stdout)["versions"]["stablekern"] == stablekern.__version__
+    assert not list(cache.glob("native-*"))
 
 
-def test_a_wheel_may_carry_the_library_built_ahead(tmp_path):
-    """As with all sources, but with one kernel only, which takes seconds: nothing is left to compile for the user."""
-    log, wrapper = tmp_path / "log", tmp_path / "cxx"
+def test_the_platform_wheel_carries_its_library(sources, clean, tmp_path):
+    """Built with one kernel in place of all, which takes seconds; used without a compiler."""
+    copy, log, wrapper = tmp_path / "copy", tmp_path / "log", tmp_path / "cxx"
+    shutil.copytree(sources, copy, ignore=shutil.ignore_patterns(*IGNORED))
+    build = copy / "stablekern" / "_build.py"
+    before, _, rest = build.read_text().partition("SOURCES = (")
+    build.write_text(f'{before}SOURCES = ("bindings.cpp", "cpu/focal_loss.cpp")\n{rest.partition(")")[2]}')
     wrapper.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec {_build.compiler()} "$@"\n')
     wrapper.chmod(0o755)
-
-    def keep_one(source: Path) -> None:
-        path = source / "stablekern" / "_build.py"
-        before, _, rest = path.read_text().partition("SOURCES = (")
-        path.write_text(f'{before}SOURCES = ("bindings.cpp", "cpu/focal_loss.cpp")\n{rest.partition(")")[2]}')
-
-    name, site = wheel(tmp_path, keep_one, STABLEKERN_PREBUILD="1", CXX=str(wrapper), STABLEKERN_MARCH="x86-64-v2")
-    assert "-none-any" not in name, "it holds compiled code"
+    (tmp_path / "out").mkdir()
+    settings = {"STABLEKERN_PREBUILD": "1", "CXX": str(wrapper), "STABLEKERN_MARCH": "x86-64-v2"}
+    wheel = pip_wheel(copy, tmp_path / "out", **settings)
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{tag}-{tag}-" in wheel.name and "any" not in wheel.name
     commands = log.read_text().splitlines()
     assert len(commands) == 4 and all("-march=x86-64-v2" in line for line in commands if " -c " in line)
     assert "c++-header" in commands[0] + commands[1], "the prelude is compiled beside what does not read it"
+    install, execute = clean
+    site = install(wheel)
     code = """
         import torch, stablekern
-        from stablekern import _build, _load
+        from stablekern import _load
         print(_load.native_module().__file__, stablekern.available_backends("focal_loss")["native"])
         with stablekern.use_backend("native"):
             print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
     """
     cache = tmp_path / "cache"
-    run = python(code, PYTHONPATH=str(site), CXX="no-such-compiler", STABLEKERN_CACHE_DIR=str(cache))
+    settings = {"CXX": "no-such-compiler", "STABLEKERN_CACHE_DIR": str(cache), "STABLEKERN_NATIVE": "1"}
+    run = execute("python", "-c", textwrap.dedent(code), **settings)
     assert run.returncode == 0, run.stderr
     where, value = run.stdout.strip().splitlines()
     assert where == f"{site / 'stablekern' / _build._LIBRARY} None" and value[:8] == "0.086643"
     assert not cache.exists() and "compil" not in run.stderr
+
+
+def test_the_package_is_typed():
+    pytest.importorskip("mypy", reason="pip install '.[types]'")
+    run = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert run.returncode == 0, run.stdout
+    assert (ROOT / "stablekern" / "py.typed").is_file()

@@ -120,7 +120,7 @@ def test_commands_exist(words):
 def site(tmp_path_factory):
     pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
     out = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", out]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", out]
     run = subprocess.run(build, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
     return out
@@ -136,6 +136,7 @@ def test_site_builds_with_every_page(site):
     eigh = (site / "ops" / "eigh.html").read_text()
     assert "<math" in eigh and "<td>native, torch</td>" in eigh
     assert all(f'id="{part}"' in eigh for part in ("reference", "derivation", "measured-accuracy", "measured-speed"))
+    assert "'auto'" in eigh, "defaults keep their quotes"
     environment = (site / "environment.html").read_text()
     assert all(name in environment for name in stablekern.settings.SETTINGS)
 

@@ -1,10 +1,8 @@
-"""What the README says is what runs: its code, its commands, and numbers that stand in committed result lines."""
+"""Numbers of the README stand in committed result lines; its code and commands are in `tests/test_docs.py`."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert blocks
-    for block in blocks:
-        run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
-        promised = re.findall(r"print\(.*\)\s+# (\w+)", block)
-        assert run.stdout.split() == promised
-
-
-def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
+def test_the_two_commands_come_first():
     targets = re.findall(r"^make (\w+)", README, flags=re.M)
-    assert {"demo", "test"} <= set(targets)
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    assert targets[:2] == ["demo", "test"]
 
 
 def test_speed_table_is_that_of_the_result_lines():

@@ -37,6 +37,7 @@ Real<S> read_upper(int n, const S* rows, S* upper) {
 // Whatever is not finite in a row ends on the diagonal.
 template <class S>
 bool factored(int n, S* upper) {
+  if (n == 0) return true;  // LAPACK wants a leading dimension of 1 or more
   const char triangle = 'L';  // of the transpose
   int info = 0;
   Lapack<S>::get().cholesky(&triangle, &n, upper, &n, &info);

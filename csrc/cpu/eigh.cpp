@@ -181,7 +181,7 @@ void eigh_bwd(const Tensor eigenvalues, const Tensor eigenvectors, std::optional
   STD_TORCH_CHECK(mode >= kAuto && mode <= kRaw, "eigh_bwd: unknown mode ", mode);
   const GapRule rule{mode, gap_floor, noise_kappa};
   if (!grad_eigenvalues && !grad_eigenvectors) {
-    std::memset(grad_A.mutable_data_ptr(), 0, static_cast<std::size_t>(grad_A.numel() * grad_A.element_size()));
+    if (grad_A.numel() > 0) std::memset(grad_A.mutable_data_ptr(), 0, static_cast<std::size_t>(grad_A.numel() * grad_A.element_size()));
     return;
   }
   dispatch(eigenvectors, [&]<class S>(S) {

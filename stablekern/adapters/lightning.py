@@ -41,7 +41,7 @@ class TrainingGuardCallback(Callback):
         self._losses: list[Tensor] = []
         self._batches: list[Any] = []
         self._restored: dict[str, Any] | None = None
-        self.guard: TrainingGuard | None = None
+        self.guard: Any = None  # a TrainingGuard once the training has begun
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:

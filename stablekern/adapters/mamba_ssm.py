@@ -63,7 +63,7 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None,  # (d)
     delta_softplus: bool = False,
     return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     r"""The Mamba-1 scan: `stablekern.selective_scan` without its further options.
 
     **Returns:** the output (b, d, l) in the dtype of `u`, with `return_last_state` a pair with the last state
@@ -90,7 +90,7 @@ def mamba_chunk_scan_combined(
     dt_limit: tuple[float, float] = (0.0, torch.inf),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     r"""The Mamba-2 scan: `stablekern.ssd_scan`, exact recurrence.
 
     **Returns:** the output (b, l, h, p) in the dtype of `x`, with `return_final_states` a pair with the last state
@@ -152,7 +152,7 @@ def causal_conv1d_fn(
     return_final_states: bool = False,
     final_states_out: Tensor | None = None,  # (b, d, k - 1)
     activation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     r"""The causal depthwise convolution with bias and SiLU: `stablekern.causal_conv1d`.
 
     **Returns:** the output (b, d, l), with `return_final_states` a pair with the last k - 1 inputs (b, d, k - 1), which

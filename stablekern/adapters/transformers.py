@@ -44,9 +44,9 @@ class TrainingGuardCallback(TrainerCallback):
         self._batches: list[Any] = []
         self._hooks: list[Any] = []
         self._scaler: Any = None
-        self.guard: TrainingGuard | None = None
+        self.guard: Any = None  # a TrainingGuard once the training has begun
 
-    def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, **rest):
+    def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, **rest):  # type: ignore[override]
         options = {"directory": args.output_dir, "total_steps": state.max_steps, **self._options}
         self._scaler = getattr(optimizer, "scaler", None)
         self.guard = TrainingGuard(model, getattr(optimizer, "optimizer", optimizer), lr_scheduler, **options)

@@ -185,7 +185,7 @@ def gradient_with_torch_eigh(
     ours = model.gnn.pe
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]):
-        model.gnn.pe = TorchLaplacianPE(ours.k, ours.interval)
+        model.gnn.pe = TorchLaplacianPE(ours.k, ours.interval)  # type: ignore[assignment]
         try:
             gradients = torch.autograd.grad(loss(model(windows), labels), parameters, allow_unused=True)
         except torch.linalg.LinAlgError:
@@ -313,7 +313,7 @@ def _evaluate(model: SeizureDetector, data: _Data, window_seconds: float) -> tup
     labels = torch.from_numpy(data.held_out.labels)
     area = training.auroc(probability, labels)
     held = data.held_out
-    shown = HeldOut(held.data, held.labels, probability.numpy(), held.sample_rate, held.channels, data.cut)
+    shown = HeldOut(held.data, held.labels, probability.numpy(), held.sample_rate, held.channels, data.cut)  # type: ignore[arg-type]
     note = f"per sample, last {data.held_out.seconds:.0f} s"
     return shown, _finite_or_none(area), note if math.isfinite(area) else "undefined: predictions are not finite"
 

@@ -241,15 +241,16 @@ def _ops(build: bool, problems: list[str]) -> list[dict[str, Any]]:
     rows = []
     for op, names in parts.items():
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            backends, reasons = {}, {}
+            backends: dict[str, str | None] = {}
+            reasons: dict[str, str] = {}
             # Forward before backward; the reasons of the two differ only where one of them lacks a kernel.
             for name in sorted(names, key=lambda name: not name.endswith("_fwd")):
                 backends[name], why = _registry.explain(name, device, build=build)
                 reasons |= {backend: reason for backend, reason in why.items() if backend not in reasons}
             rows.append({"op": op, "device": device, "backends": backends, "reasons": reasons})
             if None in backends.values():
-                why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
-                problems.append(f"{op} cannot run on {device} ({why})")
+                because = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+                problems.append(f"{op} cannot run on {device} ({because})")
     return rows
 
 

@@ -119,7 +119,7 @@ def render(outcome: Outcome) -> str:
             for s in (report.tensor, *report.inputs)
         ]
         sections = [_facts(rows), "<h2>Numbers</h2>", _table(head, stats, numbers=True)]
-    if course is not None:
+    if course is not None and report is not None:
         limit = report.cause.measured.get("limit")
         described = f"{course.name} over steps {course.steps[0]} to {course.steps[-1]}."
         caption = f"{course.name}, of the operation that is named above, computed again for earlier steps."

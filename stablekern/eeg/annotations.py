@@ -245,7 +245,9 @@ def _clock(path: Path, line: int, text: str) -> float:
 
 def _siena(path: Path, text: str) -> dict[str, list[Event]]:
     files: dict[str, list[Event]] = {}
-    current, begin, start = None, None, None
+    current: str | None = None
+    begin: float | None = None
+    start: float | None = None
     for line, name, value in _fields(text):
         if name == "file name":
             current, start = value, None
@@ -255,7 +257,7 @@ def _siena(path: Path, text: str) -> dict[str, list[Event]]:
         elif name in ("seizure start time", "start time"):
             start = _clock(path, line, value)
         elif name in ("seizure end time", "end time"):
-            if None in (current, begin, start):
+            if current is None or begin is None or start is None:
                 raise _error(path, f"line {line}: a seizure must have a file, a registration and a start", value)
             # A recording may run past midnight; no registration of a night is longer than a day.
             onset = (start - begin) % _DAY

@@ -164,7 +164,7 @@ def patient_split(
     if items and all(item.part for item in items):
         where: dict[str, str] = {}
         for item in items:
-            if where.setdefault(item.patient, item.part) != item.part:
+            if where.setdefault(item.patient, item.part or "") != item.part:
                 rule = f"patient {item.patient} must be in one part of the corpus"
                 raise RecordingError(message("eeg.patient_split", rule, where[item.patient], item.part))
             parts[item.part].append(item)
@@ -350,18 +350,18 @@ def build_cache(
 
     if workers == 1 or len(missing) < 2:
         for index in missing:
-            finished(index, _prepare(*entries[index], options))
+            finished(index, _prepare(*entries[index], options))  # type: ignore[arg-type]
     else:
         # Not fork: torch's threads do not survive it.
         with ProcessPoolExecutor(
             min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_one_thread
         ) as pool:
-            jobs = {pool.submit(_prepare, *entries[index], options): index for index in missing}
+            jobs = {pool.submit(_prepare, *entries[index], options): index for index in missing}  # type: ignore[arg-type]
             for job in as_completed(jobs):
                 finished(jobs[job], job.result())
     recordings, failures = [], []
     for index, (item, path) in enumerate(entries):
-        loaded = None if index in failed else _load(path, item)
+        loaded = None if index in failed or path is None else _load(path, item)
         if loaded is None:
             failures.append(Failure(str(item.edf), failed.get(index, "could not be read back from the cache")))
         else:

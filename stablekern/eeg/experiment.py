@@ -177,7 +177,7 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     return config
 
 
-def _built(kind: type, content: Any, where: str) -> Any:
+def _built(kind: Any, content: Any, where: str) -> Any:
     """An options class from a table: every key must be a field, every value of its type."""
     if not isinstance(content, Mapping):
         raise ValueError(message(_OP, f"`{where or 'the file'}` must be a table", type(content).__name__))
@@ -353,7 +353,7 @@ def validate(
     """Score `model` on whole recordings: windows that overlap by half, their mean logits, events by hysteresis."""
     outcomes = []
     for recording in recordings:
-        windows = WindowDataset(recording, window_seconds=window_seconds, stride_seconds=window_seconds / 2, tail=True)
+        windows = WindowDataset(recording, window_seconds=window_seconds, stride_seconds=window_seconds / 2, tail=True)  # type: ignore[arg-type]
         (probability,) = training.predict(model, windows, batch_size=batch_size)
         predicted = find_events(probability.numpy(), recording.sample_rate, **asdict(detect))
         outcomes.append(Outcome(recording, probability.numpy(), predicted))
@@ -556,7 +556,9 @@ def train(
             torch.manual_seed(options.seed + rank)  # its own dropout
         wrapped = model if processes == 1 else nn.parallel.DistributedDataParallel(model)
         windows = WindowDataset(
-            data.train, window_seconds=config.data.window_seconds, stride_seconds=config.data.stride_seconds
+            data.train,  # type: ignore[arg-type]
+            window_seconds=config.data.window_seconds,
+            stride_seconds=config.data.stride_seconds,
         )
         batches = training.random_windows(
             windows,
@@ -574,7 +576,7 @@ def train(
             nonlocal best
             memory.append(_memory(device))
             number = result.step
-            if not lead:
+            if log is None:
                 return
             log.write("step", number, {**asdict(result), "memory": memory[-1]})
             if on_step is not None:

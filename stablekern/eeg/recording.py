@@ -7,6 +7,7 @@ and what is there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -133,7 +134,7 @@ def from_arrays(
     A signal with a NaN or an infinity anywhere counts as missing.
     """
     arrays = [np.asarray(signal, np.float64) for signal in signals]
-    each = [float(rates)] * len(arrays) if np.ndim(rates) == 0 else [float(rate) for rate in rates]
+    each = [float(rate) for rate in np.broadcast_to(rates, len(arrays) if np.ndim(rates) == 0 else np.shape(rates))]
     if not len(arrays) == len(labels) == len(each):
         rule = "`signals`, `labels` and `rates` must be of one length"
         raise ValueError(message("eeg.from_arrays", rule, len(arrays), len(labels), len(each)))
@@ -142,7 +143,10 @@ def from_arrays(
         if array.ndim != 1:
             rule = "each of `signals` must have the shape (samples,)"
             raise ValueError(message("eeg.from_arrays", rule, array.shape))
-    made = [Signal(*item, lambda array=array: array) for *item, array in zip(labels, each, arrays, strict=True)]
+    made = [
+        Signal(label, rate, functools.partial(np.asarray, array))
+        for label, rate, array in zip(labels, each, arrays, strict=True)
+    ]
     return assemble("eeg.from_arrays", made, sample_rate, max_interpolated, source, ())
 
 

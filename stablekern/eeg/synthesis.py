@@ -124,7 +124,7 @@ def add_spike_wave(
         labels[start:stop] = 1
     note = f"added {len(events)} spike-and-wave discharges, {labels.mean():.0%} of the time"
     made = replace(recording, data=data, labels=labels, notes=(*recording.notes, note))
-    return made, made.labels
+    return made, labels
 
 
 def topography(focus: str, channels: Sequence[str] = CHANNELS) -> np.ndarray:

@@ -37,7 +37,8 @@ class TensorStats:
     @classmethod
     def of(cls, name: str, x: Tensor) -> TensorStats:
         nan, inf, low, high, mean, count = (entry.item() for entry in finite_stats([x.detach()]))
-        return cls(name, tuple(x.shape), str(x.dtype).removeprefix("torch."), nan, inf, count, low, high, mean)
+        kind, counts = str(x.dtype).removeprefix("torch."), (int(nan), int(inf), int(count))
+        return cls(name, tuple(x.shape), kind, *counts, low, high, mean)
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
@@ -558,8 +559,8 @@ def _wider_backward(
             grads = torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
     except (RuntimeError, TypeError, ValueError):
         return None
-    grads = [g for g in grads if g is not None]
-    if not grads or not all(map(finite, grads)):
+    reached = [g for g in grads if g is not None]
+    if not reached or not all(map(finite, reached)):
         return None
     return _overflow(narrow, max(float(g.abs().max()) for g in grads if g.numel()), "the exact gradient")
 
@@ -598,8 +599,8 @@ def backward_cause(
 def culprit_values(cause: Cause, args: Sequence[Any], outputs: Any) -> tuple[str, Tensor]:
     """What to look at over time: the quantity that the cause is about, flat and float64, and its name."""
     if cause.kind == "repeated eigenvalues":
-        values = [x for x in tensors_in(outputs) if not x.is_complex()]
-        return "relative eigenvalue gap", gaps(min(values, key=Tensor.dim)).flatten()
+        real = [x for x in tensors_in(outputs) if not x.is_complex()]
+        return "relative eigenvalue gap", gaps(min(real, key=Tensor.dim)).flatten()
     chosen = [x for x in args if floating(x)] or [x for x in tensors_in(list(args)) if floating(x)]
     given = args[cause.argument] if cause.argument < len(args) and floating(args[cause.argument]) else None
     values = given if given is not None else (chosen[0] if chosen else next(tensors_in(outputs)))

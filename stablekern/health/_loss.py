@@ -155,7 +155,7 @@ def _saved(node: Any) -> dict[str, Any]:
 
 def _chain(node: Any, length: int = 4) -> list[Any]:
     """The nodes of what made the first operand, the nearest first."""
-    found = []
+    found: list[Any] = []
     while len(found) < length:
         node = next((parent for parent, _ in node.next_functions if parent is not None), None)
         if node is None or is_leaf(node):

@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,9 @@ class Call:
             for p, _ in stashed:
                 p.grad = None
             # Reentrant checkpoints hide their graph; a repetition has no need of them.
-            checkpoint.CheckpointFunction.apply = staticmethod(lambda function, preserve, *args: function(*args))
+            checkpoint.CheckpointFunction.apply = staticmethod(  # type: ignore[method-assign]
+                lambda function, preserve, *args: function(*args)
+            )
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(self.grad_enabled))
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -166,7 +169,7 @@ class Call:
                     stack.enter_context(torch.autocast(kind, dtype=chosen, enabled=chosen is not None))
                 yield run
         finally:
-            checkpoint.CheckpointFunction.apply = apply
+            checkpoint.CheckpointFunction.apply = apply  # type: ignore[method-assign]
             for p, grad in stashed:
                 p.grad = grad
             set_random_state(before)
@@ -251,7 +254,7 @@ class _Paths:
 
 def code_line() -> str:
     """File and line of the innermost frame that is neither torch's nor one of ours, with its text."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((*_INTERNAL, "<")):
@@ -365,7 +368,7 @@ class _Recorder(TorchDispatchMode):
         if self.check and op.name not in _UNWRITTEN:
             self._judge(op, function, kept, inputs, made, outputs)
         if self.at is not None:
-            self.at(op, function, *kept, outputs)
+            self.at(op, function, *kept, outputs)  # type: ignore[call-arg]
         for x in made:
             self.makers[_key(x)] = op
         return outputs
@@ -383,7 +386,8 @@ class _Recorder(TorchDispatchMode):
 
     def ancestors(self, x: Tensor) -> list[str]:
         """The operations that made a tensor, the nearest first."""
-        names, op = [], self.makers.get(_key(x))
+        names: list[str] = []
+        op = self.makers.get(_key(x))
         while op is not None and len(names) < 5:
             same = op.name == "mul" and len(op.parents) == 2 and op.parents[0] is op.parents[1]
             names.append("square" if same else op.name)
@@ -414,7 +418,7 @@ class _Recorder(TorchDispatchMode):
         self.wrong.append(op)
         op.innocent = not op.nan and (literal or any(source.innocent for source in op.sources))
         if not op.innocent and (not op.sources or (op.nan and not any(source.nan for source in op.sources))):
-            cause = forward_cause(function, *kept, outputs, self.ancestors)
+            cause = forward_cause(function, *kept, outputs, self.ancestors)  # type: ignore[call-arg]
             stats = tuple(TensorStats.of(label, x) for label, x in operands if floating(x))
             op.finding = Finding(
                 "forward", op.path, op.module, op.note, op.name, op.where,

@@ -131,7 +131,7 @@ class _Watcher(TorchDispatchMode):
         if name.startswith(_EXPONENTIALS):
             limit = float(torch.tensor(limit, dtype=torch.float64).log())
         overflow = made == "infinity" and largest > limit * numerics.OVERFLOW_SHARE.of()
-        return Fault(func.name(), self.phase, node and node.name(), largest, made, overflow)
+        return Fault(func.name(), self.phase, None if node is None else node.name(), largest, made, overflow)
 
 
 def _counts(value: Any) -> bool:
@@ -169,8 +169,9 @@ def _bad(value: Any, name: str = "batch") -> Iterator[str]:
 
 def _loss_of(model: nn.Module, batch: Any) -> Tensor:
     """The loss of a model that computes it itself: Lightning's `training_step`, or a forward that returns it."""
-    if callable(getattr(model, "training_step", None)):
-        out = model.training_step(batch, 0)
+    own: Any = getattr(model, "training_step", None)
+    if callable(own):
+        out = own(batch, 0)
     elif isinstance(batch, Mapping):
         out = model(**batch)
     elif isinstance(batch, (list, tuple)):

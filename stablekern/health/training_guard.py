@@ -266,8 +266,9 @@ class TrainingGuard:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         norm = self._gradients(scale=None if unscaled else scaler, veto=bad.any())
-        scaled = scaler is not None and scaler.is_enabled()
-        scale = scaler._get_scale_async() if scaled else None
+        in_use = scaler if scaler is not None and scaler.is_enabled() else None
+        scaled = in_use is not None
+        scale = None if in_use is None else in_use._get_scale_async()
         values = [*bad.unbind(), ~norm.isfinite(), seen, torch.ones_like(norm) if scale is None else scale]
         self._pending = _Step(
             number=self._counts["steps"],
@@ -299,7 +300,7 @@ class TrainingGuard:
         pending.late = pending.late and not pending.scaled  # a GradScaler puts its own flag in the place of ours
         if pending.late:
             for one in self.optimizers:
-                one.found_inf = self._gradients.found_inf
+                one.found_inf = self._gradients.found_inf  # type: ignore[attr-defined]
         elif bool(self._gradients.found_inf):
             for one in self.optimizers:
                 one.zero_grad(set_to_none=True)
@@ -327,8 +328,9 @@ class TrainingGuard:
         self.settle()
         counts = self._counts
         skipped = counts["weights"] + counts["loss"] + counts["gradients"]
-        texts = {"first": self._first, "notices": tuple(self._notices), "files": tuple(self._files)}
-        return GuardReport(skipped=skipped, lr_factor=self.lr_factor, **counts, **texts)
+        texts: dict[str, Any] = {"first": self._first, "notices": tuple(self._notices), "files": tuple(self._files)}
+        numbers: dict[str, Any] = {**counts, "skipped": skipped, "lr_factor": self.lr_factor}
+        return GuardReport(**numbers, **texts)
 
     def learning_rates(self) -> list[float]:
         """The rate that acts in the next step, per group of all optimizers: that of the group times our factor."""
@@ -462,7 +464,7 @@ class TrainingGuard:
 
     def _keep(self) -> None:
         """Keep the weights of a good step (the very first: finite ones), and see whether they moved since the last."""
-        weights, step = bool(self._pending.weights_finite.all()), not bool(self._gradients.found_inf)
+        weights, step = bool(self._pending.weights_finite.all()), not bool(self._gradients.found_inf)  # type: ignore[union-attr]
         if not weights or (self._good and not step):
             return
         taken = self._counts["taken"]
@@ -479,7 +481,7 @@ class TrainingGuard:
                 f"the weights moved by {moved:.2g} of their norm in {taken} taken steps, with finite gradients: are "
                 f"they in the optimizer, and is a rate of {max(self.learning_rates()):.3g} meant?",
             )
-        if self.constant_loss is None or not self._losses or self._kept_at < self.warmup_steps:
+        if self.constant_loss is None or not self._losses or self._kept_at < self.warmup_steps:  # type: ignore[operator]
             return
         mean = math.fsum(self._losses) / len(self._losses)
         margin = numerics.CONSTANT_LOSS_MARGIN.of() * abs(self.constant_loss)

@@ -271,7 +271,7 @@ class Watch:
         if kind is None and self.report is None:
             self._close_step()
             self._read(wait=True)
-        elif self._undelivered:
+        elif self._undelivered and self.report is not None:
             self._undelivered = False
             self._hit(self.report)
 
@@ -289,7 +289,7 @@ class Watch:
                 self.scaled = True
             return original(scaler, outputs)
 
-        torch.amp.GradScaler.scale = scale
+        torch.amp.GradScaler.scale = scale  # type: ignore[assignment, method-assign]
         self._stack.callback(setattr, torch.amp.GradScaler, "scale", original)
 
     def _attach(self, module: nn.Module) -> None:
@@ -326,7 +326,7 @@ class Watch:
                 self._attach(module)
             return original(module, *args, **kwargs)
 
-        nn.Module.__call__ = call
+        nn.Module.__call__ = call  # type: ignore[method-assign]
         self._stack.callback(setattr, nn.Module, "__call__", original)
 
     # ---- the forward
@@ -403,7 +403,8 @@ class Watch:
         try:
             original(tensors, *args, **kwargs)
         except BaseException:
-            self._trail.close()
+            if self._trail is not None:
+                self._trail.close()
             raise
         finally:
             self._backward_depth -= 1
@@ -417,7 +418,8 @@ class Watch:
         try:
             found = original(outputs, inputs, *args, **kwargs)
         except BaseException:
-            self._trail.close()
+            if self._trail is not None:
+                self._trail.close()
             raise
         finally:
             self._backward_depth -= 1
@@ -520,7 +522,7 @@ class Watch:
             start = 0
             for count in step.counts:
                 stop = start + count.evidence.numbers.numel()
-                self._judge(count, step.host[start:stop])
+                self._judge(count, step.host[start:stop])  # type: ignore[index]
                 start = stop
 
     def _judge(self, count: _Count, values: Tensor) -> None:
@@ -539,7 +541,7 @@ class Watch:
         self._calls.clear()
         self._flight.clear()
         if self.on_hit == "raise":
-            error = NonFiniteError(message(_WHERE, "every tensor of a step must be finite", f"\n{report}"))
+            error: Any = NonFiniteError(message(_WHERE, "every tensor of a step must be finite", f"\n{report}"))
             error.report = report
             raise error
         if self.on_hit == "warn":

@@ -24,7 +24,8 @@ def _small_world(dim: int, sparsity: int, generator: torch.Generator) -> list[tu
 
     In all dim * sparsity / 2 edges, or as many as there are.
     """
-    pairs = {tuple(sorted((i, (i + k) % dim))) for k in range(1, max(2, sparsity // 2)) for i in range(dim)}
+    around = ((i, (i + k) % dim) for k in range(1, max(2, sparsity // 2)) for i in range(dim))
+    pairs = {(min(pair), max(pair)) for pair in around}
     pairs = {(i, j) for i, j in pairs if i != j}
     wanted = min(dim * sparsity // 2, dim * (dim - 1) // 2)
     while len(pairs) < wanted:
@@ -48,6 +49,8 @@ class GraphHamiltonian(nn.Module):
     **State dict:** `edge_logits.{s}`, $\theta_s$; `scale_weights`, the logits of $m$; `edges`, (2, E);
     `positions_{s}`, the edges of a scale among all.
     """
+
+    edges: Tensor
 
     def __init__(self, dim: int, sparsity: int = 6, num_scales: int = 3, *, seed: int = 42) -> None:
         super().__init__()
@@ -131,7 +134,8 @@ class CayleyPropagator(nn.Module):
             relative = intensity / (intensity.mean(-1, keepdim=True) + numerics.NORM_EPS.value)
             phase = -torch.pi * torch.expm1(-self.gamma * relative)
             psi = psi * torch.polar(torch.ones_like(phase), phase)
-        return cayley_step(psi, *self.hamiltonian(), self.dt, method=self.method)
+        edges, weights = self.hamiltonian()
+        return cayley_step(psi, edges, weights, self.dt, method=self.method)
 
     def extra_repr(self) -> str:
         return f"dt={float(self.dt):g}, gamma={self.gamma:g}, method={self.method!r}"

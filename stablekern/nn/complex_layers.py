@@ -7,6 +7,7 @@ one denominator between its parts). Everything is finite, with finite gradients,
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ class ComplexSelectiveScan(nn.Module):
         steps = self.dt_proj(torch.cat((x.real, x.imag), -1)).clamp(*self.limits).exp()
         modulus, turn = steps.unsqueeze(-1).unbind(-2)  # (b, l, 1) each
         gate = torch.polar(torch.exp(-modulus * nn.functional.softplus(self.log_A_mag)), turn * self.A_phase)
-        states = linear_scan(gate.mT, (modulus * self.B(x)).mT, initial_state=initial_state)
+        scanned = linear_scan(gate.mT, (modulus * self.B(x)).mT, initial_state=initial_state)
+        states = cast(Tensor, scanned)  # without the saturation
         y = self.C(states.mT) + self.D * x
         return (y, states[..., -1]) if return_last_state else y
 

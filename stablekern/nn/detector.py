@@ -159,7 +159,11 @@ class SeizureDetector(nn.Module):
         self.tcn_encoder = TCNEncoder(nodes, config.tcn_channels, config.tcn_kernel, config.tcn_dropout, config.causal)
         self.proj_to_electrodes = nn.Conv1d(features, nodes * dim, 1)
         self.norm_electrodes = boundary_norm(config.boundary_norm, dim)
-        shared = {"dropout": config.dropout, "layerscale": config.mamba_layerscale, "recompute": config.recompute}
+        shared: dict[str, Any] = {
+            "dropout": config.dropout,
+            "layerscale": config.mamba_layerscale,
+            "recompute": config.recompute,
+        }
         stack = Mamba2Stack if config.causal else BiMamba2
         self.node_mamba = stack(
             dim, d_state=config.node_state, headdim=config.node_headdim, num_layers=config.node_layers, **shared

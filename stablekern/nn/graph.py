@@ -64,15 +64,16 @@ class EdgeStream(nn.Module):
         self.edge_out_proj = nn.Conv1d(d_model, 1, 1)
         with torch.no_grad():
             # Between 1/2 and 1 times a random sign: no channel is blind, neither to the cosine nor to its absence.
-            for parameter in (self.edge_in_proj.weight, self.edge_in_proj.bias):
+            bias = self.edge_in_proj.get_parameter("bias")
+            for parameter in (self.edge_in_proj.weight, bias):
                 sign = torch.randint(0, 2, parameter.shape).to(parameter.dtype) * 2 - 1
                 parameter.copy_(sign * torch.empty_like(parameter).uniform_(0.5, 1.0))
             centred = (self.edge_in_proj.weight - self.edge_in_proj.weight.mean(0, keepdim=True)).transpose(0, 1)
             readout = centred / centred.norm()
             self.edge_out_proj.weight.copy_(readout)
-            self.edge_out_proj.bias.zero_()
+            self.edge_out_proj.get_parameter("bias").zero_()
             # No share of the constant part in the read-out: the weight at a cosine of 0 starts near softplus(0).
-            self.edge_in_proj.bias.sub_((readout.flatten() @ self.edge_in_proj.bias) * readout.flatten())
+            bias.sub_((readout.flatten() @ bias) * readout.flatten())
 
     def forward(self, electrodes: Tensor, memory: Memory | None = None) -> Tensor:  # (b, N, T, D) -> (b, E, T_g)
         _check.shapes("nn.EdgeStream", electrodes=(electrodes, f"b {self.n_nodes} t d"))

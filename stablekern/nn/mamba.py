@@ -56,6 +56,9 @@ class Mamba(nn.Module):
     run in half precision, the scan in float32.
     """
 
+    d_inner: int
+    d_state: int
+
     def __init__(
         self,
         d_model: int,
@@ -126,7 +129,7 @@ class Mamba(nn.Module):
                 cache.ssm_state, now, dt, A, enter, leave, self.D, gate, bias, True, state_clamp=clamp
             )
             return y[..., None]
-        y = selective_scan(
+        y = selective_scan(  # type: ignore[assignment]
             inner,
             step,
             A,

@@ -63,6 +63,13 @@ class Mamba2(nn.Module):
     run in half precision, the scan and the norm in float32.
     """
 
+    d_model: int
+    d_state: int
+    d_conv: int
+    expand: int
+    headdim: int
+    ngroups: int
+
     def __init__(
         self,
         d_model: int,
@@ -133,15 +140,14 @@ class Mamba2(nn.Module):
 
     def _scan(self, inner: Tensor, dt: Tensor, B: Tensor, C: Tensor, cache: MambaCache | None, reverse: bool) -> Tensor:
         A = -torch.exp(wide(self.A_log))
-        one_step = cache is not None and inner.shape[1] == 1 and not torch.is_grad_enabled()
-        if one_step and tuple(self.dt_limit) == (0.0, math.inf) and cache.ssm_state.dtype in _check.REAL:
-            now = (tensor.squeeze(1) for tensor in (inner, dt))
-            enter, leave = B.squeeze(1), C.squeeze(1)
+        one_step = inner.shape[1] == 1 and not torch.is_grad_enabled() and tuple(self.dt_limit) == (0.0, math.inf)
+        if cache is not None and one_step and cache.ssm_state.dtype in _check.REAL:
+            x, dt, enter, leave = (tensor.squeeze(1) for tensor in (inner, dt, B, C))
             y = ssd_state_update(
-                cache.ssm_state, *now, A, enter, leave, self.D, None, self.dt_bias, True, state_clamp=self.state_clamp
+                cache.ssm_state, x, dt, A, enter, leave, self.D, None, self.dt_bias, True, state_clamp=self.state_clamp
             )
             return y[:, None]
-        y = ssd_scan(
+        y = ssd_scan(  # type: ignore[assignment]
             inner,
             dt,
             A,
@@ -184,7 +190,7 @@ class Mamba2(nn.Module):
 
 def _side_by_side(blocks: tuple[Mamba2, Mamba2], name: str, sizes: tuple[int, ...] | None = None) -> Tensor:
     """A parameter of both blocks along its first axis; its parts of `sizes` alternate between the blocks."""
-    both = [block.get_parameter(name) for block in blocks]
+    both: list[Tensor] = [block.get_parameter(name) for block in blocks]
     if sizes is None:
         return torch.cat(both)
     return torch.cat([part for pair in zip(*(p.split(sizes) for p in both), strict=True) for part in pair])

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ DOWNSAMPLING = 2**_HALVINGS
 def _he(conv: nn.Conv1d) -> nn.Conv1d:
     """He's initial weights, normal of variance 2 / fan-in, and zero biases; a weight norm put on later keeps them."""
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -97,7 +99,7 @@ class TCNEncoder(nn.Module):
             x = (x + new) * math.sqrt(0.5) if new.shape == x.shape else new
         return x
 
-    def _padded(self, layer: nn.Conv1d, x: Tensor, memory: Memory | None) -> Tensor:
+    def _padded(self, layer: Any, x: Tensor, memory: Memory | None) -> Tensor:
         if not self.causal:
             return x
         left = layer.dilation[0] * (layer.kernel_size[0] - 1) - (layer.stride[0] - 1)

@@ -52,7 +52,7 @@ def reference(
         kept = []
         for row in matrix:
             values = [float(w.detach()) for w in row]
-            order = sorted(nodes, key=lambda j, values=values: (-values[j], j))
+            order = [j for _, j in sorted((-value, j) for j, value in enumerate(values))]
             kept.append([j in order[:top_k] and values[j] > threshold for j in nodes])
         entries = [(kept[i][j] * matrix[i][j] + kept[j][i] * matrix[j][i]) / 2 for i in nodes for j in nodes]
         return torch.stack(entries).view(n_nodes, n_nodes)

@@ -55,7 +55,7 @@ def reference(
             ]
             for half in (0, 1)
         )
-        both = reference(*ahead, activation=activation), reference(*back, activation=activation, reverse=True)
+        both = reference(*ahead, activation=activation), reference(*back, activation=activation, reverse=True)  # type: ignore[arg-type]
         return torch.cat(both, 1)
     before = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if initial_state is None else initial_state
     padded = torch.cat((x, before) if reverse else (before, x), -1)
@@ -300,6 +300,8 @@ def causal_conv1d(
     bits for any number of threads (`tests/test_causal_conv1d.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
+    _check.required(_OP, x=x, weight=weight)
+    _check.flag(_OP, reverse=reverse, bidirectional=bidirectional)
     sizes = _check.shapes(_OP, x=(x, "b d l"), weight=(weight, "d k"), bias=(bias, "d"))
     if sizes["k"] < 1:
         raise ValueError(message(_OP, "`weight` must have at least one tap", sizes["k"]))

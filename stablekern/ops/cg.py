@@ -47,6 +47,7 @@ __all__ = ["CgResult", "cg", "cg_ex", "select_solver"]
 _OP = "cg"
 _CG, _COCG, _CGNE = range(3)
 _DENSE_ROWS, _LANE_VECTORS, _LANE_ELEMENTS = 1024, 9, 2**18  # what the native kernels' memory is bounded by
+_MOST = 2**63 - 1  # what a schema's int holds
 _CALLABLE_LOOKS = 8  # iterations between two looks at a flag on a GPU
 _warned = False
 
@@ -188,7 +189,7 @@ def _in_torch(
 @launcher("cg_fwd", device="cuda", backend="torch")
 @launcher("cg_fwd", device="cpu", backend="torch")
 def _(A: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *rest, method, asymmetry = rest
+    *others, method, asymmetry = rest
 
     def forms(A: Tensor):
         gap = A - (A.mT if method == _COCG else A.mH)
@@ -196,7 +197,7 @@ def _(A: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         crooked = (_krylov.size_of(gap.flatten(1)) > limit)[..., None] & (method != _CGNE)
         return lambda v: v @ A.mT, lambda v: v @ A.conj(), crooked, None
 
-    return _in_torch(A, forms, b, *rest, method)
+    return _in_torch(A, forms, b, *others, method)  # type: ignore[call-arg]
 
 
 @launcher("cg_bwd", device="cuda", backend="torch")
@@ -290,7 +291,7 @@ def _csr_adjoint(crow: Tensor, col: Tensor, values: Tensor) -> tuple[Tensor, Ten
 @launcher("cg_csr_fwd", device="cuda", backend="torch")
 @launcher("cg_csr_fwd", device="cpu", backend="torch")
 def _(crow: Tensor, col: Tensor, values: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *rest, method, asymmetry = rest
+    *others, method, asymmetry = rest
 
     def forms(values: Tensor):
         adjoint = _csr_product(*_csr_adjoint(crow, col, values)) if method == _CGNE else None
@@ -302,7 +303,7 @@ def _(crow: Tensor, col: Tensor, values: Tensor, b: Tensor, *rest: Any) -> tuple
             asymmetry * longest,
         )
 
-    return _in_torch(values, forms, b, *rest, method)
+    return _in_torch(values, forms, b, *others, method)  # type: ignore[call-arg]
 
 
 # Beside a solve this is nothing: Triton has no kernel of its own for it.
@@ -362,7 +363,7 @@ class _Cg(torch.autograd.Function):
         U, failed, blocks, rtol, atol, x, info, *tensors = ctx.saved_tensors
         maxiter, method = ctx.limits
         grad = _without_failed(grad, info)
-        start = None if U is None else _start(*tensors, U, failed, grad)
+        start = None if U is None else _start(*tensors, U, failed, grad)  # type: ignore[call-arg]
         system = tensors
         if method == _CGNE:
             system = (tensors[0].mH,) if ctx.form == "dense" else _csr_adjoint(*tensors)
@@ -419,15 +420,18 @@ class _Callable(NamedTuple):
         def product(v: Tensor) -> Tensor:
             return _krylov.times_power(self.function(v, *params), -exponent)
 
-        def preconditioner(r: Tensor) -> Tensor:
-            return _krylov.times_power(self.preconditioner(r), exponent)
+        given = self.preconditioner
 
-        adjoint = None
+        def preconditioner(r: Tensor) -> Tensor:
+            return _krylov.times_power(r if given is None else given(r), exponent)
+
+        forward: Callable[[Tensor], Tensor] = product
+        adjoint: Callable[[Tensor], Tensor] | None = None
         if method == _CGNE:
             adjoint = self._adjoint(b, params, exponent)
             if transposed:
-                product, adjoint = adjoint, product
-        operator = _krylov.Operator(product, exponent, adjoint, self.preconditioner and preconditioner)
+                forward, adjoint = adjoint, forward
+        operator = _krylov.Operator(forward, exponent, adjoint, given and preconditioner)
         looks = 1 if b.device.type == "cpu" else 0 if torch.cuda.is_current_stream_capturing() else _CALLABLE_LOOKS
         control = _krylov.Control(rtol[..., None], atol[..., None], maxiter, looks)
         info = torch.where(torch.isfinite(self.size), 0, NON_FINITE)
@@ -483,6 +487,7 @@ def select_solver(A: Any, *, columns: int = 1, maxiter: int | None = None) -> st
     if not isinstance(A, Tensor):
         return "cg"
     n = _check.shapes("select_solver", A=(A, "... n n"))["n"]
+    _check.integer("select_solver", "columns", columns, low=0)
     steps = min(n, n if maxiter is None else _check.integer("select_solver", "maxiter", maxiter, low=0))
     return "cholesky" if numerics.CG_FACTOR_PRODUCTS.value < steps * columns else "cg"
 
@@ -514,6 +519,10 @@ def cg_ex(
     if b.dim() == 0:
         raise ValueError(message(_OP, "`b` must have the shape (..., n) or (..., n, k)", ()))
     given = isinstance(A, Tensor) or not callable(A)
+    if not isinstance(params, (tuple, list)) or not all(isinstance(one, Tensor) for one in params):
+        raise TypeError(message(_OP, "`params` must be a sequence of tensors", type(params).__name__))
+    if isinstance(preconditioner, Tensor):
+        raise TypeError(message(_OP, "`preconditioner` must be None, a name, a block size or a function", "a tensor"))
     if params and given:
         raise ValueError(message(_OP, "`params` are those of a callable `A`", type(A).__name__))
     if not given:
@@ -535,22 +544,22 @@ def cg_ex(
         _check.dtypes(_OP, _check.REAL + _check.COMPLEX, b=b, x0=x0)
         if x0.shape != b.shape:
             raise ValueError(message(_OP, "`x0` must have the shape of `b`", tuple(x0.shape), tuple(b.shape)))
-    steps = 10 * shape.n if maxiter is None else _check.integer(_OP, "maxiter", maxiter, low=0)
+    steps = 10 * shape.n if maxiter is None else _check.integer(_OP, "maxiter", maxiter, low=0, high=_MOST)
     if method == "auto":
-        columns = shape.flat[1]
+        columns = shape.flat()[1]
         method = select_solver(A, columns=columns, maxiter=maxiter) if form == "dense" and not preconditioner else "cg"
     if method == "cholesky" and form != "dense":
         raise ValueError(message(_OP, '`method` "cholesky" needs a dense `A`', form))
     if method == "cgne" and preconditioner is not None:
         raise ValueError(message(_OP, '`method` "cgne" takes no `preconditioner`', repr(preconditioner)))
     code = METHODS.index("cg" if method == "cholesky" or (method == "cocg" and not dtype.is_complex) else method)
-    rtol = _systems.tolerance("rtol", _default_rtol(dtype) if rtol is None else rtol, b, shape.systems)
-    atol = _systems.tolerance("atol", atol, b, shape.systems)
+    rtol = _systems.tolerance("rtol", _default_rtol(dtype) if rtol is None else rtol, b, shape.systems())
+    atol = _systems.tolerance("atol", atol, b, shape.systems())
     if form == "callable":
         if not (preconditioner is None or callable(preconditioner)):
             rule = "`preconditioner` of a callable `A` must be None or a callable"
             raise TypeError(message(_OP, rule, repr(preconditioner)))
-        function = _Callable(A, preconditioner, _probed(A, b, tuple(params)))
+        function = _Callable(A, preconditioner, _probed(A, b, tuple(params)))  # type: ignore[arg-type]
         start = None if x0 is None else x0.detach()
         return CgResult(*apply(_CgCallable, function, b, start, rtol, atol, steps, code, *params))
     rows, start = shape.rows(b), None if x0 is None else shape.rows(x0.detach())
@@ -558,14 +567,14 @@ def cg_ex(
     U = failed = None
     if method == "cholesky":
         found = chol_solve_safe.factor(tensors[0])
-        U, failed = found.U, found.failed
+        U, failed = found.U, found.failed()
         start = _start(tensors[0], U, failed, rows)
     arguments = (rows, start, blocks, rtol, atol, steps, code)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *tensors)):
         x, *rest = apply(_Cg, form, U, failed, *arguments, *tensors)
     else:  # autograd's own bookkeeping takes as long as some thirty small systems
         x, *rest = _run(form, tensors, *arguments)
-    return CgResult(shape.back(x), *(one.reshape(shape.systems) for one in rest))
+    return CgResult(shape.back(x), *(one.reshape(shape.systems()) for one in rest))
 
 
 def _report(result: CgResult, b: Tensor, rtol: float | Tensor | None, atol: float | Tensor, method: str) -> None:

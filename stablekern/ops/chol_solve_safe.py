@@ -181,7 +181,6 @@ class Factor(NamedTuple):
     info: Tensor
     jitter: Tensor
 
-    @property
     def failed(self) -> Tensor:
         return self.info > _SHIFTED
 
@@ -190,7 +189,7 @@ class Factor(NamedTuple):
         batch = torch.broadcast_shapes(self.info.shape, A.shape[:-2])
         matrices = (self.R, A, self.U)
         flat = [M.expand(*batch, *M.shape[-2:]).reshape(math.prod(batch), *M.shape[-2:]) for M in matrices]
-        return (*flat, self.failed.expand(batch).reshape(-1)), batch
+        return (*flat, self.failed().expand(batch).reshape(-1)), batch
 
     def solve(self, A: Tensor) -> Tensor:
         """The solutions; batch dimensions broadcast. A failed item is solved as the identity, with gradient 0."""
@@ -230,13 +229,15 @@ def chol_solve_safe(
     **Accuracy:** backward stable for $H + jI$; the solution's relative error grows with the condition number of that.
     **Sources:** Higham, Accuracy and Stability of Numerical Algorithms, secs. 10.1 and 10.3.
     """
+    _check.required(_OP, R=R, A=A)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     n = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n q"))["n"]
-    size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * n, numerics.CHOLESKY_JITTER_LIMIT.of()
+    _check.broadcast(_OP, R=R.shape[:-2], A=A.shape[:-2])
+    size, limit = numerics.CHOLESKY_JITTER_ULPS.of(R.dtype) * max(n, 1), numerics.CHOLESKY_JITTER_LIMIT.of()
     sizes = []
     while size < limit:
         sizes.append(size)
         size *= 10
     found = factor(R, [size / max(n, 1) for size in (*sizes, limit)])
-    solution = found.solve(A).masked_fill(found.failed[..., None, None], torch.nan)
+    solution = found.solve(A).masked_fill(found.failed()[..., None, None], torch.nan)
     return CholSolveSafe(solution, found.info, found.jitter)

@@ -25,7 +25,7 @@ as 0. Traces are added up in float64, so that all backends report the same items
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -207,7 +207,7 @@ def _(
     factors = constants if weights is None else weights.unbind(-1)
     total = _on_diagonal(pred, factors[2])
     for R, trace, factor in zip(inputs, traces.unbind(-1), factors, strict=False):
-        each = factor[:, None, None] if isinstance(factor, Tensor) else factor
+        each: Any = factor[:, None, None] if isinstance(factor, Tensor) else factor
         total = total + each * _of_unit_trace(R, trace, info != 0)
     blend.copy_(total.masked_fill((info != 0)[:, None, None], torch.nan))
     return blend, traces, info
@@ -297,6 +297,7 @@ def covariance_blend_ex(
     ($n\epsilon$ times the sum of the diagonal's moduli); bit 1: an entry of an input, or its trace, is not finite. The
     result of an item whose `info` is not 0 is NaN; no other item is touched. All else is as in `covariance_blend`.
     """
+    _check.required(_OP, R_pred=R_pred)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R_pred=R_pred, R_samp=R_samp)
     rank = R_pred.dim()
     if not isinstance(dims, tuple) or len(dims) != 2 or not all(isinstance(d, int) for d in dims):
@@ -320,11 +321,11 @@ def covariance_blend_ex(
     factors = kept * target * (1 - beta), kept * target * beta, (kept * loading + shrink) * target / max(n, 1)
     batch, weights, constants = matrices.shape[:-2], None, [0.0, 0.0, 0.0]
     if any(isinstance(factor, Tensor) for factor in factors):
-        full = {"dtype": matrices.dtype.to_real(), "device": matrices.device}
+        full: dict[str, Any] = {"dtype": matrices.dtype.to_real(), "device": matrices.device}
         each = [f.expand(batch) if isinstance(f, Tensor) else torch.full(batch, f, **full) for f in factors]
         weights = torch.stack(each, -1).reshape(-1, 3)
     else:
-        constants = list(factors)
+        constants = [float(factor) for factor in factors]
     count = math.prod(batch)
     flat = [R if R is None else R.reshape(count, n, n) for R in (matrices, measured)]
     blend, _, info = apply(_CovarianceBlend, *flat, weights, constants)
@@ -368,5 +369,11 @@ def covariance_blend(
 
     **Accuracy:** a few ulp of the largest entry; the trace is $T$ within about $n \epsilon$.
     """
-    options = {"beta": beta, "shrink": shrink, "loading": loading, "target_trace": target_trace, "dims": dims}
+    options: dict[str, Any] = {
+        "beta": beta,
+        "shrink": shrink,
+        "loading": loading,
+        "target_trace": target_trace,
+        "dims": dims,
+    }
     return covariance_blend_ex(R_pred, R_samp, **options).covariance

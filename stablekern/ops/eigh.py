@@ -39,7 +39,7 @@ from __future__ import annotations
 import inspect
 import math
 from ctypes import c_double, c_int, c_longlong
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,13 +153,13 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
 @launcher("eigh_bwd", device="cpu", backend="native", supports=lambda values, rows, *_: native_reason(rows))
 def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
     grads = [None if grad is None else grad.contiguous() for grad in (grad_eigenvalues, grad_eigenvector_rows)]
-    result = _fake_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule)
+    result = _fake_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule)  # type: ignore[arg-type, call-arg]
     _load.native().eigh_bwd(eigenvalues, eigenvector_rows, *grads, mode, *rule, result)
     settle_failed(result, eigenvalues, *grads)
     return result
 
 
-def cuda_macros(dtype: torch.dtype, n: int) -> dict[str, object]:
+def cuda_macros(dtype: torch.dtype, n: int) -> dict[str, Any]:
     """How `csrc/cuda/eigh.cu` is compiled for (b, n, n) matrices: its macros."""
     lanes = max(4, 1 << (n - 1).bit_length())
     row = n * dtype.itemsize
@@ -308,8 +308,8 @@ def _checked(function, A: Tensor, upper: bool) -> tuple[tuple[Tensor, ...], Tens
         results, failed, info = _lapack(function, part, upper)
         wrong = ~failed & wrong_results(part, upper, results[0], results[1] if len(results) > 1 else None)
         found.append((*results, failed | wrong, info + wrong.to(torch.int32) * _WRONG))
-    *results, failed, info = (torch.cat(pieces) for pieces in zip(*found, strict=True))
-    return tuple(results), failed, info
+    *values, failed, info = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return tuple(values), failed, info
 
 
 def _poisoned_values(results: tuple[Tensor, ...], failed: Tensor, info: Tensor) -> tuple[Tensor, Tensor]:
@@ -390,14 +390,14 @@ def _weighed(w: Tensor, M: Tensor, mode: str, gap_floor: float, noise: float) ->
     """S off the diagonal."""
     unit, largest = gap_unit(w)
     gap = (w / unit)[:, None, :] - (w / unit)[:, :, None]
-    gap_floor = gap_floor * largest[..., None]
+    width = gap_floor * largest[..., None]
     numerator = M - M.mH
     if mode == "auto":
         numerator = torch.where(numerator.abs() <= noise * _longest_column(M), 0.0, numerator)
     if mode in ("auto", "lorentz"):
-        weighed = numerator * (gap / (gap.square() + gap_floor.square()))
+        weighed = numerator * (gap / (gap.square() + width.square()))
     elif mode == "mask":
-        weighed = torch.where(gap.abs() <= gap_floor, 0.0, numerator / gap)
+        weighed = torch.where(gap.abs() <= width, 0.0, numerator / gap)
     else:
         weighed = numerator / gap
     return weighed / (2 * unit[..., None])
@@ -429,7 +429,7 @@ class _Eigh(torch.autograd.Function):
         _check.first_order("eigh")
         if grad_values is None and grad_rows is None:
             return None, None, None, None
-        return backward_of(*ctx.saved_tensors, grad_values, grad_rows, ctx.mode, ctx.gap_floor), None, None, None
+        return backward_of(*ctx.saved_tensors, grad_values, grad_rows, ctx.mode, ctx.gap_floor), None, None, None  # type: ignore[call-arg]
 
 
 def forward_of(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

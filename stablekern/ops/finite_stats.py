@@ -10,7 +10,7 @@ No derivative, so no backward; the native kernel takes all tensors in one pass, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ class FiniteStats(NamedTuple):
     min: Tensor  # (K,) float64
     max: Tensor  # (K,) float64
     mean: Tensor  # (K,) float64
-    count: Tensor  # (K,) int64, all entries
+    count: Tensor  # type: ignore[assignment] # (K,) int64, all entries; hides tuple.count
 
 
 def _reference_of_one(x: Tensor) -> tuple[float, ...]:
@@ -144,6 +144,9 @@ def finite_stats(tensors: Sequence[Tensor]) -> FiniteStats:
 
     **Raises:** `TypeError` for something else than tensors, `ValueError` for tensors on several devices.
     """
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        rule = "`tensors` must be a sequence of tensors"
+        raise TypeError(_check.message("finite_stats", rule, type(tensors).__name__))
     tensors = list(tensors)
     for index, x in enumerate(tensors):
         if not isinstance(x, Tensor):

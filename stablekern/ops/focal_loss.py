@@ -44,7 +44,7 @@ def reference(
 
 def _fake(
     logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return _outputs(logits, by_logits, by_targets)
 
 
@@ -57,11 +57,11 @@ def _fake_total(
     scale: float,
     by_logits: bool,
     by_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return torch.empty((), dtype=logits.dtype, device=logits.device), *_derivatives(logits, by_logits, by_targets)
 
 
-def _outputs(logits: Tensor, by_logits: bool, by_targets: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(logits: Tensor, by_logits: bool, by_targets: bool) -> tuple[Tensor, ...]:
     """Loss, dL/dx, dL/dy."""
     loss = empty(logits.shape, logits)
     return loss, *_derivatives(logits, by_logits, by_targets)
@@ -96,7 +96,7 @@ def _unsupported(logits: Tensor, *others: object) -> str | None:
 @launcher("focal_loss_fwd", device="cpu", backend="native", supports=_unsupported)
 def _(
     logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     results = _outputs(logits, by_logits, by_targets)
     native().focal_loss_fwd(logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight, *results)
     return results
@@ -123,7 +123,7 @@ def _(
     scale: float,
     by_logits: bool,
     by_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     results = _fake_total(logits, targets, alpha, gamma, pos_weight, scale, by_logits, by_targets)
     native().focal_loss_total_fwd(logits.contiguous(), targets.contiguous(), alpha, gamma, pos_weight, scale, *results)
     return results
@@ -141,7 +141,7 @@ def _(grad: Tensor, slope: Tensor) -> Tensor:
 @launcher("focal_loss_fwd", device="cpu", backend="triton")
 def _(
     logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     from stablekern.triton_kernels.focal_loss import focal_loss_fwd
 
     results = _outputs(logits, by_logits, by_targets)
@@ -158,7 +158,7 @@ def _vanishing(weight: Tensor, softplus: Tensor) -> Tensor:
 @launcher("focal_loss_fwd", device="cpu", backend="torch")
 def _(
     logits: Tensor, targets: Tensor, alpha: float, gamma: float, pos_weight: float, by_logits: bool, by_targets: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     wide = torch.promote_types(logits.dtype, torch.float32)
     x, y = logits.to(wide), targets.to(wide)
     tail = torch.log1p(torch.exp(-x.abs()))
@@ -190,7 +190,7 @@ def _(
     scale: float,
     by_logits: bool,
     by_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     loss, slope, difference = _fwd(logits, targets, alpha, gamma, pos_weight, by_logits, by_targets)
     return loss.sum().mul_(scale), slope.mul_(scale), difference.mul_(scale)
 
@@ -205,7 +205,7 @@ class _FocalLoss(torch.autograd.Function):
         pos_weight: float,
         by_logits: bool,
         by_targets: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return _fwd(logits, targets, alpha, gamma, pos_weight, by_logits, by_targets)
 
     @staticmethod
@@ -235,7 +235,7 @@ class _FocalTotal(torch.autograd.Function):
         scale: float,
         by_logits: bool,
         by_targets: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return _total_fwd(logits, targets, alpha, gamma, pos_weight, scale, by_logits, by_targets)
 
     @staticmethod
@@ -285,6 +285,7 @@ def focal_loss(
     **Accuracy:** at most twice the error of the same formula in plain torch and the same dtype (`tests/test_ops.py`).
     **Source:** Lin et al. 2017, arXiv:1708.02002, eq. 5.
     """
+    _check.required("focal_loss", logits=logits, targets=targets)
     _check.dtypes("focal_loss", _check.REAL + _check.HALF, logits=logits, targets=targets)
     if logits.shape != targets.shape:
         raise ValueError(

@@ -209,7 +209,7 @@ def _(values, rows, components, previous, k, first, cluster_gap, orthonormal) ->
     if not isinstance(chosen, Tensor) or chosen.numel():
         earlier = None if previous is None else previous[chosen]
         inputs = (x[chosen] for x in (rows, ok, fixed, same, clustered))
-        rotation[chosen] = _rotations(*inputs, earlier, window, orthonormal)
+        rotation[chosen] = _rotations(*inputs, earlier, window, orthonormal)  # type: ignore[arg-type, call-arg]
     return rotation
 
 
@@ -316,7 +316,7 @@ def laplacian_pe_ex(
     encoding and eigenvalues of such a step are NaN; no other step is touched. All else is as in `laplacian_pe`.
     """
     dims = _check.shapes(_OP, adjacency=(adjacency, "... t n n"))
-    _check.integer(_OP, "interval", interval, low=1)
+    interval = min(_check.integer(_OP, "interval", interval, low=1), max(dims["t"], 1))
     if not isinstance(skip_trivial, bool):
         raise TypeError(message(_OP, "`skip_trivial` must be a bool", type(skip_trivial).__name__))
     first = int(skip_trivial)
@@ -410,5 +410,6 @@ def laplacian_pe(
     more.
     **Sources:** see the module's text.
     """
-    options = {"skip_trivial": skip_trivial, "align": align, "interval": interval, "previous": previous, "grad": grad}
-    return laplacian_pe_ex(adjacency, k, **options).pe
+    return laplacian_pe_ex(
+        adjacency, k, skip_trivial=skip_trivial, align=align, interval=interval, previous=previous, grad=grad
+    ).pe

@@ -34,6 +34,8 @@ accumulation as a prefix of clipped maps, slope 1); Martin & Cundy 2018, arXiv:1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,10 @@ def reference(
     state = torch.zeros_like(token[..., 0]) if initial_state is None else initial_state
     bounds = None
     if state_clamp is not None:
-        real = {"dtype": token.real.dtype if token.is_complex() else token.dtype, "device": token.device}
+        real: dict[str, Any] = {
+            "dtype": token.real.dtype if token.is_complex() else token.dtype,
+            "device": token.device,
+        }
         bounds = [torch.as_tensor(bound, **real) for bound in _state_clamp.pair(_OP, state_clamp)]
     states = []
     times = range(token.shape[-1])
@@ -241,7 +246,7 @@ def _saturation(
     later, earlier = torch.cat((states[..., 1:], first), -1), torch.cat((first, states[..., :-1]), -1)
     before = torch.cat((earlier[:, :ahead], later[:, ahead:]), 1)
     each = (None if bound is None else bound[:, None] for bound in (lower, upper))
-    return _state_clamp.changed(gate * before[..., :length] + token, *each).to(upper.dtype).sum(-1) / max(length, 1)
+    return _state_clamp.changed(gate * before[..., :length] + token, *each).to(upper.dtype).sum(-1) / max(length, 1)  # type: ignore[arg-type]
 
 
 class _LinearScan(torch.autograd.Function):
@@ -302,6 +307,8 @@ def linear_scan(
     The same bits for any number of threads (`tests/test_linear_scan.py`).
     **Sources:** Blelloch 1990, sec. 1.4.1; Martin & Cundy 2018, arXiv:1709.04057.
     """
+    _check.required(_OP, gate=gate, token=token)
+    _check.flag(_OP, reverse=reverse, return_saturation=return_saturation)
     sizes = _check.shapes(_OP, gate=(gate, "b d l"), token=(token, "b d l"), initial_state=(initial_state, "b d"))
     if reverse and bidirectional:
         raise ValueError(message(_OP, "`reverse` and `bidirectional` exclude each other", "both"))
@@ -330,4 +337,4 @@ def linear_scan(
     states = apply(_LinearScan, gate, token, initial_state, lower, upper, reverse_channels)
     if not return_saturation:
         return states.to(dtype)
-    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse_channels)
+    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse_channels)  # type: ignore[arg-type]

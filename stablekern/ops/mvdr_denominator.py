@@ -79,8 +79,10 @@ def mvdr_denominator(
     never a wrong sign. Without loading, a covariance of fewer snapshots than elements gives NaN or rounding noise.
     **Sources:** Capon 1969, eq. 15.
     """
+    _check.required(_OP, R=R, A=A)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     n = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n p"))["n"]
+    _check.broadcast(_OP, R=R.shape[:-2], A=A.shape[:-2])
     loading = _check.number(_OP, "loading", loading, low=0.0)
     H = hermitised(R)
     mean = trace_of(H) / max(n, 1)
@@ -89,4 +91,4 @@ def mvdr_denominator(
     found = factor(H)
     flat, batch = found.beside(A)
     denominator = apply(_Denominator, *flat).reshape(*batch, A.shape[-1])
-    return denominator.masked_fill(found.failed[..., None], torch.nan)
+    return denominator.masked_fill(found.failed()[..., None], torch.nan)

@@ -56,6 +56,7 @@ def ridge_lstsq(
     smallest singular value: that of the normal equations.
     **Sources:** see the module's text.
     """
+    _check.required(_OP, Phi=Phi, y=y)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, Phi=Phi, y=y)
     sizes = _check.shapes(_OP, Phi=(Phi, "... m n"), y=(y, "... m"))
     m, n = sizes["m"], sizes["n"]
@@ -79,4 +80,4 @@ def ridge_lstsq(
     else:
         found = factor(Phi.mH @ Phi + ridge)
         x = found.solve(Phi.mH @ column)
-    return x[..., 0].masked_fill(found.failed[..., None], torch.nan)
+    return x[..., 0].masked_fill(found.failed()[..., None], torch.nan)

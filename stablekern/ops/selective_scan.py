@@ -41,6 +41,7 @@ linear recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,8 +96,8 @@ def reference(
     enter, leave = steps(B), steps(C)
     low = high = radius = None
     if state_clamp is not None:
-        bounds = (state_clamp,) if A.is_complex() else _state_clamp.pair(_OP, state_clamp)
-        bounds = [torch.as_tensor(bound, dtype=u.dtype, device=u.device) for bound in bounds]
+        given: Any = (state_clamp,) if A.is_complex() else _state_clamp.pair(_OP, state_clamp)
+        bounds = [torch.as_tensor(bound, dtype=u.dtype, device=u.device) for bound in given]
         bounds = [bound[:, None] if bound.dim() == 1 else bound for bound in bounds]
         low, high, radius = (None, None, bounds[0]) if A.is_complex() else (*bounds, None)
     state = A.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
@@ -449,12 +450,12 @@ def _saturation(
         _, state, before = _fwd(
             tokens, steps, A, enter, enter, None, None, delta_bias, state, lower, upper, delta_softplus, 1
         )
-        tokens, steps, enter = _widened(A, tokens, steps, enter)
+        tokens, steps, enter = _widened(A, tokens, steps, enter)  # type: ignore[assignment]
         steps, _ = _step(steps, delta_bias, delta_softplus)
         enter = enter[:, None] if enter.dim() == 2 else _of_channels(enter, channels).mT
         decay = torch.exp(steps[..., None] * A[:, None])
         _, free = _advance(before.permute(0, 3, 1, 2), decay, (steps * tokens)[..., None] * enter, None, None)
-        changed += _state_clamp.changed(free, *_each_step(lower, upper)).sum((-2, -1))
+        changed += _state_clamp.changed(free, *_each_step(lower, upper)).sum((-2, -1))  # type: ignore[arg-type]
     return changed / max(length * A.shape[1], 1)
 
 
@@ -558,6 +559,9 @@ def selective_scan(
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_selective_scan.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
+    _check.required(_OP, u=u, delta=delta, A=A, B=B, C=C)
+    _check.flag(_OP, delta_softplus=delta_softplus, return_last_state=return_last_state)
+    _check.flag(_OP, return_saturation=return_saturation)
     _check.shapes(_OP, u=(u, "b d l"), A=(A, "d n"))
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, u=u)
     wide = torch.promote_types(dtype, torch.float32)
@@ -611,7 +615,7 @@ def selective_scan(
     y, last_state, _ = apply(_SelectiveScan, *tracked, lower, upper, delta_softplus, chunk)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
-        parts = (u, delta, A, enter, delta_bias, initial_state)
+        parts: Any = (u, delta, A, enter, delta_bias, initial_state)
         parts = (None if part is None else part.detach() for part in parts)
-        outputs += (_saturation(*parts, lower, upper, delta_softplus),)
+        outputs += (_saturation(*parts, lower, upper, delta_softplus),)  # type: ignore[call-arg]
     return outputs if len(outputs) > 1 else y

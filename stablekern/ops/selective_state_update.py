@@ -58,9 +58,9 @@ def reference(
     state = torch.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B
     if state_clamp is not None and A.is_complex():
         size = state.abs()
-        state = torch.where(size > state_clamp, state * (state_clamp / torch.where(size > state_clamp, size, 1)), state)
+        state = torch.where(size > state_clamp, state * (state_clamp / torch.where(size > state_clamp, size, 1)), state)  # type: ignore[arg-type, operator]
     elif state_clamp is not None:
-        state = torch.clamp(state, *_state_clamp.pair(_OP, state_clamp))
+        state = torch.clamp(state, *_state_clamp.pair(_OP, state_clamp))  # type: ignore[arg-type]
     y = (state * C).sum(-1)
     y = 2 * y.real if y.is_complex() else y
     if D is not None:
@@ -192,7 +192,10 @@ def selective_state_update(
     **Accuracy:** at most twice the error of the same step in plain torch (`tests/test_ops.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.
     """
-    heads = isinstance(state, Tensor) and state.dim() == 4
+    _check.required(_OP, state=state, x=x, dt=dt, A=A, B=B, C=C)
+    _check.own_memory(_OP, state=state)
+    _check.flag(_OP, dt_softplus=dt_softplus)
+    heads = state.dim() == 4
     row, projected = ("h d", "b g n") if heads else ("d", "b g n")
     if isinstance(B, Tensor) and B.dim() == 2:
         projected = "b n"
@@ -228,8 +231,9 @@ def selective_state_update(
         raise RuntimeError(message(_OP, rule))
     if heads:
         state_rows = state.flatten(1, 2)
-        x_rows, dt, z = (None if v is None else v.flatten(1, 2) for v in (x, dt, z))
-        A, D, dt_bias = (None if v is None else v.flatten(0, 1) for v in (A, D, dt_bias))
+        x_rows, dt, A = x.flatten(1, 2), dt.flatten(1, 2), A.flatten(0, 1)
+        z = None if z is None else z.flatten(1, 2)
+        D, dt_bias = (None if v is None else v.flatten(0, 1) for v in (D, dt_bias))
     else:
         state_rows, x_rows = state, x
     if B.dim() == 2:

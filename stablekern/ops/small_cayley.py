@@ -117,6 +117,7 @@ def small_cayley(
     **Accuracy:** $U$ and the gradient at most twice the error of `torch.linalg.solve` in the same dtype, and 16 ulp
     (`tests/test_ops.py`). **Sources:** Helfrich, Willmott & Ye 2018, arXiv:1707.09520.
     """
+    _check.required(_OP, A=A)
     n = _check.shapes(_OP, A=(A, "... n n"))["n"]
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, A=A)
     return apply(_SmallCayley, A.reshape(math.prod(A.shape[:-2]), n, n)).reshape(A.shape)

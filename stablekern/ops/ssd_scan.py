@@ -96,7 +96,7 @@ def reference(
     for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
         state = decay[t] * state + token[t] * enter[t]
         if bounds:
-            state = torch.clamp(state, *bounds)
+            state = torch.clamp(state, *bounds)  # type: ignore[arg-type]
         outputs.append((state * leave[t]).sum(-1))
     y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x * 0
     if D is not None:
@@ -415,6 +415,9 @@ def ssd_scan(
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_ssd_scan.py`).
     **Sources:** Dao & Gu 2024, arXiv:2405.21060.
     """
+    _check.required(_OP, x=x, dt=dt, A=A, B=B, C=C)
+    _check.flag(_OP, dt_softplus=dt_softplus, return_last_state=return_last_state, reverse=reverse)
+    _check.flag(_OP, bidirectional=bidirectional, return_saturation=return_saturation)
     sizes = _check.shapes(
         _OP,
         x=(x, "b l h p"),
@@ -442,6 +445,8 @@ def ssd_scan(
             _check.dtypes(_OP, tuple({dtype, wide}), **{name: tensor})
             if tensor.device != x.device:
                 raise ValueError(message(_OP, f"`{name}` and `x` must be on one device", tensor.device, x.device))
+    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
+        raise TypeError(message(_OP, "`dt_limit` must be (low, high)", type(dt_limit).__name__))
     low = _check.number(_OP, "dt_limit", dt_limit[0], low=0.0)
     high = _check.number(_OP, "dt_limit", dt_limit[1], low=low)
     x_wide, step, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
@@ -473,5 +478,5 @@ def ssd_scan(
     y = y.to(dtype)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
-        outputs += (_saturation(x_wide, step, A, B, initial_state, lower, upper, reverse_groups),)
+        outputs += (_saturation(x_wide, step, A, B, initial_state, lower, upper, reverse_groups),)  # type: ignore[arg-type]
     return outputs if len(outputs) > 1 else y

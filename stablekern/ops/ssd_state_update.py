@@ -182,6 +182,9 @@ def ssd_state_update(
     **Accuracy:** at most twice the error of the same step in plain torch (`tests/test_ops.py`).
     **Sources:** Dao & Gu 2024, arXiv:2405.21060.
     """
+    _check.required(_OP, state=state, x=x, dt=dt, A=A, B=B, C=C)
+    _check.own_memory(_OP, state=state)
+    _check.flag(_OP, dt_softplus=dt_softplus)
     sizes = _check.shapes(
         _OP,
         state=(state, "b h p n"),
@@ -209,7 +212,8 @@ def ssd_state_update(
         rule = "changes `state` in place and has no gradient; call it under `torch.no_grad()`, or use `ssd_scan`"
         raise RuntimeError(message(_OP, rule, "requires_grad=True"))
     lower, upper = _state_clamp.bounds(_OP, state_clamp, state, h=heads, p=sizes["p"])
-    A, D, dt_bias = (None if tensor is None else tensor.to(wide) for tensor in (A, D, dt_bias))
+    A = A.to(wide)
+    D, dt_bias = (None if tensor is None else tensor.to(wide) for tensor in (D, dt_bias))
     if D is not None:
         D = (D[:, None] if D.dim() == 1 else D).expand(heads, sizes["p"])
     if not dt_softplus and _check.readable(dt) and dt.numel():

@@ -63,6 +63,7 @@ def subspace_residual(
     **Accuracy:** absolute error of about $n \epsilon$, and $\epsilon / \rho$ for parallel columns.
     **Source:** see the module's text.
     """
+    _check.required(_OP, R=R, A=A)
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, R=R, A=A)
     sizes = _check.shapes(_OP, R=(R, "... n n"), A=(A, "... n k"))
     if A.shape[:-2] != R.shape[:-2]:
@@ -82,7 +83,7 @@ def subspace_residual(
     U = torch.where(kept, U / squared_modulus(U).sum(-2, keepdim=True).sqrt(), 0.0)
     eye = torch.eye(sizes["k"], dtype=A.dtype, device=A.device)
     found = factor(U.mH @ U + ridge * eye)
-    V, unusable = found.solve(U.mH), found.failed
+    V, unusable = found.solve(U.mH), found.failed()
     # Held constant: the result does not depend on it.
     largest = components(R.detach()).abs().flatten(R.dim() - 2).amax(-1)[..., None, None]
     lost = ~(largest > 0) | ~torch.isfinite(largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +15,27 @@ __all__ = ["box", "is_sharded", "like", "local", "reduce"]
 _PLAIN = (torch.nn.Parameter, Tensor)  # looking for an attribute that is missing takes longer than all else
 
 
+# DTensor is not imported before there is one: parameters that are one are `Any` below.
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor (asked without importing `torch.distributed.tensor`, which takes a while)."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This rank's part, sharing memory with `tensor`."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def like(gradient: Tensor, parameter: Tensor) -> Tensor:
+def like(gradient: Any, parameter: Any) -> Tensor:
     """The gradient sharded as its parameter is (a partial sum, as tensor parallelism leaves, is summed here)."""
     if is_sharded(gradient) and gradient.placements != parameter.placements:
         return gradient.redistribute(placements=parameter.placements)
     return gradient
 
 
-def box(tensor: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+def box(tensor: Any) -> tuple[Sequence[int], Sequence[int]]:
     """Sizes of this rank's part and its offsets within the whole.
 
     `ValueError` if the part is no box (a strided shard, from FSDP over tensor parallelism along one dimension).
@@ -45,7 +49,7 @@ def box(tensor: Tensor) -> tuple[Sequence[int], Sequence[int]]:
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
-def reduce(values: Tensor, owner: Tensor, operation: str) -> Tensor:
+def reduce(values: Tensor, owner: Any, operation: str) -> Tensor:
     """All-reduce `values` ("sum" or "max") over the ranks that hold different parts of the DTensor `owner`."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

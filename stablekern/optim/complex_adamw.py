@@ -140,9 +140,10 @@ def _pair_indices(pairs: Iterable[Any], params: list[Tensor]) -> tuple[tuple[int
     """Positions within `params` of each (re, im) pair of tensors; every parameter in at most one pair."""
     position = {id(p): i for i, p in enumerate(params)}
     indices = [(position.pop(id(re), None), position.pop(id(im), None)) for re, im in _check_pairs(pairs)]
-    if any(i is None for pair in indices for i in pair):
+    found = tuple((i, j) for i, j in indices if i is not None and j is not None)
+    if len(found) < len(indices):
         raise ValueError(message(_WHERE, "the halves of a pair must be parameters of one group, and of no other pair"))
-    return tuple(indices)
+    return found
 
 
 class _Lists:
@@ -355,8 +356,9 @@ class ComplexAdamW(Optimizer):
                 if incoming["state"].get(key):
                     self.state[p] = self._adopt(p, incoming["state"][key], group)
             for i, j in group["pairs"] if group["coupled"] else ():
-                re, im = (self.state.get(group["params"][k]) for k in (i, j))
-                for key in _SQUARES if re else ():
+                re: Any = self.state.get(group["params"][i])
+                im: Any = self.state.get(group["params"][j])
+                for key in _SQUARES if re and im else ():
                     if key in re:
                         if not _is_coupled(saved_group):
                             re[key] += im[key]
@@ -541,7 +543,8 @@ class ComplexAdamW(Optimizer):
         grad = p.grad
         complex_ = p.is_complex()
         if (
-            len(unit.members) == 2
+            grad is None
+            or len(unit.members) == 2
             or unit.lane is not None
             or (complex_ and not group["coupled"])
             or _shards.is_sharded(p)

@@ -125,7 +125,7 @@ def _(gradients):
         if views[0].dtype == torch.float64:
             found = [_norm(view) for view in views]
         else:
-            found = torch._foreach_norm(views, 2, dtype=torch.float64)
+            found = list(torch._foreach_norm(views, 2, dtype=torch.float64))
         for i, value in zip(members, found, strict=True):
             norms[i] = value
     return torch.stack(norms)
@@ -189,7 +189,7 @@ def tensor_norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     return _norms(tensors, [_in_memory_order(_shards.local(tensor)) for tensor in tensors], device)
 
 
-def _sharded_like(gradients: list[Tensor]) -> list[list[int]]:
+def _sharded_like(gradients: list[Any]) -> list[list[int]]:
     """Positions of sharded gradients, those together that are sharded alike."""
     groups: dict[Any, list[int]] = {}
     for i, gradient in enumerate(gradients):
@@ -430,14 +430,14 @@ class GradGuard:
         for one in optimizers:
             if getattr(one, "_step_supports_amp_scaling", False):
                 before = getattr(one, "found_inf", None)
-                one.found_inf = self.found_inf
+                one.found_inf = self.found_inf  # type: ignore[attr-defined]
                 try:
                     one.step()
                 finally:
                     if before is None:
-                        del one.found_inf
+                        del one.found_inf  # type: ignore[attr-defined]
                     else:
-                        one.found_inf = before
+                        one.found_inf = before  # type: ignore[attr-defined]
             else:
                 skip = bool(self.found_inf) if skip is None else skip
                 if not skip:

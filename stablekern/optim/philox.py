@@ -131,7 +131,7 @@ def _(start, count, seed_low, seed_high, step, parameter, dtype):
         stop = min(at + chunk, start + count)
         blocks = torch.arange(at // 4, -(-stop // 4), dtype=torch.int64, device=device)
         words = philox4x32((blocks & _WORD, blocks >> 32, parameter, step & _WORD), (seed_low, seed_high))
-        normals = torch.stack((*_box_muller(*words[:2]), *_box_muller(*words[2:])), dim=-1).flatten()
+        normals = torch.stack((*_box_muller(*words[:2]), *_box_muller(*words[2:])), dim=-1).flatten()  # type: ignore[arg-type]
         pieces.append(normals[at % 4 : at % 4 + stop - at].to(dtype))
     return torch.cat(pieces) if pieces else step.new_empty((0,), dtype=dtype)
 

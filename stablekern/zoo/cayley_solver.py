@@ -88,7 +88,7 @@ def exhibit() -> Exhibit:
             rows.append(Row(who, name, case, int((~(residual <= 1e-4)).sum()), _TOKENS, largest(residual.tolist())))
     for dt in _STEPS:
         exact = _gradient(
-            lambda p, w, dt=dt: (
+            lambda p, w, dt=dt: (  # type: ignore[misc]
                 torch.linalg.solve(
                     torch.eye(_SIZE) + 0.5j * dt * _laplacian(edges, w),
                     (p - 0.5j * dt * (p @ (_laplacian(edges, w) + 0j))).mT,

@@ -168,7 +168,7 @@ void copy_out(const T* from, int64_t length, bool past_caches, T* to) {
   int64_t i = 0;
   if (past_caches && reinterpret_cast<std::uintptr_t>(to) % kVectorBytes == 0)
     for (; i + lanes <= length; i += lanes) stream(to + i, load(from + i));
-  std::memcpy(to + i, from + i, static_cast<std::size_t>(length - i) * sizeof(T));
+  if (i < length) std::memcpy(to + i, from + i, static_cast<std::size_t>(length - i) * sizeof(T));  // null if empty
 }
 
 // ---- Householder --------------------------------------------------------------------------------------------------
