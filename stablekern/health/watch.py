@@ -236,7 +236,7 @@ class Watch:
         self._backward_done = False
         self._optimizer_seen = False
         self._optimizer = "the optimizer"
-        self._gradient_versions: dict[int, tuple[int, int]] = {}
+        self._gradient_versions: list[tuple[int, int]] = []
         self._owned: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._current = _Step()
         self._flight: deque[_Step] = deque()
@@ -246,6 +246,7 @@ class Watch:
         self._stack = contextlib.ExitStack()
         self._parameters: list[tuple[str, nn.Parameter]] | None = None
         self._parameters_until = 0
+        self._room = grad_guard.room_for(0)
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._intended = self._undelivered = False
         self._finding: _trace.Finding | None = None
@@ -408,7 +409,7 @@ class Watch:
             raise
         finally:
             self._backward_depth -= 1
-        self._after_backward(self._gradients())
+        self._after_backward([] if self._all_finite() else self._gradients())
 
     def _grad(self, original: Callable[..., Any], outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self._backward_depth or self._silent or self.report is not None:
@@ -446,18 +447,45 @@ class Watch:
         if gradients and not self.scaled:
             names, values = zip(*gradients, strict=True)
             self._counted(names, values, lambda evidence: self._search_backward(calls, trail, evidence))
-            self._gradient_versions = {id(g): (id(g), g._version) for _, g in gradients}
+            self._gradient_versions = _versions(values)
         if not self.late and not self.scaled:
             self._calls.clear()
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
-        """(name, gradient) of every parameter that has one; the parameters are looked up anew now and then."""
+        """(name, gradient) of every parameter that has one."""
+        self._look_up()
+        return [(name, gradient) for name, p in self._parameters if (gradient := p.grad) is not None]  # type: ignore[union-attr]
+
+    def _look_up(self) -> None:
+        """The parameters, anew now and then."""
         if self._parameters is None or self.step >= self._parameters_until:
             roots = [self.model] if self.model is not None else list(self._roots)
             pairs = (pair for root in roots for pair in _trace.eager(root).named_parameters())
             self._parameters = list({id(p): (name, p) for name, p in pairs if p.numel()}.values())
             self._parameters_until = self.step + _LOOK_AGAIN
-        return [(name, gradient) for name, p in self._parameters if (gradient := p.grad) is not None]
+            self._room = grad_guard.room_for(len(self._parameters))
+
+    def _all_finite(self, *, unless_checked: bool = False) -> bool:
+        """Whether all gradients of parameters are, in one pass of C; False too where only a closer look can tell.
+
+        Eighty small gradients cost more to pass on one by one than to read. `unless_checked`: also True where they
+        are those that were counted after the backward pass, and nothing was written to them since.
+        """
+        if self.late or self.scaled or torch.compiler.is_compiling() or "stablekern._native" not in sys.modules:
+            return False
+        self._look_up()
+        parameters = [p for _, p in self._parameters]  # type: ignore[union-attr]
+        found = grad_guard.gathered(parameters, self._room)
+        if found is None:
+            return False
+        gradients, table = found
+        versions = _versions(gradients)
+        if unless_checked and versions == self._gradient_versions:
+            return True
+        if gradients and not bool(grad_guard.norms_of(table).isfinite().all()):
+            return False
+        self._gradient_versions = versions
+        return True
 
     # ---- the step
 
@@ -465,8 +493,10 @@ class Watch:
         if self._silent or self.report is not None or not self._owns(optimizer):
             return
         self._optimizer = type(optimizer).__name__
-        known = self._gradient_versions
-        changed = [(n, g) for n, g in self._gradients() if known.get(id(g)) != (id(g), g._version)]
+        if self._all_finite(unless_checked=True):
+            return
+        known = set(self._gradient_versions)
+        changed = [(n, g) for n, g in self._gradients() if (id(g), g._version) not in known]
         if changed:
             calls, trails = list(self._calls), list(self._trails)
             names, values = zip(*changed, strict=True)
@@ -680,6 +710,11 @@ class Watch:
         finally:
             Watch._silent = False
         return (name, rows) if rows else None
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """What a tensor is known by, once it has been looked at: no reference, which would keep it."""
+    return [(id(x), x._version) for x in tensors]
 
 
 def _arrived(gradients: list[Tensor | None], index: int, gradient: Tensor) -> None:

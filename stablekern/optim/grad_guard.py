@@ -95,7 +95,23 @@ def _table(gradients: list[Tensor]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def _norms_of(table: Tensor) -> Tensor:
+def room_for(gradients: int) -> Tensor:
+    """Room for the table of so many gradients."""
+    return torch.empty((gradients, _SPAN_COLUMNS), dtype=torch.int64)
+
+
+def gathered(parameters: list[Tensor], room: Tensor) -> tuple[list[Tensor], Tensor] | None:
+    """The gradients that there are and their table in `room`, in one pass of C over the parameters.
+
+    None if any is not a plain dense tensor on the CPU. A thousand tensors pass the dispatcher in 1 ms, which is as long
+    as their norm takes.
+    """
+    gradients = _load.native_module().gather_gradients(parameters, room.data_ptr())
+    return None if gradients is None else (gradients, room[: len(gradients)])
+
+
+def norms_of(table: Tensor) -> Tensor:
+    """The float64 norms of the gradients of a table."""
     norms = torch.empty(len(table), dtype=torch.float64)
     _load.native().gradient_norms(table, norms)
     return norms
@@ -103,7 +119,7 @@ def _norms_of(table: Tensor) -> Tensor:
 
 @launcher("gradient_norms", device="cpu", backend="native", supports=_needs_dense)
 def _(gradients):
-    return _norms_of(_table(gradients))
+    return norms_of(_table(gradients))
 
 
 @launcher("gradient_norms", device="cuda", backend="triton", supports=_needs_dense)
@@ -263,9 +279,7 @@ class GradGuard:
 
     def __init__(self, params: Any, max_norm: float, *, policy: str = "skip") -> None:
         self._parameters = _named(params)
-        self._room = torch.empty(
-            len(self._parameters), _SPAN_COLUMNS, dtype=torch.int64
-        )  # of the native kernels' table
+        self._room = room_for(len(self._parameters))  # of the native kernels' table
         self.max_norm = _check.number(_WHERE, "max_norm", max_norm, low=0.0)
         _check.choice(_WHERE, "policy", policy, ("skip", "zero", "raise"))
         self.policy = policy
@@ -309,7 +323,7 @@ class GradGuard:
             norms = _norms(gradients, parts, self.found_inf.device)
         else:
             names, gradients, table = gathered
-            norms = _norms_of(table)
+            norms = norms_of(table)
         finite = norms.isfinite()
         bad = ~finite.all() if veto is None else ~finite.all() | veto
         self._checked = (names, finite)
@@ -340,23 +354,20 @@ class GradGuard:
         return norm
 
     def _gather(self) -> tuple[tuple[str, ...], list[Tensor], Tensor] | None:
-        """Names, gradients and their table, in one pass of C over the parameters; None if the usual way must be taken.
-
-        A thousand tensors pass the dispatcher in 1 ms, which is as long as their norm takes.
-        """
+        """Names, gradients and their table; None if the usual way must be taken."""
         device = self.found_inf.device
         if device.type != "cpu" or torch.compiler.is_compiling() or backend_for("gradient_norms", []) != "native":
             return None
         if self._parameters and self._parameters[0][1].device != device:
             return None
-        native = _load.native_module()
-        gradients = native.gather_gradients([p for _, p in self._parameters], self._room.data_ptr())
-        if gradients is None:
+        found = gathered([p for _, p in self._parameters], self._room)
+        if found is None:
             return None
+        gradients, table = found
         present = self._parameters
         if len(gradients) < len(present):
             present = [(name, p) for name, p in present if p.grad is not None]
-        return tuple(name for name, _ in present), gradients, self._room[: len(gradients)]
+        return tuple(name for name, _ in present), gradients, table
 
     def _gradients(self) -> tuple[tuple[str, ...], list[Tensor]]:
         device = self.found_inf.device
