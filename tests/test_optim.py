@@ -734,6 +734,50 @@ def test_bad_parameters_and_pairs():
     assert by_group.param_groups[1]["pairs"] == ((1, 0),)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "kind", "text"),
+    [
+        (lambda group, table: group.update(lr=-1.0), ValueError, "`lr`"),
+        (lambda group, table: group.update(temperature=-1.0), ValueError, "`temperature`"),
+        (lambda group, table: group.update(betas=(0.9, 1.5)), ValueError, r"\[0, 1\)"),
+        (
+            lambda group, table: setattr(
+                table, "grad", torch.sparse_coo_tensor([[1]], [[1.0, 1.0]], (4, 2), check_invariants=True)
+            ),
+            TypeError,
+            "must be dense",
+        ),
+    ],
+    ids=["lr", "temperature", "betas", "sparse"],
+)
+def test_a_fault_in_the_last_group_leaves_the_first_one_alone(spoil, kind, text):
+    """In the middle of a training: values, moments and counters of every group stay, bit for bit."""
+    p, table = nn.Parameter(torch.randn(3, dtype=torch.complex64)), nn.Parameter(torch.randn(4, 2))
+    optimizer = ComplexAdamW([{"params": [p]}, {"params": [table]}], temperature=1e-3, amsgrad=True)
+    run(optimizer, [p, table], gradients([p, table], 2))
+    before = snapshot(optimizer, [p, table])
+    p.grad, table.grad = torch.ones_like(p), torch.ones_like(table)
+    spoil(optimizer.param_groups[1], table)
+    with pytest.raises(kind, match=text):
+        optimizer.step()
+    torch.testing.assert_close(snapshot(optimizer, [p, table]), before, rtol=0, atol=0)
+
+
+def test_a_group_that_is_refused_is_not_added():
+    p, q, wide = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    whole = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    optimizer = ComplexAdamW([p])
+    for group, kind in [
+        ({"params": [q, whole]}, TypeError),
+        ({"params": [q, wide], "pairs": [(q, wide)]}, ValueError),
+        ({"params": [q], "betas": (0.9, 1.0)}, ValueError),
+        ({"params": [p]}, ValueError),
+    ]:
+        with pytest.raises(kind):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["params"] == [p]
+
+
 def test_sparse_gradients_are_refused_before_anything_moves():
     p, table = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 2))
     optimizer = ComplexAdamW([p, table])

@@ -43,6 +43,18 @@ def test_columns_written_by_launches(count):
     assert tensor_lists.written_by_launches(numbers, CPU)[:count].tolist() == list(numbers)
 
 
+def test_new_numbers_compile_nothing_anew():
+    """Triton's own key for a tuple of arguments, which looks at divisibility although it was told not to."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    keys = {
+        native_specialize_impl(CUDABackend, tensor_lists.as_arguments(numbers), False, True, True)
+        for numbers in [(0, 1, -1, 16, 2**57), (2**57, 7, 1, 0, 3), (-(2**59), 2**59, 32, 2**32, 2**31)]
+    }
+    assert keys == {(("i64",) * 5, ("",) * 5)}
+
+
 def test_blocks_cover_every_tensor_once():
     where = tensor_lists.blocks([5, 0, 4, 9], 4, CPU)
     assert where.count == 6

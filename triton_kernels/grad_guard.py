@@ -1,9 +1,9 @@
 """Norms of a list of gradients and their product with one factor, a launch for each dtype; both are memory bound.
 
-Squares are summed in float64, which makes the finite check free and holds every float32 square. An RTX 4090 converts
-and multiplies 0.64e12 of them a second, in three quarters of the time that they take to arrive. float64 gradients are
-brought to the size of 1, block by block. Two stages in a fixed order, without atomics: the bits do not change from run
-to run.
+Squares are summed in float64, which makes the finite check free and holds every float32 square. That takes a conversion
+and a multiply-add for each number, on an RTX 4090 three quarters of the time in which the numbers arrive. float64
+gradients are brought to the size of 1, block by block. Two stages in a fixed order, without atomics: the bits do not
+change from run to run.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from torch import Tensor
 
 _WORDS = 64  # of a column, as arguments of one launch
 _KEPT = 256  # columns; gradients that move with each step would fill the memory
-BIAS = tl.constexpr(1 << 62)  # Triton types an integer argument by its size: this makes all of them 64 bits wide
+# Triton compiles anew for an integer argument of another width or divisibility: these are all odd and 64 bits wide.
+BIAS = tl.constexpr((1 << 62) + 1)
 
 TYPES = {
     torch.float32: tl.float32,
@@ -38,10 +39,10 @@ TYPES = {
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["words"])
+@triton.jit
 def tensor_lists_write_kernel(column_ptr, words):
     for i in tl.static_range(len(words)):
-        tl.store(column_ptr + i, words[i] - BIAS)
+        tl.store(column_ptr + i, (words[i] - BIAS) >> 1)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _kept(key: Hashable, device: torch.device, make: Callable[[bool], Tensor]) -
 
 
 def column(numbers: Sequence[int], device: torch.device) -> Tensor:  # int64, at least (len(numbers),)
-    """Integers below 2^62 in absolute value, in device memory."""
+    """Integers below 2^60 in absolute value, in device memory."""
     numbers = tuple(numbers)
 
     def make(capturing: bool) -> Tensor:
@@ -135,9 +136,13 @@ def written_by_launches(numbers: tuple[int, ...], device: torch.device) -> Tenso
     padded = numbers + (0,) * (-len(numbers) % _WORDS)
     out = torch.empty(len(padded), dtype=torch.int64, device=device)
     for first in range(0, len(padded), _WORDS):
-        words = tuple(number + BIAS.value for number in padded[first : first + _WORDS])
+        words = as_arguments(padded[first : first + _WORDS])
         tensor_lists_write_kernel[(1,)](out[first:], words, num_warps=1, enable_fp_fusion=True)
     return out
+
+
+def as_arguments(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(2 * number + BIAS.value for number in numbers)
 
 
 def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
