@@ -154,11 +154,11 @@ def draw(device: Path, path: Path) -> None:
         FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
 
 
-def filled(text: str, body: str) -> str:
+def filled(text: str, body: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with everything between the two marks replaced."""
-    before, _, tail = text.partition(BEGIN)
-    after = tail.partition(END)[2]
-    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+    before, _, tail = text.partition(begin)
+    after = tail.partition(end)[2]
+    return f"{before}{begin}\n{body}\n{end}{after}"
 
 
 def main() -> None:

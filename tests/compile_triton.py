@@ -317,11 +317,11 @@ LAUNCHES = {
     "tensor_lists_write_kernel": (Launch({}, {"column_ptr": "*i64", "words": ("i64",) * 64}, ("fp32",), warps=1),),
     **{
         f"gated_rms_norm_{way}_kernel": (
-            Launch({"ROWS": 32, "PART": 32, "WIDE": WIDE}, NORM, REAL, 8),
-            Launch({"ROWS": 8, "PART": 128, "WIDE": WIDE}, NORM, ("fp32",), 8),
-            Launch({"ROWS": 1, "PART": 1024, "WIDE": WIDE}, NORM, REAL, 8),
+            Launch({"ROWS": 32, "PART": 32, "WIDE": WIDE}, NORM, REAL, 8, registers),
+            Launch({"ROWS": 8, "PART": 128, "WIDE": WIDE}, NORM, ("fp32",), 8, registers),
+            Launch({"ROWS": 1, "PART": 1024, "WIDE": WIDE}, NORM, REAL, 8, registers),
         )
-        for way in ("fwd", "bwd")
+        for way, registers in (("fwd", None), ("bwd", 255))
     },
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),

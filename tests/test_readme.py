@@ -24,6 +24,13 @@ def test_speed_table_is_that_of_the_result_lines():
     assert report.filled(page, report.page(device)) == page
 
 
+def test_detector_page_is_that_of_the_result_lines():
+    report = pytest.importorskip("bench.detector_report", reason="the benches live in the checkout")
+    page = report.PAGE.read_text()
+    assert report.filled(page, report.body(), report.BEGIN, report.END) == page
+    assert "figures/detector.svg" in page and report.FIGURE.is_file()
+
+
 def test_every_headline_has_a_line():
     report = pytest.importorskip("bench.report", reason="the benches live in the checkout")
     timed, _ = report._timed(ROOT / "bench" / "results" / report.DEVICE)

@@ -134,5 +134,6 @@ def gated_rms_norm_bwd(
     gated_rms_norm_bwd_kernel[(sums.shape[0], groups)](
         *(grad, y, z, weight, by_y, by_z, sums, rows, width, part, rows_per_program),
         *(grad.stride(0), y.stride(0), z.stride(0), eps),
+        maxnreg=255,
         **_constants(y, part),
     )
