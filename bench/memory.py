@@ -38,10 +38,7 @@ def peak(function: Callable[[], object]) -> int:
 def measure(case: Case, direction: str) -> dict:
     inputs = case.inputs("cpu")
     backward = direction == "fwd+bwd"
-    ours, theirs = (
-        peak(call(function, inputs, backward=backward, constant=case.constant))
-        for function in (case.ours, case.baseline)
-    )
+    ours, theirs = (peak(call(function, inputs, case, backward=backward)) for function in (case.ours, case.baseline))
     return {
         "op": "memory", "case": f"{case.op} {case.name}", "direction": direction, "baseline": case.baseline_name,
         "peak_mib": round(ours / 2**20, 1), "baseline_peak_mib": round(theirs / 2**20, 1), **stamp("cpu"),

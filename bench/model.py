@@ -39,31 +39,33 @@ def trained(preset: str, batch: int, length: int) -> tuple[SeizureDetector, Call
 
 
 def parts(options: argparse.Namespace, length: int) -> None:
-    """Print, and keep if asked to, the seconds of each part on both backends."""
-    found = {}
-    for backend in ("native", "torch"):
+    """Print, and keep if asked to, the seconds of each part on each backend, and the largest resident set of each."""
+    backends, found = options.backends.split(","), {}
+    for backend in backends:
         torch.manual_seed(0)
-        model = SeizureDetector.from_preset(options.preset)
+        model = SeizureDetector.from_preset(options.preset, recompute=options.recompute)
+        steps = options.steps if backend == "native" else 1  # minutes each
         with stablekern.use_backend("torch") if backend == "torch" else contextlib.nullcontext():
-            found[backend] = parts_of_a_step(model, batch_size=options.batch, samples=length, steps=options.steps)
+            found[backend] = parts_of_a_step(model, batch_size=options.batch, samples=length, steps=steps)
+        # Of the process so far: a backend that needs less than the one before it shows that one's.
         found[f"{backend}_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     sums = {
         backend: sum(p["forward"] + p["backward"] for p in found[backend] if p["part"] != "encoder")
-        for backend in ("native", "torch")
+        for backend in backends
     }
+    ratio = round(sums["torch"] / sums["native"], 2) if len(sums) == 2 else None
     result = {
-        "op": "detector_parts", "case": f"{options.preset}, B={options.batch}, L={length}",
-        "direction": "training step", **found, "ratio_without_encoder": round(sums["torch"] / sums["native"], 2),
-        **stamp("cpu"),
+        "op": "detector_parts",
+        "case": f"{options.preset}, B={options.batch}, L={length}{', recomputing' if options.recompute else ''}",
+        "direction": "training step", "baseline": "torch" if ratio else "", **found, "batch": options.batch,
+        "recompute": options.recompute, "ratio_without_encoder": ratio, **stamp("cpu"),
     }  # fmt: skip
-    print(f"{result['case']}: without the encoder {result['ratio_without_encoder']}x the torch backend")
-    for ours, theirs in zip(found["native"], found["torch"], strict=True):
-        row = [1e3 * part[way] for part in (ours, theirs) for way in ("forward", "backward")]
-        print(f"  {ours['part']:<22}" + "".join(f"{value:>10.1f}" for value in row) + "  ms")
-    print(
-        f"  largest resident set {found['native_peak_gib']} GiB, "
-        f"with the torch backend after it {found['torch_peak_gib']} GiB"
-    )
+    print(f"{result['case']}: without the encoder {ratio or '(not run)'}x the torch backend")
+    for rows in zip(*(found[backend] for backend in backends), strict=True):
+        values = [1e3 * part[way] for part in rows for way in ("forward", "backward")]
+        print(f"  {rows[0]['part']:<22}" + "".join(f"{value:>10.1f}" for value in values) + "  ms")
+    peaks = ", ".join(f"{found[f'{backend}_peak_gib']} GiB ({backend})" for backend in backends)
+    print(f"  largest resident set, one backend after the other: {peaks}")
     if options.save:
         append(result)
 
@@ -76,7 +78,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--save", action="store_true", help="append to bench/results")
     parser.add_argument("--parts", action="store_true", help="time per part, against the torch backend")
-    parser.add_argument("--steps", type=int, default=2, help="with --parts")
+    parser.add_argument("--steps", type=int, default=2, help="with --parts, on the native backend")
+    parser.add_argument(
+        "--backends", default="native,torch", choices=["native", "torch", "native,torch"], help="with --parts"
+    )
+    parser.add_argument("--recompute", action="store_true", help="with --parts: the Mamba layers run twice")
     options = parser.parse_args()
     keep_freed_memory()
     if options.parts:

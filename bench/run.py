@@ -25,7 +25,8 @@ def tensors(outputs) -> list[torch.Tensor]:
     return [outputs] if isinstance(outputs, torch.Tensor) else [o for o in outputs if isinstance(o, torch.Tensor)]
 
 
-def call(function, inputs, *, backward: bool, constant: tuple[int, ...]):
+def call(function, inputs, case: Case, *, backward: bool):
+    """One call of `function`, ours or the baseline of `case`, and with `backward` the gradients of its outputs."""
     if not backward:
 
         def forward():
@@ -33,10 +34,9 @@ def call(function, inputs, *, backward: bool, constant: tuple[int, ...]):
                 function(*inputs)
 
         return forward
-    arguments = [x.detach().requires_grad_(i not in constant) for i, x in enumerate(inputs)]
+    arguments = [x.detach().requires_grad_(i not in case.constant) for i, x in enumerate(inputs)]
     leaves = [x for x in arguments if x.requires_grad]
-    # A loss is the end of its graph: the gradient that comes in is 1.
-    weights = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in tensors(function(*arguments))]
+    weights = case.cotangents([o.detach() for o in tensors(function(*arguments))])
     return lambda: torch.autograd.grad(tensors(function(*arguments)), leaves, weights)
 
 
@@ -45,8 +45,8 @@ def measure(case: Case, direction: str, device: str, seconds: float, top: Ceilin
     backward = direction == "fwd+bwd"
     times: dict[str, Times] = interleave(
         {
-            "ours": call(case.ours, inputs, backward=backward, constant=case.constant),
-            "baseline": call(case.baseline, inputs, backward=backward, constant=case.constant),
+            "ours": call(case.ours, inputs, case, backward=backward),
+            "baseline": call(case.baseline, inputs, case, backward=backward),
         },
         seconds=seconds,
         device=device,

@@ -3,8 +3,9 @@
 `stablekern.<op>` is one autograd operation with a float64 reference, on the best backend that the machine has; the
 first call of an op that has a native kernel compiles it. Importing the package compiles and loads nothing.
 
-Beside the ops: `stablekern.optim` (ComplexAdamW, GradGuard, parameter_groups), `stablekern.nn` (layers and the EEG
-detector), `stablekern.eeg` (recordings), `stablekern.health` (finite checks); the last three load on first use.
+Beside the ops: `swap`, which puts them into code that exists; `stablekern.optim` (ComplexAdamW, GradGuard,
+parameter_groups), `stablekern.nn` (layers and the EEG detector), `stablekern.eeg` (recordings), `stablekern.health`
+(finite checks), `stablekern.testing` (the suite on this machine); all but the first two load on first use.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from stablekern.ops.eigenprojector import eigenprojector, eigenprojector_ex
 from stablekern.ops.eigh import eigh, eigh_ex, eigvalsh
 from stablekern.ops.finite_stats import finite_stats
 from stablekern.ops.focal_loss import focal_loss
+from stablekern.ops.gated_rms_norm import gated_rms_norm
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
 from stablekern.ops.linear_scan import linear_scan
 from stablekern.ops.mvdr_denominator import mvdr_denominator
@@ -66,6 +68,7 @@ __all__ = [
     "errors",
     "finite_stats",
     "focal_loss",
+    "gated_rms_norm",
     "laplacian_pe",
     "laplacian_pe_ex",
     "linear_scan",
@@ -85,7 +88,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "training", "zoo")
+_SUBPACKAGES = ("adapters", "eeg", "health", "nn", "optim", "testing", "training", "zoo")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -25,6 +25,11 @@ _lock = threading.RLock()
 
 
 @functools.cache
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@functools.cache
 def _attempt(cache: str | None, march: str) -> tuple[ModuleType | None, str | None]:
     try:
         path = _build.build(cache, march)
@@ -58,7 +63,7 @@ def native_reason(*, build: bool = True) -> str | None:
     """None once the native kernels are loaded, else why they cannot be. The first call builds them, if `build`."""
     if not settings.get("STABLEKERN_NATIVE"):
         return "switched off by STABLEKERN_NATIVE"
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+    if _torch_version() < (2, 10):
         return f"torch >= 2.10 is needed, found {torch.__version__}"
     cache, march = settings.get("STABLEKERN_CACHE_DIR"), settings.get("STABLEKERN_MARCH")
     with _lock:
@@ -69,6 +74,8 @@ def native_reason(*, build: bool = True) -> str | None:
 
 def native() -> Any:
     """The dispatcher namespace of the native kernels, `torch.ops.stablekern_native`."""
+    if "stablekern._native" in sys.modules:
+        return torch.ops.stablekern_native
     reason = native_reason()
     if reason is not None:
         raise BackendUnavailableError(message("native", f"the CPU kernels are not available ({reason})"))

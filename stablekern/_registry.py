@@ -20,7 +20,7 @@ import torch
 from stablekern import _check, _load, settings
 from stablekern.errors import BackendUnavailableError, message
 
-__all__ = ["available_backends", "backend_for", "define", "explain", "launcher", "ops", "use_backend"]
+__all__ = ["apply", "available_backends", "backend_for", "define", "explain", "launcher", "ops", "use_backend"]
 
 # Best first. Triton on a CPU is its interpreter: only for tests, never chosen by itself.
 _ORDER = {"cpu": ("native", "torch", "triton"), "cuda": ("cuda", "triton", "torch")}
@@ -132,6 +132,17 @@ def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any
     # Autocast reaches into the implementation: it would take the matrix products of a torch launcher in half precision.
     with torch.autocast(device, enabled=False):
         return function(*arguments)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, where `forward` has no defaults.
+
+    That binds the arguments to the signature of `forward`, found anew at each call, which takes 20 us: longer than a
+    small problem. Where no transform of torch.func and no compiler is at work nothing but the call is left of it.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def ops() -> tuple[str, ...]:

@@ -38,6 +38,7 @@ _LIBRARIES = {
 }
 _CODEBASES = ("eeg_v3", "ris", "sem")
 _ABSENT = object()
+_ALREADY = "swapped already"
 # Calls that a stand-in handed on to what it stands in for, by "name: reason", over the process.
 fallen: Counter[str] = Counter()
 
@@ -227,7 +228,11 @@ class SwapReport:
 def signature_of(function: Callable[..., Any]) -> str:
     """The names of the parameters, without `self`; "*" before those that are keyword only."""
     names, star = [], False
-    for parameter in inspect.signature(function).parameters.values():
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some of those that are written in C
+        return "not to be read"
+    for parameter in parameters:
         if parameter.kind == parameter.KEYWORD_ONLY and not star:
             names.append("*")
             star = True
@@ -311,7 +316,7 @@ def _swap_known(
     report: SwapReport, adapter: types.ModuleType, known: Known, owner: Any, name: str, found: Any, label: str
 ) -> None:
     if getattr(found, "__module__", "") == adapter.__name__:
-        report.leave(label, "swapped already")
+        report.leave(label, _ALREADY)
     elif known.refused is not None:
         report.leave(label, known.refused)
     elif report.fits(label, found, known.signatures):
@@ -348,8 +353,8 @@ def swap(target: Any) -> SwapReport:
     | `"torch_geometric"`, or a transform | `AddLaplacianEigenvectorPE`, also inside `Compose` |
     | `"torch.optim"`, or an optimizer | `AdamW`; an instance keeps its state |
     | an `nn.Module` | what it holds of the above, in place: the same parameters, the same state dict |
-    | a module (of yours) or its name | names imported from the above, and functions with the names and parameters of \
-the codebases in `docs/migrate/codebases.md` |
+    | a module (of yours) or its name | names imported from torch.linalg and torch.optim, and functions and methods \
+with the names and parameters of the codebases in `docs/migrate/codebases.md` |
 
     A library's functions and classes are swapped in every loaded module that holds them by name, so the order of the
     imports does not matter. Swaps may be nested; each restores what it found.
@@ -359,29 +364,38 @@ the codebases in `docs/migrate/codebases.md` |
     **Raises:** `SwapError` (a `ValueError`) for a target in which there is nothing to swap, and for a version of a
     library, or parameters of a function, other than those that are known; then nothing has changed.
     """
-    if isinstance(target, str) and target in _LIBRARIES:
-        report = SwapReport(repr(target))
-        act = lambda: _adapter(_LIBRARIES[target]).swap_library(report)  # noqa: E731
+    found = _resolved(target) if isinstance(target, str) and target not in _LIBRARIES else target
+    if isinstance(found, types.ModuleType) and found.__name__ in _LIBRARIES:
+        found = found.__name__
+    if isinstance(found, str):
+        label = repr(found)
     else:
-        found = _resolved(target) if isinstance(target, str) else target
-        if isinstance(found, types.ModuleType) and found.__name__ in _LIBRARIES:
-            return swap(found.__name__)
         label = found.__name__ if isinstance(found, (types.ModuleType, type)) else f"a {type(found).__name__}"
-        report = SwapReport(label)
-        if isinstance(found, types.ModuleType):
-            act = lambda: _swap_module(report, found)  # noqa: E731
-        elif isinstance(found, type):
-            act = lambda: any(taken(report, found) for taken in _adapters_with("swap_class", found))  # noqa: E731
-        else:
-            act = lambda: _swap_object(report, found)  # noqa: E731
+    report = SwapReport(label)
     try:
-        act()
-        if not report.swapped and not any(entry.reason.startswith("swapped already") for entry in report.left):
+        _swap_into(report, found)
+        if not report.swapped and all(entry.reason != _ALREADY for entry in report.left):
             if report.left:
                 reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in report.left)
-                raise SwapError(message("swap", f"nothing of {report.target} can be swapped", reasons))
-            raise SwapError(_unknown(f"{report.target}, which holds nothing that is known"))
+                raise SwapError(message("swap", f"nothing of {label} can be swapped", reasons))
+            raise SwapError(_unknown(f"{label}, which holds nothing that is known"))
     except BaseException:
         report.restore()
         raise
     return report
+
+
+def _swap_into(report: SwapReport, target: Any) -> None:
+    if isinstance(target, str):
+        try:
+            adapter = _adapter(_LIBRARIES[target])
+        except ImportError as error:
+            rule = f"{target} must be installed, in a version that is known"
+            raise SwapError(message("swap", rule, str(error))) from error
+        adapter.swap_library(report)
+    elif isinstance(target, types.ModuleType):
+        _swap_module(report, target)
+    elif isinstance(target, type):
+        any(taken(report, target) for taken in _adapters_with("swap_class", target))
+    else:
+        _swap_object(report, target)

@@ -24,15 +24,22 @@ WIDE = "the type that is computed in: fp64 for fp64, else fp32"
 
 
 @dataclass(frozen=True)
+class Dtype:
+    """A constant that is a type of Triton's, which is imported where it compiles."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Launch:
     """How a kernel is launched: what its source does not say.
 
     `types` has integers (`"n": "i32"`) and pointers to something else than the type of the case; a floating-point
-    scalar must be annotated in the kernel, since Triton passes an unannotated one as float32.
+    scalar must be annotated in the kernel, since Triton passes an unannotated one as float32. A tuple has one for each.
     """
 
     constants: dict[str, Any]
-    types: dict[str, str] = field(default_factory=dict)
+    types: dict[str, Any] = field(default_factory=dict)
     io_types: tuple[str, ...] = IO_TYPES
     warps: int = 4
     registers: int | None = None  # the launcher's `maxnreg`
@@ -55,7 +62,7 @@ STRIDES = integers("nodes", "features", "steps", "x_item", "x_node", "x_step", "
 WIDE_PAIRS = dict.fromkeys(("grad_ptr", "edges_ptr", "inverse_ptr"), "*fp32")
 
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
-LINEAR, ROWS = integers("rows", "channels", "length"), {"STAGES": 4, "ROWS": 32}
+LINEAR, ROWS = integers("rows", "first_channel", "some", "channels", "length"), {"STAGES": 4, "ROWS": 32}
 SSD = integers(
     *("length", "heads", "width", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length"),
     *("head_tiles", "column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
@@ -102,6 +109,7 @@ GRAPHS = integers(
     *("nodes", "pairs", "steps", "top_k", "w_item", "w_pair", "w_step", "g_item", "g_step", "g_row", "g_column")
 ) | {"picks_ptr": "*u8"}
 
+NORM = integers("rows", "width", "part", "rows_per_program", "grad_row", "y_row", "z_row")
 CG = integers("n", "columns", "matrix_elements", "block_elements", "maxiter", "rtol_stride", "atol_stride")
 
 
@@ -111,6 +119,41 @@ def cg(io: str, N: int, ROWS: int, **constants: int) -> Launch:
     types = CG | index | {"info_ptr": "*i32", "iterations_ptr": "*i32"}
     warps = max(1, N // 128, 1 if constants.get("SPARSE") else 4)
     return Launch({"WIDE": WIDE, "N": N, "ROWS": ROWS} | constants, types, (io,), warps=warps)
+
+
+COLUMNS = dict.fromkeys(
+    (f"{name}_ptr" for name in ("owners", "starts", "sizes", "rows", "gradients", "tensors", "streams", "offsets")),
+    "*i64",
+) | {"owners_ptr": "*i32"}  # of `tensor_lists`
+COUNTS = {"nan_ptr": "*i32", "inf_ptr": "*i32"}
+STATS = ("low_ptr", "high_ptr", "sum_ptr")
+REALS_OF_LISTS = {"float32": True, "float64": True, "float16": True, "bfloat16": False}  # whether aligned
+ADAMW_SCALARS = ("lr_ptr", "temperature_ptr", "found_inf_ptr", "grad_scale_ptr")
+
+
+def lists(aligned: dict[str, bool], block: int, *doubles: str, **constants: bool) -> tuple[Launch, ...]:
+    """A launch for each dtype of the listed tensors; its registers are counted as those of float64 if it is that."""
+    types = COLUMNS | COUNTS | dict.fromkeys(doubles, "*fp64")
+    return tuple(
+        Launch(
+            {"TYPE": Dtype(name), "ALIGNED": is_aligned, "BLOCK": block} | constants,
+            types,
+            ("fp64" if name == "float64" else "fp32",),
+        )
+        for name, is_aligned in aligned.items()
+    )
+
+
+def adamw(io: str, kind: int, **constants: bool) -> Launch:
+    """Units of one kind with gradients of type `io`, as the launcher makes them."""
+    given = dict.fromkeys(("GIVEN", "LARGEST", "ROUNDED", "SCALES", "MAXIMIZE", "SHIFTED"), False)
+    given |= dict.fromkeys(("NOISY", "SKIPS", "ALIGNED"), True) | constants
+    grad = {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf16": "bfloat16"}[io]
+    members = ("values", "grads", "exp_avgs", "squares", "largest", "rounded", "normals", "steps")
+    types = COLUMNS | {f"{name}_ptr": "*i64" for name in members} | dict.fromkeys(ADAMW_SCALARS, "*fp64")
+    types |= {"rates_ptr": "*fp64" if io == "fp64" else "*fp32"}
+    block = 512 if kind in (1, 2) else 1024
+    return Launch({"GRAD": Dtype(grad), "KIND": kind, "BLOCK": block} | given, types, (io,))
 
 
 LAUNCHES = {
@@ -231,6 +274,55 @@ LAUNCHES = {
         )
         for way in ("fwd", "bwd")
     },
+    "complex_adamw_rates_kernel": (
+        Launch(
+            {"MEMBERS": 2, "NOISY": True, "SKIPS": True, "BLOCK": 128},
+            {"steps_ptr": "*i64", "units": "i32"} | dict.fromkeys(ADAMW_SCALARS, "*fp64"),
+            REAL,
+        ),
+    ),
+    "complex_adamw_kernel": (
+        adamw("fp32", 0),
+        adamw("fp32", 0, NOISY=False, SKIPS=False),
+        adamw("fp32", 1),
+        adamw("fp32", 1, LARGEST=True, SCALES=True, MAXIMIZE=True, ALIGNED=False, SHIFTED=True),
+        adamw("fp32", 2, GIVEN=True),
+        adamw("fp32", 4),
+        adamw("bf16", 0, ROUNDED=True),
+        adamw("fp16", 2, ROUNDED=True, LARGEST=True),
+        adamw("fp64", 0),
+        adamw("fp64", 1, LARGEST=True, SCALES=True),
+    ),
+    "gradient_norms_blocks_kernel": lists(REALS_OF_LISTS, 2048, "norms_ptr"),
+    "gradient_norms_kernel": (
+        Launch({"BLOCK": 1024}, COLUMNS | {"parts_ptr": "*fp64", "norms_ptr": "*fp64"}, ("fp32",)),
+    ),
+    "multiply_gradients_kernel": lists(REALS_OF_LISTS, 2048, "factor_ptr"),
+    "finite_stats_blocks_kernel": (
+        *lists(REALS_OF_LISTS | {"int64": False, "int8": False}, 2048, *STATS, COMPLEX=False),
+        *lists({"float32": True, "float64": True}, 1024, *STATS, COMPLEX=True),
+    ),
+    "finite_stats_kernel": (
+        Launch(
+            {"BLOCK": 512},
+            COLUMNS
+            | COUNTS
+            | dict.fromkeys(STATS, "*fp64")
+            | {f"{name[:-4]}_out_ptr": "*fp64" for name in STATS}
+            | {"nan_out_ptr": "*i64", "inf_out_ptr": "*i64"},
+            ("fp32",),
+        ),
+    ),
+    "philox_normal_kernel": (Launch({"BLOCK": 1024}, {"step_ptr": "*i64"}, REAL),),
+    "tensor_lists_write_kernel": (Launch({}, {"column_ptr": "*i64", "words": ("i64",) * 64}, ("fp32",), warps=1),),
+    **{
+        f"gated_rms_norm_{way}_kernel": (
+            Launch({"ROWS": 32, "PART": 32, "WIDE": WIDE}, NORM, REAL, 8),
+            Launch({"ROWS": 8, "PART": 128, "WIDE": WIDE}, NORM, ("fp32",), 8),
+            Launch({"ROWS": 1, "PART": 1024, "WIDE": WIDE}, NORM, REAL, 8),
+        )
+        for way in ("fwd", "bwd")
+    },
     "focal_loss_fwd_kernel": (
         Launch({"BY_LOGITS": True, "BY_TARGETS": True, "HAS_GAMMA": True, **ELEMENTWISE}, {"n": "i32"}),
         Launch({"BY_LOGITS": False, "BY_TARGETS": False, "HAS_GAMMA": False, **ELEMENTWISE}, {"n": "i32"}),
@@ -246,8 +338,8 @@ def kernels() -> dict[str, Any]:
     return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def signature(kernel: Any, launch: Launch, io: str) -> dict[str, str]:
-    types = {}
+def signature(kernel: Any, launch: Launch, io: str) -> dict[str, Any]:
+    types: dict[str, Any] = {}
     for parameter in kernel.params:
         name = parameter.name
         if parameter.is_constexpr:
@@ -283,6 +375,7 @@ def compile_one(case: tuple[str, int, str, int]) -> dict[str, Any]:
     wide = tl.float64 if io == "fp64" else tl.float32
     given = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     constants = {key: wide if value == WIDE else value for key, value in launch.constants.items() if key in given}
+    constants |= {key: getattr(tl, value.name) for key, value in constants.items() if isinstance(value, Dtype)}
     try:
         source = triton.compiler.ASTSource(kernel, signature(kernel, launch, io), constants)
         options = {"num_warps": launch.warps, "enable_fp_fusion": True}

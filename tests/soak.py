@@ -164,46 +164,76 @@ def linear_scan_case(case: int) -> dict[str, float]:
     return {"error over that of the loop": worst}
 
 
-def _selective_scan_terms(
+def _selective_scan_exact(
     inputs: list[torch.Tensor | None], weight: torch.Tensor, softplus: bool, clamp: float | None
-) -> dict[str, torch.Tensor]:
-    """What rounds in the gradients that are sums: the largest sum of the sizes of their terms, in float64.
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Output and gradients in float64, each with the largest sum of the sizes of the terms that it is a sum of.
 
-    They may cancel to a thousandth of that. The terms are the gradients of a loop in which A has an entry for each item
-    and step and B and C one for each channel; those of the bias are the gradients of the step sizes.
+    Everything that does not depend on the state is done for all steps at once, (l, b, d, n); only the recurrence is a
+    loop. Its gradients with respect to exponents, tokens and readers are those terms, or a factor away from them.
     """
-    u, delta, A, B, C, _, z, bias = (None if x is None else x.detach().double() for x in inputs)
-    channels, length = u.shape[1:]
-    step = delta = (delta + bias[:, None]).requires_grad_()
-    if softplus:
-        step = torch.nn.functional.softplus(delta)
-    rates = A.expand(length, len(u), *A.shape).clone().requires_grad_()
-    each = [M.repeat_interleave(channels // M.shape[1], 1).requires_grad_() for M in (B, C)]
-    state, outputs = torch.zeros(len(u), *A.shape, dtype=torch.float64), []
-    for t in range(length):
-        now = step[..., t, None]
-        state = torch.exp(now * rates[t]) * state + now * u[..., t, None] * each[0][..., t]
+    u, delta, A, B, C, D, z, bias = (None if x is None else x.double() for x in inputs)
+    channels, factor = u.shape[1], torch.ones_like(u) if z is None else torch.nn.functional.silu(z)
+    raw = delta + bias[:, None]
+    step = torch.nn.functional.softplus(raw) if softplus else raw
+    slope = torch.sigmoid(raw) if softplus else torch.ones_like(raw)
+
+    def steps(M: torch.Tensor) -> torch.Tensor:
+        """(b, d, l) to (l, b, d, 1), and (b, g, n, l) to (l, b, d, n)."""
+        if M.dim() == 3:
+            return M.permute(2, 0, 1)[..., None]
+        return M.repeat_interleave(channels // M.shape[1], 1).permute(3, 0, 1, 2)
+
+    def back(M: torch.Tensor) -> torch.Tensor:
+        return M.permute(1, 2, 0)
+
+    enter, leave, now, token = steps(B), steps(C).clone().requires_grad_(), steps(step), steps(step * u)
+    exponent, entering = (now * A).requires_grad_(), (token * enter).requires_grad_()
+    state, states = torch.zeros_like(exponent[0]), []
+    for decay, new in zip(exponent.exp().unbind(0), entering.unbind(0), strict=True):
+        state = decay * state + new
         state = state if clamp is None else state.clamp(-clamp, clamp)
-        outputs.append((state * each[1][..., t]).sum(-1))
-    grad_y = weight.double() if z is None else weight.double() * torch.nn.functional.silu(z)
-    by_rate, by_enter, by_leave, by_delta = torch.autograd.grad(torch.stack(outputs, -1), [rates, *each, delta], grad_y)
+        states.append(state)
+    read = torch.stack(states) * leave
+    grad_y = weight.double() * factor
+    q, G, by_leave = torch.autograd.grad(read.sum(-1), [exponent, entering, leave], grad_y.permute(2, 0, 1))
+    read = read.detach()
 
     def over_group(terms: torch.Tensor) -> torch.Tensor:
-        return terms.abs().unflatten(1, (B.shape[1], -1)).sum(2).max()
+        """(l, b, d, n) to (b, g, n, l)"""
+        return terms.permute(1, 2, 3, 0).unflatten(1, (B.shape[1], -1)).sum(2)
 
-    return {
-        "A": by_rate.abs().sum((0, 1)).max(),
-        "B": over_group(by_enter),
-        "C": over_group(by_leave),
-        "D": (grad_y * u).abs().sum((0, 2)).max(),
-        "delta_bias": by_delta.abs().sum((0, 2)).max(),
-    }
+    def results(of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """With `abs` for `of`, the sizes."""
+        y = back(of(read).sum(-1)) + of(D[:, None] * u)
+        by_token = back(of(G * enter).sum(-1))
+        by_step = (of(u) * by_token + back(of(q * A).sum(-1))) * slope
+        found = {
+            "y": y * of(factor),
+            "u": of(step) * by_token + of(D[:, None] * grad_y),
+            "delta": by_step,
+            "A": of(q * now).sum((0, 1)),
+            "B": over_group(of(G * token)),
+            "C": over_group(of(by_leave)),
+            "D": of(grad_y * u).sum((0, 2)),
+        }
+        if z is not None:
+            sigmoid = torch.sigmoid(z)
+            found["z"] = of(weight.double() * sigmoid * (1 + z * (1 - sigmoid))) * y
+        return found | {"delta_bias": by_step.sum((0, 2))}
+
+    sizes = results(torch.abs)
+    return {name: (truth, sizes[name].max()) for name, truth in results(lambda terms: terms).items()}
 
 
 def selective_scan_case(case: int) -> dict[str, float]:
-    """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2)."""
+    """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2).
+
+    Where that loop happens to be exact, or nearly so, the kernel may still be off by the 2 ulp of its exponential, a
+    factor of every term: errors count relative to the largest sum of sizes of terms, and that much is added.
+    """
     g = _generator("selective_scan", case)
-    b, length, d, n = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 40), _integer(g, 1, 20)
+    b, length, d, n = _integer(g, 1, 2), _integer(g, 1, 70), _integer(g, 1, 35), _integer(g, 1, 18)
     groups = 2 if d % 2 == 0 and _integer(g, 0, 1) else 1
     spread = 10.0 ** _integer(g, -2, 2)
 
@@ -219,21 +249,18 @@ def selective_scan_case(case: int) -> dict[str, float]:
     softplus, clamp = bool(_integer(g, 0, 1)), 0.5 if _integer(g, 0, 3) == 0 else None
     weight = normal(b, d, length)
 
-    def run(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
+    def run(function: Callable) -> list[torch.Tensor]:
+        leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
         y = function(*leaves, softplus, state_clamp=clamp)
-        return [y.detach(), *torch.autograd.grad((y * weight.to(dtype)).sum(), [x for x in leaves if x is not None])]
+        return [y.detach(), *torch.autograd.grad(y, [x for x in leaves if x is not None], weight)]
 
-    plain, ours = run(selective_spine.reference, torch.float32), run(stablekern.selective_scan, torch.float32)
-    exact = run(selective_spine.reference, torch.float64)
-    names = ["y", "u", "delta", "A", "B", "C", "D", *([] if inputs[6] is None else ["z"]), "delta_bias"]
-    scales = {name: truth.abs().max() for name, truth in zip(names, exact, strict=True)}
-    scales |= _selective_scan_terms(inputs, weight, softplus, clamp)
+    plain, ours = run(selective_spine.reference), run(stablekern.selective_scan)
+    exact = _selective_scan_exact(inputs, weight, softplus, clamp)
     worst = 0.0
-    for name, mine, theirs, truth in zip(names, ours, plain, exact, strict=True):
-        scale = scales[name].clamp_min(1e-30)
+    for (name, (truth, scale)), mine, theirs in zip(exact.items(), ours, plain, strict=True):
+        scale = scale.clamp_min(1e-30)
         error = float((mine.double() - truth).abs().max() / scale)
-        allowed = float((theirs.double() - truth).abs().max() / scale) + 16 * torch.finfo(torch.float32).eps
+        allowed = float((theirs.double() - truth).abs().max() / scale) + torch.finfo(torch.float32).eps
         if not error <= 2 * allowed:
             raise AssertionError(
                 f"selective_scan case {case}: b={b} l={length} d={d} n={n} g={groups} clamp={clamp}"

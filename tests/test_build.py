@@ -301,12 +301,14 @@ def test_the_pure_wheel_works_in_a_clean_environment(wheel, clean, tmp_path):
     """Kernels are inside; nothing is taken from the checkout, and nothing is compiled by installing."""
     install, execute = clean
     site = install(wheel)
-    for name in ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h", "py.typed"):
+    kernels = ("triton_kernels/focal_loss.py", "csrc/bindings.cpp", "csrc/include/stablekern/simd.h")
+    for name in (*kernels, "testing/specs/eigh.py", "py.typed"):
         assert (site / "stablekern" / name).is_file(), name
     code = """
         import torch, stablekern
-        from stablekern import _build
+        from stablekern import _build, testing
         print(stablekern.__file__, _build.source_root())
+        testing.all_specs()
         for backend in ("torch", "triton"):
             with stablekern.use_backend(backend):
                 print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
@@ -323,25 +325,38 @@ def test_the_pure_wheel_works_in_a_clean_environment(wheel, clean, tmp_path):
 
 
 def test_the_platform_wheel_carries_its_library(sources, clean, tmp_path):
-    """Built with one source in place of all, which is what takes the time; used without a compiler."""
-    copy = tmp_path / "copy"
+    """Built with one kernel in place of all, which takes seconds; used without a compiler."""
+    copy, log, wrapper = tmp_path / "copy", tmp_path / "log", tmp_path / "cxx"
     shutil.copytree(sources, copy, ignore=shutil.ignore_patterns(*IGNORED))
     build = copy / "stablekern" / "_build.py"
-    text = build.read_text()
-    start, stop = text.index("SOURCES = ("), text.index("\n)\n", text.index("SOURCES = ("))
-    build.write_text(f'{text[:start]}SOURCES = ("bindings.cpp",{text[stop:]}')
+    before, _, rest = build.read_text().partition("SOURCES = (")
+    build.write_text(f'{before}SOURCES = ("bindings.cpp", "cpu/focal_loss.cpp")\n{rest.partition(")")[2]}')
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec {_build.compiler()} "$@"\n')
+    wrapper.chmod(0o755)
     (tmp_path / "out").mkdir()
-    wheel = pip_wheel(copy, tmp_path / "out", STABLEKERN_PREBUILD="1")
+    settings = {"STABLEKERN_PREBUILD": "1", "CXX": str(wrapper), "STABLEKERN_MARCH": "x86-64-v2"}
+    wheel = pip_wheel(copy, tmp_path / "out", **settings)
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-" in wheel.name and "any" not in wheel.name
+    commands = log.read_text().splitlines()
+    assert len(commands) == 4 and all("-march=x86-64-v2" in line for line in commands if " -c " in line)
+    assert "c++-header" in commands[0] + commands[1], "the prelude is compiled beside what does not read it"
     install, execute = clean
     site = install(wheel)
-    code = "from stablekern import _load; print(_load.native_reason(), _load.native_module().__file__)"
+    code = """
+        import torch, stablekern
+        from stablekern import _load
+        print(_load.native_module().__file__, stablekern.available_backends("focal_loss")["native"])
+        with stablekern.use_backend("native"):
+            print(float(stablekern.focal_loss(torch.zeros(1), torch.ones(1))))
+    """
     cache = tmp_path / "cache"
-    run = execute("python", "-c", code, CXX="no-such-compiler", STABLEKERN_CACHE_DIR=str(cache), STABLEKERN_NATIVE="1")
+    settings = {"CXX": "no-such-compiler", "STABLEKERN_CACHE_DIR": str(cache), "STABLEKERN_NATIVE": "1"}
+    run = execute("python", "-c", textwrap.dedent(code), **settings)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[0] == "None" and run.stdout.split()[1].startswith(str(site))
-    assert not cache.exists()
+    where, value = run.stdout.strip().splitlines()
+    assert where == f"{site / 'stablekern' / _build._LIBRARY} None" and value[:8] == "0.086643"
+    assert not cache.exists() and "compil" not in run.stderr
 
 
 def test_the_package_is_typed():

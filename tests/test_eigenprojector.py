@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specs.eigh import repeated, separated
-from stablekern import available_backends, use_backend
+from stablekern import _load, available_backends, use_backend
 from stablekern.ops.eigenprojector import eigenprojector, eigenprojector_ex
 
 FLOATS = (torch.float32, torch.float64)
@@ -123,17 +123,18 @@ def test_finite_and_bounded_where_the_cut_is_closed(name, dtype):
             torch.testing.assert_close(gap.double(), w[k] - w[k - 1], rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize("top", [2.0, 3.0])  # a power of two, and far from one
 @pytest.mark.parametrize("n", [4, 40])
-def test_the_stand_in_is_the_documented_one(n):
+def test_the_stand_in_is_the_documented_one(n, top):
     """For one pair across the cut, whose eigenvectors are exact: g / (g^2 + d^2) over max|w|, d = 4 n^1/2 eps."""
     width = 4 * n**0.5 * torch.finfo(torch.float64).eps
     pair = torch.zeros(n, n, dtype=torch.float64)
     pair[0, 1] = pair[1, 0] = 1.0
     for gap in (0.0, width / 8, width, 8 * width, 1e3 * width, 0.5):
-        w = torch.tensor([1 - gap, 1.0, *[1.5] * (n - 3), 2.0], dtype=torch.float64)
-        relative = (w[1] - w[0]) / 2
-        expected = -pair * relative / (relative**2 + width**2) / 2
-        assert expected.abs().max() <= 1 / (2 * width) / 2
+        w = torch.tensor([1 - gap, 1.0, *[1.5] * (n - 3), 2.0], dtype=torch.float64) * (top / 2)
+        relative = (w[1] - w[0]) / top
+        expected = -pair * relative / (relative**2 + width**2) / top
+        assert expected.abs().max() <= 1 / (2 * width) / top
         if n == 40 and gap < 8 * width:  # rounding turns the eigenvectors of so close a pair of a large matrix
             continue
         exact_to = 1e-12 if n == 4 else 4 * torch.finfo(torch.float64).eps / float(relative)
@@ -275,6 +276,46 @@ def test_the_backward_of_another_backend(dtype):
         assert native[1].isnan().all() and other[1].isnan().all()
         bound = 8 * n * torch.finfo(dtype).eps * float(torch.linalg.norm(A[0], 2) / output[1][0])
         assert (native[::2] - other[::2]).abs().max() <= bound * other[::2].abs().max()
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("dtype", ALL)
+def test_large_matrices_whose_vectors_do_not_converge_go_to_lapack(dtype, largest):
+    """One round of the iteration is never enough: projector, gap and gradient then come from all eigenvectors."""
+    if (reason := available_backends("eigenprojector")["native"]) is not None:
+        pytest.skip(f"no native kernels: {reason}")
+    n, k, wide = 40, 4, torch.complex128 if dtype.is_complex else torch.float64
+    A = separated(torch.Generator().manual_seed(5), (3,), n, dtype=wide)
+    A = torch.stack([turned(item, dtype) for item in A]).to(dtype)
+    A[1, 2, 0] = torch.nan
+    cut = k, largest, 4 * n**0.5 * torch.finfo(dtype).eps
+    G = weight(n, dtype).expand(3, n, n)
+    outputs = {}
+    for rounds in (1, 5):
+        outputs[rounds] = [
+            torch.full_like(x, torch.nan) if x.is_floating_point() or x.is_complex() else torch.full_like(x, -1)
+            for x in forward(A, k, largest)
+        ]
+        _load.native().eigenprojector_fwd(A, *cut, *outputs[rounds], rounds)
+    assert outputs[5][4].tolist() == [1, 0, 1] and outputs[1][4].tolist() == [0, 0, 0]
+    mixed = [torch.cat([one[:1], five[1:]]) for one, five in zip(outputs[1], outputs[5], strict=True)]
+    bwd = lambda found: torch.ops.stablekern.eigenprojector_bwd(*found[2:5], G, *cut)  # noqa: E731
+    with use_backend("native"):
+        grads = {rounds: bwd(found) for rounds, found in outputs.items()}
+        from_both = bwd(mixed)
+    torch.testing.assert_close(from_both[0], grads[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(from_both[2], grads[5][2], rtol=0, atol=0)
+    P, gap, info = outputs[1][0], outputs[1][1], outputs[1][5]
+    assert info.tolist() == [0, 2, 0] and all(x[1].isnan().all() for x in (P, gap, grads[1]))
+    for i in (0, 2):
+        w, V = torch.linalg.eigh(A[i].to(wide))
+        S, at = (V[:, n - k :], n - k) if largest else (V[:, :k], k)
+        # As in test_exact_at_repeated_eigenvalues.
+        bound = 8 * n * torch.finfo(dtype).eps * float(w.abs().max() / (w[at] - w[at - 1]))
+        assert (P[i] - S @ S.mH).abs().max() <= bound
+        assert abs(float(gap[i] - (w[at] - w[at - 1]))) <= bound * float(w[at] - w[at - 1])
+        exact = exact_gradient(A[i].to(wide) * (-1 if largest else 1), k, G[i].to(wide)) * (-1 if largest else 1)
+        assert (grads[1][i] - exact).abs().max() <= bound * exact.abs().max()
 
 
 def test_half_precision_and_no_columns():

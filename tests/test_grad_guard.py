@@ -19,9 +19,11 @@ from stablekern.optim import ComplexAdamW, GradGuard
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(autouse=True, params=["native", "torch"])
+@pytest.fixture(autouse=True, params=["native", "torch", "triton"])
 def backend(request):
     """Every test runs on both implementations of norm and product."""
+    if request.param == "triton" and request.node.get_closest_marker("interpreter_is_slow"):
+        pytest.skip("thousands of launches, 0.1 ms an operation: left to the other backends")
     with use_backend(request.param):
         yield request.param
 
@@ -509,6 +511,7 @@ def train(policy, plant, steps=500):
         return float((model(inputs) - targets).square().mean()), planted, guard, model
 
 
+@pytest.mark.interpreter_is_slow
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 def test_poisoned_training_ends_like_clean_training(policy):
     clean, *_ = train("skip", plant=False)

@@ -77,6 +77,26 @@ def test_reverse_is_the_scan_of_flipped_inputs(backend, shape, dtype):
         torch.testing.assert_close(ours, flipped, rtol=1e-5, atol=1e-5 * float(flipped.abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(3, 10, 67), (1, 2, 1500)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_bidirectional_is_a_scan_forward_beside_one_in_reverse(backend, shape, dtype):
+    (gate, token), state = case(*shape, dtype=dtype)
+    half, bounds = shape[1] // 2, torch.linspace(0.5, 1.0, shape[1])
+    both = linear_scan(gate, token, initial_state=state, state_clamp=bounds, bidirectional=True, return_saturation=True)
+    parts = [
+        linear_scan(
+            *(M[:, channels] for M in (gate, token)),
+            initial_state=state[:, channels],
+            state_clamp=bounds[channels],
+            reverse=reverse,
+            return_saturation=True,
+        )
+        for channels, reverse in ((slice(0, half), False), (slice(half, None), True))
+    ]
+    for ours, *apart in zip(both, *parts, strict=True):
+        torch.testing.assert_close(ours, torch.cat(apart, 1))
+
+
 @pytest.mark.parametrize("clamp", [None, 0.5])
 @pytest.mark.parametrize("cut", [1, 15, 16, 1100])
 def test_a_sequence_may_be_cut_anywhere(backend, cut, clamp):

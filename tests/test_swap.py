@@ -68,6 +68,12 @@ def test_torch_linalg(dtype, n):
             loss = (P.abs().square() * torch.arange(n)).sum() + w.square().sum() + eigvalsh(leaf).pow(3).sum()
             results.append((w.detach(), P.detach(), torch.autograd.grad(loss, leaf)[0]))
             assert w.shape == (4, n), module
+        triangles = torch.randn(4, n, n, dtype=dtype)  # the two hold different matrices
+        for uplo in ("L", "U", "l", "u"):
+            both = THEIRS["eigvalsh"](triangles, uplo), THEIRS["eigh"](triangles, UPLO=uplo)[0]
+            ours = torch.linalg.eigvalsh(triangles, uplo), torch.linalg.eigh(triangles, UPLO=uplo)[0]
+            tolerance = 20 * n * torch.finfo(dtype).eps * float(both[0].abs().max())
+            torch.testing.assert_close(ours, both, rtol=0, atol=tolerance)
     for ours, theirs in zip(*results, strict=True):
         eps = torch.finfo(dtype).eps
         assert (ours - theirs).abs().max() <= 200 * n * eps * theirs.abs().max()
@@ -203,12 +209,20 @@ def test_other_versions_and_signatures_are_refused(monkeypatch):
     monkeypatch.setattr("torch_geometric.__version__", "9.1.0")
     with pytest.raises(SwapError, match=r"of torch_geometric the versions 2.6, 2.7, 2.8 are known: got 9.1.0"):
         stablekern.swap("torch_geometric")
-    monkeypatch.setattr(transformers, "__version__", "6.0.0")
+    adapter = importlib.import_module("stablekern.adapters.transformers_mamba")
+    monkeypatch.setattr(adapter.transformers, "__version__", "6.0.0")
     before = identities()
     with pytest.raises(SwapError, match=r"of transformers the versions 5.23 are known: got 6.0.0"):
         stablekern.swap("transformers")
     assert identities() == before
+    monkeypatch.setitem(sys.modules, "stablekern.adapters.transformers_mamba", None)  # as if it were not installed
+    with pytest.raises(SwapError, match="transformers must be installed, in a version that is known: got "):
+        stablekern.swap("transformers")
     other = types.ModuleType("other")
+    other.small_cayley = min
+    with pytest.raises(SwapError, match=r"its parameters \(not to be read\)"):
+        stablekern.swap(other)
+    del other.small_cayley
     other.cg_solve = lambda matrix, rhs: rhs
     with pytest.raises(SwapError, match=r"its parameters \(matrix, rhs\) are not those .* \(A, b, max_iter, tol\)"):
         stablekern.swap(other)
@@ -269,6 +283,8 @@ def test_models_of_transformers(name, train, monkeypatch):
     with stablekern.swap(model) as report:
         assert list(model.state_dict()) == names and [id(p) for p in model.parameters()] == objects
         agree(computed(model, tokens, attention_mask=mask), theirs)
+        with stablekern.swap(model) as second:
+            assert not second.swapped and [entry.reason for entry in second.left] == ["swapped already"] * 2
     assert len(calls) == 4 and len(report.swapped) == 2  # 2 layers, a forward and a prefill
     assert not any("forward" in vars(module) for module in model.modules())
     again = computed(model, tokens, attention_mask=mask)
@@ -288,6 +304,14 @@ def test_all_models_of_transformers(name):
     assert len(report.swapped) == 10
 
 
+def test_a_mixer_with_a_forward_of_its_own_is_left():
+    model = MODELS["mamba"]()
+    first = model.backbone.layers[0].mixer
+    first.forward = types.MethodType(type(first).forward, first)  # as accelerate's hooks do
+    with stablekern.swap(model) as report:
+        assert len(report.swapped) == 1 and "it has a forward of its own" in str(report)
+
+
 def test_what_transformers_keeps_is_counted():
     model = healthy(lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**SHARED, hidden_act="gelu")))
     tokens = torch.randint(1, 40, (2, 9))
@@ -303,8 +327,11 @@ def test_a_swapped_model_compiles():
     theirs = mixer(x)
     with stablekern.swap(model), torch.no_grad():
         torch.compiler.reset()
-        compiled = torch.compile(mixer.forward, backend="aot_eager")
+        graphs: list[torch.fx.GraphModule] = []
+        compiled = torch.compile(mixer.forward, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
         torch.testing.assert_close(compiled(x), theirs.detach(), rtol=1e-4, atol=1e-5)
+        nodes = [n for graph in graphs for m in graph.modules() if hasattr(m, "graph") for n in m.graph.nodes]
+        assert any("stablekern.selective_scan_fwd" in str(node.target) for node in nodes)  # not their loop
         agree(computed_without_grad(model, tokens), computed_without_grad(model, tokens))
     torch.compiler.reset()
 
@@ -317,7 +344,8 @@ def computed_without_grad(model: nn.Module, tokens: Tensor):
 
 
 def test_mamba_ssm_is_importable_where_it_is_not_installed():
-    assert importlib.util.find_spec("mamba_ssm") is None, "this test is for machines without it"
+    if importlib.util.find_spec("mamba_ssm") is not None:
+        pytest.skip("mamba_ssm is installed")
     with stablekern.swap("mamba_ssm") as report:
         from causal_conv1d import causal_conv1d_fn
         from mamba_ssm import Mamba, Mamba2
@@ -459,6 +487,7 @@ def graph(n: int, weighted: bool, seed: int = 0) -> Data:
     upper = (torch.rand(n, n, generator=g) < 0.5).triu(1)
     weights = torch.rand(n, n, generator=g).triu(1) * upper
     weights, both = weights + weights.mT, upper | upper.mT
+    weights[0, 0], both[0, 0] = 0.7, True  # a self-loop, which the encoding leaves out
     index = both.nonzero().mT
     return Data(edge_index=index, edge_weight=weights[index[0], index[1]] if weighted else None, num_nodes=n)
 
@@ -467,6 +496,7 @@ def gap(data: Data) -> float:
     """The least distance between the six lowest eigenvalues of the graph."""
     dense = torch.zeros(data.num_nodes, data.num_nodes, **DOUBLE)
     dense[data.edge_index[0], data.edge_index[1]] = 1.0 if data.edge_weight is None else data.edge_weight.double()
+    dense.fill_diagonal_(0.0)
     return float(THEIRS["eigvalsh"](stablekern.normalized_laplacian(dense))[:6].diff().min())
 
 
@@ -855,7 +885,7 @@ def test_the_optimizer_of_sem():
         torch.testing.assert_close(run(s.ComplexAdamW), theirs, rtol=1e-6, atol=1e-9)
         re, im = (nn.Parameter(torch.ones(3)) for _ in range(2))
         re._is_complex_real, re._complex_partner, im._is_complex_imag, im._complex_partner = True, im, True, re
-        optimizer = s.ComplexAdamW([{"params": [re, im]}])
+        optimizer = s.ComplexAdamW([{"params": iter([re, im])}])
         assert optimizer.param_groups[0]["pairs"] == ((0, 1),) and optimizer.defaults["temperature"] == 1e-4
 
 

@@ -29,6 +29,8 @@ def linear_scan_fwd_kernel(
     upper_ptr,
     states_ptr,
     rows,
+    first_channel,
+    some,
     channels,
     length,
     HAS_FIRST: tl.constexpr,
@@ -37,8 +39,9 @@ def linear_scan_fwd_kernel(
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
+    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = number < rows
+    row = number // some * channels + first_channel + number % some
     lower = tl.load(lower_ptr + row % channels, mask=real, other=0.0) if HAS_CLAMP else 0.0
     upper = tl.load(upper_ptr + row % channels, mask=real, other=0.0) if HAS_CLAMP else 0.0
     if HAS_FIRST:
@@ -78,6 +81,8 @@ def linear_scan_bwd_kernel(
     dtoken_ptr,
     dfirst_ptr,
     rows,
+    first_channel,
+    some,
     channels,
     length,
     HAS_FIRST: tl.constexpr,
@@ -86,8 +91,9 @@ def linear_scan_bwd_kernel(
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
+    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = number < rows
+    row = number // some * channels + first_channel + number % some
     lower = tl.load(lower_ptr + row % channels, mask=real, other=0.0) if HAS_CLAMP else 0.0
     upper = tl.load(upper_ptr + row % channels, mask=real, other=0.0) if HAS_CLAMP else 0.0
     carry = tl.zeros((ROWS,), gate_ptr.dtype.element_ty)
@@ -135,24 +141,28 @@ def _launch(
     *tensors: Tensor,
     first: Tensor | None,
     lower: Tensor | None,
-    reverse: bool,
+    reverse_channels: int,
 ) -> None:
     batch, channels, length = tensors[0].shape
-    rows = _ROWS[tensors[0].device.type]
-    kernel[(triton.cdiv(batch * channels, rows),)](
-        *tensors,
-        batch * channels,
-        channels,
-        length,
-        HAS_FIRST=first is not None,
-        HAS_CLAMP=lower is not None,
-        REVERSE=reverse,
-        STAGES=_STAGES,
-        ROWS=rows,
-        num_warps=1,
-        maxnreg=ALL_REGISTERS,
-        enable_fp_fusion=True,
-    )
+    rows, ahead = _ROWS[tensors[0].device.type], channels - reverse_channels
+    for first_channel, some in ((0, ahead), (ahead, reverse_channels)):
+        if some:
+            kernel[(triton.cdiv(batch * some, rows),)](
+                *tensors,
+                batch * some,
+                first_channel,
+                some,
+                channels,
+                length,
+                HAS_FIRST=first is not None,
+                HAS_CLAMP=lower is not None,
+                REVERSE=first_channel == ahead,
+                STAGES=_STAGES,
+                ROWS=rows,
+                num_warps=1,
+                maxnreg=ALL_REGISTERS,
+                enable_fp_fusion=True,
+            )
 
 
 def linear_scan_fwd(
@@ -161,13 +171,22 @@ def linear_scan_fwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
-    reverse: bool,
+    reverse_channels: int,
     states: Tensor,
 ) -> None:
     if states.numel() == 0:
         return
     optional = (gate if tensor is None else tensor for tensor in (initial_state, lower, upper))
-    _launch(linear_scan_fwd_kernel, gate, token, *optional, states, first=initial_state, lower=lower, reverse=reverse)
+    _launch(
+        linear_scan_fwd_kernel,
+        gate,
+        token,
+        *optional,
+        states,
+        first=initial_state,
+        lower=lower,
+        reverse_channels=reverse_channels,
+    )
 
 
 def linear_scan_bwd(
@@ -178,7 +197,7 @@ def linear_scan_bwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
-    reverse: bool,
+    reverse_channels: int,
     grad_gate: Tensor,
     grad_token: Tensor,
     grad_initial_state: Tensor,
@@ -189,4 +208,6 @@ def linear_scan_bwd(
     inputs = (grad_states, gate, token, states, initial_state, lower, upper)
     inputs = (gate if tensor is None else tensor for tensor in inputs)
     outputs = (grad_gate, grad_token, grad_initial_state)
-    _launch(linear_scan_bwd_kernel, *inputs, *outputs, first=initial_state, lower=lower, reverse=reverse)
+    _launch(
+        linear_scan_bwd_kernel, *inputs, *outputs, first=initial_state, lower=lower, reverse_channels=reverse_channels
+    )

@@ -11,9 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Case", "Stepping", "all_cases"]
+
+
+def normal_cotangents(outputs: list[Tensor]) -> list[Tensor]:
+    """Normal numbers; but 1 for a loss, which is the end of its graph."""
+    return [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Case:
     gates: dict[str, float]
     constant: tuple[int, ...] = ()  # inputs that get no gradient
     directions: tuple[str, ...] = ("fwd", "fwd+bwd")  # ("step",) for what changes its inputs and has no gradient
+    cotangents: Callable[[list[Tensor]], list[Tensor]] = normal_cotangents  # of the outputs; made once, not timed
     facts: Callable[..., dict[str, Any]] | None = None  # of the inputs: what stands beside the times, errors for one
 
 

@@ -48,6 +48,31 @@ def _case(
     )  # fmt: skip
 
 
+def _general_inputs(b: int, d: int, l: int, n: int, *, constant: bool) -> Callable[[str], tuple[Tensor, ...]]:  # noqa: E741
+    """Complex states; with `constant`, B and C do not depend on time (S4D's)."""
+
+    def make(device: str) -> tuple[Tensor, ...]:
+        u, delta, a, *_, D = _inputs(b, d, l, n)("cpu")
+        g = torch.Generator().manual_seed(4)
+        shape = (d, n) if constant else (b, n, l)
+        bc = [torch.randn(shape, generator=g, dtype=torch.complex64) for _ in range(2)]
+        return tuple(t.to(device) for t in (u, delta, torch.complex(a, 3 * a.flip(1)), *bc, D))
+
+    return make
+
+
+def _general_case(shape: tuple[int, ...], *, constant: bool) -> Case:
+    b, d, length, n = shape
+    state = float(b * d * length * n)
+    projections = 2 * d * n if constant else 2 * b * length * n
+    return Case(
+        "selective_scan", f"({b},{d},{length},{n}), complex{', constant B and C' if constant else ''}",
+        _general_inputs(*shape, constant=constant), stablekern.selective_scan, _LOOP, spine.reference,
+        # As above with an exponential, a sine and a cosine, and four real multiply-adds for each complex one.
+        (2 + 16 + 20 + 16) * state, 4.0 * 3 * b * d * length + 8.0 * projections, (54 + 54 + 50) / 54, {},
+    )  # fmt: skip
+
+
 _STREAM, _SMALL, _MODEL = (8, 128, 960, 16), (2, 128, 960, 16), (1, 1536, 1024, 16)
 _SHORT = (8, 128, 16, 16)  # 32 steps of it compile for 40 s, and time grows with the length
 _COMPILED = "torch.compile of the sequential loop"
@@ -65,6 +90,8 @@ CASES = (
     _case(_SMALL, _LOOP, spine.reference, {}),
     _case(_SHORT, _COMPILED, baselines.compiled(spine.reference), {}),
     _case(_SMALL, _SLOW, baselines.selective_scan_transformers, {}),
+    _general_case(_SMALL, constant=False),
+    _general_case(_SMALL, constant=True),
     _case(_MODEL, _PSCAN, baselines.selective_scan_pscan, {}),
 )
 

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace stablekern {
@@ -190,7 +191,7 @@ class Reduced {
   S* vectors() const { return numbers_; }  // few x n
 
   // The few eigenvectors of a matrix of finite numbers, and what is at the cut. False if they do not converge.
-  bool solve(const S* matrix, const Cut& cut, T* gap, int32_t* info) {
+  bool solve(const S* matrix, const Cut& cut, int rounds, T* gap, int32_t* info) {
     const T up = reduction_.reduce(matrix);
     tridiagonal_.set(reduction_.diagonal, reduction_.couplings);
     // The few, the one on the other side of the cut, and the other end of the spectrum.
@@ -204,7 +205,7 @@ class Reduced {
     const double tolerance = std::max(ulp / kPart, 4 * ulp64) * tridiagonal_.norm();
     tridiagonal_.values(places, tolerance, values.data());
     const double* few = values.data() + (low ? 0 : 2);
-    if (!tridiagonal_vectors(tridiagonal_, n_, few, few_, tolerance, n_ * tolerance, basis_)) return false;
+    if (!tridiagonal_vectors(tridiagonal_, n_, few, few_, tolerance, n_ * tolerance, rounds, basis_)) return false;
     const double top = std::max(std::abs(values.front()), std::abs(values.back()));
     const double distance = low ? few[few_] - few[few_ - 1] : few[0] - few[-1];
     *gap = static_cast<T>(distance) * up;
@@ -358,7 +359,7 @@ class Reduced {
 // ---- one matrix a thread -------------------------------------------------------------------------------------------
 
 template <class S>
-void project_large(const S* matrices, int64_t batch, const Cut& cut, const Projectors<S>& out) {
+void project_large(const S* matrices, int64_t batch, const Cut& cut, int rounds, const Projectors<S>& out) {
   const int n = cut.n, count = cut.few();
   const int64_t size = static_cast<int64_t>(n) * n;
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
@@ -373,7 +374,7 @@ void project_large(const S* matrices, int64_t batch, const Cut& cut, const Proje
       Real<S>*values = out.values + item * n, *gap = out.gap + item;
       out.info[item] = 0;
       const S* few;
-      out.reduced[item] = thin && all_finite(matrix, size) && thin->solve(matrix, cut, gap, out.info + item);
+      out.reduced[item] = thin && all_finite(matrix, size) && thin->solve(matrix, cut, rounds, gap, out.info + item);
       if (out.reduced[item]) {
         thin->save(values, rows);
         few = thin->vectors();
@@ -467,7 +468,7 @@ Cut cut_of(const char* op, int64_t n, int64_t k, bool largest, double gap_floor)
 }
 
 void eigenprojector_fwd(const Tensor A, int64_t k, bool largest, double gap_floor, Tensor projector, Tensor gap,
-                        Tensor eigenvalues, Tensor eigenvector_rows, Tensor reduced, Tensor info) {
+                        Tensor eigenvalues, Tensor eigenvector_rows, Tensor reduced, Tensor info, int64_t rounds) {
   const int64_t batch = A.size(0), n = A.size(1);
   if (batch == 0 || n == 0) return;
   const Cut cut = cut_of("eigenprojector_fwd", n, k, largest, gap_floor);
@@ -479,7 +480,7 @@ void eigenprojector_fwd(const Tensor A, int64_t k, bool largest, double gap_floo
     if constexpr (!kComplex<S>) {
       if (n <= kMaxN) return project_lanes<S>(from, batch, cut, out);
     }
-    project_large(from, batch, cut, out);
+    project_large(from, batch, cut, static_cast<int>(rounds), out);
   });
 }
 
@@ -503,9 +504,11 @@ void eigenprojector_bwd(const Tensor eigenvalues, const Tensor eigenvector_rows,
 }  // namespace stablekern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
-  m.def(
-      "eigenprojector_fwd(Tensor A, int k, bool largest, float gap_floor, Tensor(a!) projector, Tensor(b!) gap, "
-      "Tensor(c!) eigenvalues, Tensor(d!) eigenvector_rows, Tensor(e!) reduced, Tensor(f!) info) -> ()");
+  // A smaller number of rounds is for tests.
+  const std::string rounds = std::to_string(stablekern::kRounds);
+  m.def(("eigenprojector_fwd(Tensor A, int k, bool largest, float gap_floor, Tensor(a!) projector, Tensor(b!) gap, "
+         "Tensor(c!) eigenvalues, Tensor(d!) eigenvector_rows, Tensor(e!) reduced, Tensor(f!) info, int rounds=" +
+         rounds + ") -> ()").c_str());
   m.def(
       "eigenprojector_bwd(Tensor eigenvalues, Tensor eigenvector_rows, Tensor reduced, Tensor grad_projector, int k, "
       "bool largest, float gap_floor, Tensor(a!) grad_A) -> ()");

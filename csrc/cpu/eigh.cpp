@@ -18,6 +18,12 @@
 #include <string>
 
 namespace stablekern {
+
+template struct Solver<float, kBlocks, true>;
+template struct Solver<float, 1, true>;
+template struct Solver<double, kBlocks, true>;
+template struct Solver<double, 1, true>;
+
 namespace {
 
 using torch::stable::Tensor;

@@ -37,8 +37,10 @@ struct Problem {
   int64_t batch, channels, length;
   const T *gate, *token, *initial_state;
   const T *lower, *upper;  // (channels) or null
+  int64_t first, some;     // channels that go in one direction, of each item: these rows are done
 
-  int64_t rows() const { return batch * channels; }
+  int64_t rows() const { return batch * some; }
+  int64_t row(int64_t k) const { return k / some * channels + first + k % some; }
 };
 
 // ---- elements -----------------------------------------------------------------------------------------------------
@@ -147,19 +149,19 @@ struct Complex {
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
-// The rows of a tile: lane i is problem row `row[i]`, whose step 0 is element `offset[i]`. Lanes from `count` on repeat
+// The rows of a tile: lane i is row `row[i]` in memory, whose step 0 is element `offset[i]`. Lanes from `count` on repeat
 // the last row, and are not stored.
-template <class F>
+template <class F, class T = typename F::T>
 struct Rows {
   int count;
   int64_t row[F::kRows], offset[F::kRows];
 
-  Rows(int64_t first, int count_, int64_t length) : count(count_) {
-    for (int i = 0; i < F::kRows; ++i) row[i] = first + std::min(i, count - 1), offset[i] = row[i] * length;
+  Rows(const Problem<T>& p, int64_t first, int count_) : count(count_) {
+    for (int i = 0; i < F::kRows; ++i) row[i] = p.row(first + std::min(i, count - 1)), offset[i] = row[i] * p.length;
   }
   // Lanes are stretches of one row, `steps` long.
-  static Rows stretches(int64_t row, int64_t start, int64_t steps, int64_t length) {
-    Rows r(row, 1, length);
+  static Rows stretches(const Problem<T>& p, int64_t row, int64_t start, int64_t steps) {
+    Rows r(p, row, 1);
     r.count = F::kRows;
     for (int i = 0; i < F::kRows; ++i) r.offset[i] += start + i * steps;
     return r;
@@ -295,7 +297,7 @@ struct Forward {
   // Stretches of kStretch steps of one row in parallel, from step `begin` on; false if the maps are not usable.
   bool stretches(int64_t row, int64_t begin, T* state) const {
     constexpr int kStretch = kStretchTiles * F::kRows;
-    const Rows<F> lanes = Rows<F>::stretches(row, begin, kStretch, p.length);
+    const Rows<F> lanes = Rows<F>::stretches(p, row, begin, kStretch);
     const Bounds bounds = F::bounds(p, lanes.row);
     Vec<T> gate[kStretch], token[kStretch];
     Map<F, kClamp> map(bounds);
@@ -410,7 +412,7 @@ struct Backward {
   // tile in the scan may not be among them: before it there is nothing to load.
   bool stretches(int64_t row, int64_t begin, T* carry) const {
     constexpr int kStretch = kStretchTiles * F::kRows;
-    const Rows<F> lanes = Rows<F>::stretches(row, begin, kStretch, p.length);
+    const Rows<F> lanes = Rows<F>::stretches(p, row, begin, kStretch);
     const Bounds bounds = F::bounds(p, lanes.row);
     Tile tiles[kStretchTiles + 2];  // one more at either end for `next`
     Map<F, false> map(bounds);
@@ -443,7 +445,7 @@ struct Backward {
 template <class F, bool kDown, class Pass, class T = typename F::T>
 Vec<T> by_stretches(const Pass& pass, int64_t row, int64_t first, int64_t last, Vec<T> state) {
   constexpr int64_t kBlock = kStretchTiles * F::kRows * F::kRows;
-  const Rows<F> alone(row, 1, pass.p.length);
+  const Rows<F> alone(pass.p, row, 1);
   const int64_t length = pass.p.length, blocks = std::max<int64_t>(0, length - first - last) / kBlock;
   const int64_t end = first + blocks * kBlock;
   state = kDown ? pass.loop(alone, end, length, state) : pass.loop(alone, 0, first, state);
@@ -471,18 +473,18 @@ void over_rows(const Pass& pass, int64_t first, int64_t last, const T* begin, T*
   const bool one_by_one = may_compose && (groups == 0 || rest * kComposedCost <= F::kRows);
   const int64_t tasks = groups + (one_by_one ? rest : (rest > 0));
   const auto finish = [&](const Rows<F>& rows, Vec<T> v) {
-    for (int i = 0; end && i < rows.count * F::kWords; ++i) end[rows.row[0] * F::kWords + i] = v[i];
+    for (int i = 0; end && i < rows.count * F::kWords; ++i) end[rows.row[i / F::kWords] * F::kWords + i % F::kWords] = v[i];
   };
   const int64_t grain = kThreadWork / std::max<int64_t>(1, length * (groups ? F::kRows : 1)) + 1;
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) {
       if (task < groups || !one_by_one) {
         const int here = static_cast<int>(std::min<int64_t>(F::kRows, count - task * F::kRows));
-        const Rows<F> rows(task * F::kRows, here, length);
+        const Rows<F> rows(pass.p, task * F::kRows, here);
         finish(rows, pass.loop(rows, 0, length, gather<F>(begin, rows)));
       } else if constexpr (kComposes) {
         const int64_t row = groups * F::kRows + task - groups;
-        const Rows<F> alone(row, 1, length);
+        const Rows<F> alone(pass.p, row, 1);
         finish(alone, by_stretches<F, kDown>(pass, row, first, last, gather<F>(begin, alone)));
       }
     }
@@ -509,22 +511,25 @@ void backward(const Problem<T>& p, const T* grad_states, const T* states, T* gra
 
 // ---- tensors ------------------------------------------------------------------------------------------------------
 
-// f(Real<T>{}) or f(Complex<T>{}), with the flags as constants.
+// f(Real<T>{} or Complex<T>{}, is there a clamp, do these channels go backwards, the first of them, how many), for each
+// direction that some go in: the last `reverse_channels` go backwards.
 template <class F>
-void for_elements(const Tensor& like, bool reverse, bool clamp, const F& f) {
-  const auto with_flags = [&](auto element) {
-    using std::false_type, std::true_type;
-    if (reverse)
-      clamp ? f(element, true_type{}, true_type{}) : f(element, true_type{}, false_type{});
-    else
-      clamp ? f(element, false_type{}, true_type{}) : f(element, false_type{}, false_type{});
+void for_directions(const Tensor& like, int64_t reverse_channels, bool clamp, const F& f) {
+  using std::false_type, std::true_type;
+  const int64_t ahead = like.size(1) - reverse_channels;
+  const auto of_element = [&](auto element) {
+    const auto with_clamp = [&](auto clamps) {
+      if (ahead > 0) f(element, clamps, false_type{}, int64_t{0}, ahead);
+      if (reverse_channels > 0) f(element, clamps, true_type{}, ahead, reverse_channels);
+    };
+    clamp ? with_clamp(true_type{}) : with_clamp(false_type{});
   };
   using torch::headeronly::ScalarType;
   switch (like.scalar_type()) {
-    case ScalarType::Float: return with_flags(Real<float>{});
-    case ScalarType::Double: return with_flags(Real<double>{});
-    case ScalarType::ComplexFloat: return with_flags(Complex<float>{});
-    default: return with_flags(Complex<double>{});
+    case ScalarType::Float: return of_element(Real<float>{});
+    case ScalarType::Double: return of_element(Real<double>{});
+    case ScalarType::ComplexFloat: return of_element(Complex<float>{});
+    default: return of_element(Complex<double>{});
   }
 }
 
@@ -539,29 +544,29 @@ bool streams(const Tensor& like, std::initializer_list<const void*> outputs) {
 
 template <class T>
 Problem<T> problem(const Tensor& gate, const std::optional<Tensor>& token, const std::optional<Tensor>& initial_state,
-                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper) {
-  return {gate.size(0),   gate.size(1),           gate.size(2),   data<T>(gate),
-          data<T>(token), data<T>(initial_state), data<T>(lower), data<T>(upper)};
+                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, int64_t first, int64_t some) {
+  return {gate.size(0),   gate.size(1),           gate.size(2),   data<T>(gate),  data<T>(token),
+          data<T>(initial_state), data<T>(lower), data<T>(upper), first,          some};
 }
 
 void linear_scan_fwd(const Tensor gate, const Tensor token, const std::optional<Tensor> initial_state,
-                     const std::optional<Tensor> lower, const std::optional<Tensor> upper, bool reverse, Tensor states) {
-  for_elements(gate, reverse, upper.has_value(), [&]<class F>(F, auto backwards, auto clamp) {
+                     const std::optional<Tensor> lower, const std::optional<Tensor> upper, int64_t reverse_channels, Tensor states) {
+  for_directions(gate, reverse_channels, upper.has_value(), [&]<class F>(F, auto clamp, auto backwards, int64_t first, int64_t some) {
     using T = typename F::T;
     T* to = mutable_data<T>(states);
-    forward<F, backwards.value, clamp.value>(problem<T>(gate, token, initial_state, lower, upper), to,
+    forward<F, backwards.value, clamp.value>(problem<T>(gate, token, initial_state, lower, upper, first, some), to,
                                              streams<F>(gate, {to}));
   });
 }
 
 void linear_scan_bwd(const Tensor grad_states, const Tensor gate, const std::optional<Tensor> token, const Tensor states,
                      const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
-                     const std::optional<Tensor> upper, bool reverse, Tensor grad_gate, Tensor grad_token,
+                     const std::optional<Tensor> upper, int64_t reverse_channels, Tensor grad_gate, Tensor grad_token,
                      Tensor grad_initial_state) {
-  for_elements(gate, reverse, upper.has_value(), [&]<class F>(F, auto backwards, auto clamp) {
+  for_directions(gate, reverse_channels, upper.has_value(), [&]<class F>(F, auto clamp, auto backwards, int64_t first, int64_t some) {
     using T = typename F::T;
     T *to_gate = mutable_data<T>(grad_gate), *to_token = mutable_data<T>(grad_token);
-    backward<F, backwards.value, clamp.value>(problem<T>(gate, token, initial_state, lower, upper), data<T>(grad_states),
+    backward<F, backwards.value, clamp.value>(problem<T>(gate, token, initial_state, lower, upper, first, some), data<T>(grad_states),
                                               data<T>(states), to_gate, to_token, mutable_data<T>(grad_initial_state),
                                               streams<F>(gate, {to_gate, to_token}));
   });
@@ -572,11 +577,11 @@ void linear_scan_bwd(const Tensor grad_states, const Tensor gate, const std::opt
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
-      "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper, bool reverse,"
+      "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_channels,"
       " Tensor(a!) states) -> ()");
   m.def(
       "linear_scan_bwd(Tensor grad_states, Tensor gate, Tensor? token, Tensor states, Tensor? initial_state,"
-      " Tensor? lower, Tensor? upper, bool reverse, Tensor(a!) grad_gate, Tensor(b!) grad_token,"
+      " Tensor? lower, Tensor? upper, int reverse_channels, Tensor(a!) grad_gate, Tensor(b!) grad_token,"
       " Tensor(c!) grad_initial_state) -> ()");
 }
 

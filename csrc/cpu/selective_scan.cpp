@@ -7,8 +7,9 @@
 // Forward, a segment of time is brought into place once for all blocks of lanes (B and C), and one block then passes it, a
 // few steps at a time. Backward, per chunk and a group of blocks of lanes: for each tile of states, from the saved start
 // on, recompute and keep states and decays, then sweep back. A few blocks go abreast and share each load and store of the
-// sums over channels for dB and dC, which stay vectors until all blocks of lanes of the chunk have been added. Sizes are
-// such that one tile's history, its sums and the group's rows stay in a first-level cache of 32 KB for 16 steps.
+// sums over channels for dB and dC, which stay vectors until the last group has added its blocks, tile by tile. Sizes are
+// such that one tile's history and sums, and what it reads of the rows, about fit a first-level cache for 32 steps: with
+// fewer, the saved states and the rows of channels, a line or two at a time out of pages far apart, cost more than that.
 //
 // What bounds it (AVX-512, one 64-byte multiply-add a cycle, as on Zen 4): a state's step is 9 of them forward, 6 of which
 // are the exponential, and 16 backward, which has to do the exponential again: keeping the decays would be 16 times the
@@ -332,7 +333,10 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
             const Strip<T, Row<T>> s{steps, lanes, p.states, 0, laws + b * p.states, rows, enter + from, leave + from, stride};
             if (start % p.chunk == 0) {
               T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
-              for (int64_t i = 0; i < p.states; ++i) store_block(save + i * p.channels, own[i], 0, lanes);
+              const bool past_caches = lanes == kLanes<T> && reinterpret_cast<uintptr_t>(save) % kVectorBytes == 0 &&
+                                       p.channels % kLanes<T> == 0;  // a line that is not read before it is written
+              for (int64_t i = 0; i < p.states; ++i)
+                past_caches ? stream(save + i * p.channels, own[i]) : store_block(save + i * p.channels, own[i], 0, lanes);
             }
             const bool tame = prepare(p, s, fastest[b], channel, offset, ahead, least);
             for (Row<T>* row = rows; row < rows + steps; ++row) row->y = p.D ? skip * row->u : Vec<T>{};
@@ -351,6 +355,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
         }
       }
       states_out(state, at.count, p.states, last_state + boundary);
+      stream_fence();
       for (int k = 0; k < kLanes<T>; ++k) least_of[task] = std::min(least_of[task], least[k]);
     }
   });
@@ -562,18 +567,41 @@ Vec<T> take_sums(Vec<T>* of, int64_t apart) {
 
 // sums += rest, without the lanes of `rest` that are no channels; zeros are left behind.
 template <class T>
-void add_rest(Vec<T>* rest, int64_t lanes, int64_t count, Vec<T>* sums) {
-  IVec<T> lane;
-  for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<typename VecTypes<T>::integer>(lanes - k);
-  const Mask<T> channel = greater_than<T>(lane, 0);
-  for (int64_t k = 0; k < count; ++k) sums[k] += select(channel, rest[k], Vec<T>{}), rest[k] = Vec<T>{};
+void add_rest(Vec<T>* rest, Mask<T> channel, int64_t steps, int64_t apart, Vec<T>* sums) {
+  for (int64_t k = 0; k < steps * apart; k += apart) sums[k] += select(channel, rest[k], Vec<T>{}), rest[k] = Vec<T>{};
 }
+
+// dB and dC of the states of a tile over one chunk, which all blocks of lanes have passed. At once, while they are near.
+template <class T>
+struct SumsOut {
+  T *grad_B, *grad_C;  // of the first state at the first step; null before the last group
+  int64_t length, steps, states;
+  int64_t rest_lanes;  // that are channels, of an incomplete last block, or 0
+
+  void operator()(const Scratch<T>& z, int64_t first, int64_t count) const {
+    if (!grad_B) return;
+    IVec<T> lane;
+    for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<typename VecTypes<T>::integer>(rest_lanes - k);
+    const Mask<T> channel = greater_than<T>(lane, 0);
+    for (int64_t i = first; i < first + count; ++i) {
+      if (rest_lanes) {
+        add_rest<T>(z.rest_enter + i, channel, steps, states, z.grad_enter + i);
+        add_rest<T>(z.rest_leave + i, channel, steps, states, z.grad_leave + i);
+      }
+      for (int64_t t = 0; t < steps; t += kLanes<T>) {
+        const int64_t from = t * states + i, into = i * length + t;
+        store_block(grad_B + into, take_sums<T>(z.grad_enter + from, states), 0, steps - t);
+        store_block(grad_C + into, take_sums<T>(z.grad_leave + from, states), 0, steps - t);
+      }
+    }
+  }
+};
 
 // Up to kGroup blocks of lanes over one chunk, tile after tile of states.
 template <class T, bool kClamp, bool kGate>
 void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T>& shared, const Scratch<T>& z,
                     int64_t first_block, int64_t start, int64_t steps, const T* grad_out, const T* chunk_states,
-                    const Gradients<T>& out) {
+                    const Gradients<T>& out, T* grad_B, T* grad_C) {
   const int64_t blocks = std::min(kGroup, at.blocks() - first_block);
   const int64_t first_channel = at.channel + first_block * kLanes<T>;
   const int64_t whole = std::min(blocks, (at.count - first_block * kLanes<T>) / kLanes<T>);
@@ -582,6 +610,9 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
                                 z.rows + b * z.padded, shared.enter, shared.leave, shared.stride};
   };
   const auto offset = [&](int64_t b) { return (at.item * p.channels + first_channel + b * kLanes<T>) * p.length + start; };
+  const bool last = first_block + blocks == at.blocks();
+  const SumsOut<T> sums_out{last ? grad_B : nullptr, grad_C, p.length, steps, p.states,
+                            whole < blocks ? at.in_block(first_block + whole) : 0};
   bool tame = true;
   for (int64_t b = 0; b < blocks; ++b)
     tame &= backward_rows<T, kGate>(p, strip(b), z.fastest[first_block + b], first_channel + b * kLanes<T>, offset(b), grad_out);
@@ -599,6 +630,7 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
     if constexpr (kTame)
       for (; b + kAbreast <= whole; b += kAbreast) tile.template operator()<true, N, kAbreast>(first, b);
     for (; b < blocks; ++b) tile.template operator()<kTame, N, 1>(first, b);
+    sums_out(z, first, N);
   };
   if (tame)
     for_tiles<kBackwardTile>(p.states, [&](auto size, int64_t first) {
@@ -609,11 +641,6 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
   for (int64_t b = 0; b < blocks; ++b)
     row_gradients<T, kGate>(p, strip(b), first_channel + b * kLanes<T>, offset(b), z.grad_skip[first_block + b],
                             z.grad_bias[first_block + b], out);
-  if (whole < blocks) {
-    const int64_t lanes = at.in_block(first_block + whole);
-    add_rest<T>(z.rest_enter, lanes, steps * p.states, z.grad_enter);
-    add_rest<T>(z.rest_leave, lanes, steps * p.states, z.grad_leave);
-  }
 }
 
 template <class T, bool kClamp, bool kGate>
@@ -647,15 +674,10 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
       for (int64_t start = (p.chunks() - 1) * p.chunk; start >= 0; start -= p.chunk) {
         const int64_t steps = std::min(p.chunk, p.length - start);
         shared.fill(p, at, start, steps);
-        for (int64_t first = 0; first < at.blocks(); first += kGroup)
-          backward_group<T, kClamp, kGate>(p, at, shared, z, first, start, steps, grad_out, chunk_states, out);
         const int64_t to = (at.item * p.groups + at.group) * p.states * p.length + start;
-        for (int64_t i = 0; i < p.states; ++i)
-          for (int64_t t = 0; t < steps; t += kLanes<T>) {
-            const int64_t from = t * p.states + i, into = to + i * p.length + t;
-            store_block(grad_B + into, take_sums<T>(z.grad_enter + from, p.states), 0, steps - t);
-            store_block(grad_C + into, take_sums<T>(z.grad_leave + from, p.states), 0, steps - t);
-          }
+        for (int64_t first = 0; first < at.blocks(); first += kGroup)
+          backward_group<T, kClamp, kGate>(p, at, shared, z, first, start, steps, grad_out, chunk_states, out, grad_B + to,
+                                           grad_C + to);
       }
       states_out(z.carry, at.count, p.states, out.initial_state + boundary);
       states_out(z.grad_rate, at.count, p.states, rates.data() + boundary);

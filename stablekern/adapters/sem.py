@@ -47,8 +47,10 @@ class ComplexAdamW(optim.ComplexAdamW):
         weight_decay: float = 0.01,
         temperature: float = 1e-4,
     ) -> None:
-        params = list(params)
-        flat = [p for entry in params for p in (_listed(entry["params"]) if isinstance(entry, dict) else [entry])]
+        params = [
+            {**entry, "params": _listed(entry["params"])} if isinstance(entry, dict) else entry for entry in params
+        ]
+        flat = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in flat]
         pairs = [(p, p._complex_partner) for p in tensors if getattr(p, "_is_complex_real", False)]
         super().__init__(params, lr, betas, eps, weight_decay, temperature=temperature, pairs=pairs)

@@ -5,7 +5,7 @@
 
 The same eigenvectors up to their signs, decomposed in float64. What differs, on purpose: no sign is drawn at random
 (the component of largest modulus is positive), and a graph with repeated eigenvalues, a disconnected one for instance,
-gets the same encoding at every call. Directed graphs, more than 1000 nodes (where a few vectors of a sparse matrix cost
+gets the same encoding at every call. Directed graphs, more than 256 nodes (where a few vectors of a sparse matrix cost
 less) and sparse tensors go to the original, and are counted in the report.
 """
 
@@ -31,7 +31,7 @@ _VERSIONS = ("2.6", "2.7", "2.8")
 _SIGNATURES = ("k, attr_name, is_undirected, **kwargs",)
 _NAME = "torch_geometric.transforms.AddLaplacianEigenvectorPE"
 _NOTE = "signs are fixed, not drawn"
-_DENSE_NODES = 1000  # a decomposition of all of a matrix against that of its lowest part
+_DENSE_NODES = 256  # beyond, all eigenvectors of a dense matrix take several times as long as the lowest of a sparse
 
 
 class AddLaplacianEigenvectorPE(_Original):

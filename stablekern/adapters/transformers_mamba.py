@@ -216,15 +216,18 @@ def _with(module: Any, mixer: str, stand_ins: dict[str, Callable[..., Any]]) -> 
     names = {key: value for key, value in vars(module).items() if key != "__name__"} | stand_ins
     forward = types.FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
     forward.__kwdefaults__ = inner.__kwdefaults__
-    return force_accelerate_hooks(list(_SEAMS[mixer][1]))(forward)
+    hooked = force_accelerate_hooks(list(_SEAMS[mixer][1]))(forward)
+    hooked.__module__ = __name__
+    return hooked
 
 
 def swap_layer(report: _swap.SwapReport, module: nn.Module, label: str) -> bool:
     for mixer, (home, _, _) in _SEAMS.items():
         if type(module) is not getattr(home, mixer):
             continue
-        if "forward" in vars(module):
-            report.leave(label, "swapped already, or it has a forward of its own")
+        if own := vars(module).get("forward"):
+            ours = own.__module__ == __name__
+            report.leave(label, "swapped already" if ours else "it has a forward of its own, as hooks put there")
         elif stand_ins := _seam(report, mixer):
             report.set(module, "forward", types.MethodType(_with(home, mixer, stand_ins), module))
             report.note(label, f"{home.__name__}.{mixer} over stablekern's scan and convolution")

@@ -29,7 +29,7 @@ _MISSING = (
     "stablekern bench: the workloads are in the source checkout, not in the installed package: clone it, run "
     "pip install -e '.[cli,bench]' there, and stablekern bench again (kept lines can be shown and compared anywhere)"
 )
-_KEY = ("op", "case", "direction", "dtype", "baseline", "allocator", "backend")
+_KEY = ("op", "case", "direction", "dtype", "baseline", "allocator")
 _CHECK_SECONDS = 60.0  # for the suite on one op
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8A8F98"
 
@@ -67,7 +67,7 @@ def read(source: Path) -> list[dict[str, Any]]:
 
 
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line.get(name, "") for name in (*_KEY, "device"))
+    return tuple({"allocator": "system", "device": "", **line}[name] for name in (*_KEY, "device"))
 
 
 def _benches() -> ModuleType | None:
@@ -189,6 +189,8 @@ def _grid(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
 def _times(lines: Sequence[dict[str, Any]]) -> Any:
     """Time against the bytes that a case must move at least, an axis per op; ours, the baselines, a copy."""
+    from matplotlib.ticker import FuncFormatter
+
     sized = [line for line in lines if line.get("gbytes_per_s")]
     ops = list(dict.fromkeys(line["op"] for line in sized))
     figure, axes = _grid(len(ops), 4.6, 3.2)
@@ -216,6 +218,10 @@ def _times(lines: Sequence[dict[str, Any]]) -> Any:
             ends = [x[0] / 1.5, x[-1] * 1.5]
             axis.plot(ends, [end / limit for end in ends], color=_GREY, lw=1, ls="--", label="a copy of as much")
         axis.set(xscale="log", yscale="log")
+        for ruler in (axis.xaxis, axis.yaxis):
+            ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ruler.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
+            ruler.set_tick_params(which="minor", labelsize=6)
         axis.set_title(op, fontsize=10, loc="left")
         axis.set_xlabel("MB that it must move at least", fontsize=8)
         axis.set_ylabel("ms", fontsize=8)

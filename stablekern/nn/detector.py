@@ -97,6 +97,7 @@ class DetectorConfig:
     gnn_alpha: float = 0.05
     gnn_layerscale: float = 0.1
     mamba_layerscale: float | None = None
+    recompute: bool = False  # Mamba layers keep their inputs alone for the backward, and run twice: less memory
     dropout: float = 0.1  # of the Mamba stacks and the graph layers
     boundary_norm: str = "layernorm"  # or "rmsnorm"
     causal: bool = False  # every layer looks back only, but for the graph's block of `graph_stride` frames
@@ -158,7 +159,11 @@ class SeizureDetector(nn.Module):
         self.tcn_encoder = TCNEncoder(nodes, config.tcn_channels, config.tcn_kernel, config.tcn_dropout, config.causal)
         self.proj_to_electrodes = nn.Conv1d(features, nodes * dim, 1)
         self.norm_electrodes = boundary_norm(config.boundary_norm, dim)
-        shared: dict[str, Any] = {"dropout": config.dropout, "layerscale": config.mamba_layerscale}
+        shared: dict[str, Any] = {
+            "dropout": config.dropout,
+            "layerscale": config.mamba_layerscale,
+            "recompute": config.recompute,
+        }
         stack = Mamba2Stack if config.causal else BiMamba2
         self.node_mamba = stack(
             dim, d_state=config.node_state, headdim=config.node_headdim, num_layers=config.node_layers, **shared

@@ -31,8 +31,9 @@ from stablekern import _check, numerics
 from stablekern.errors import message
 from stablekern.nn import mamba_parts
 from stablekern.nn.mamba_parts import MambaCache
-from stablekern.nn.norms import LayerScale, RMSNormGated, gated_rms_norm, wide
+from stablekern.nn.norms import LayerScale, RMSNormGated, wide
 from stablekern.ops.causal_conv1d import causal_conv1d
+from stablekern.ops.gated_rms_norm import gated_rms_norm
 from stablekern.ops.ssd_scan import ssd_scan
 from stablekern.ops.ssd_state_update import ssd_state_update
 
@@ -226,7 +227,8 @@ def _both_ways(x: Tensor, ahead: Mamba2, back: Mamba2) -> Tensor:
             state_clamp=ahead.state_clamp,
             bidirectional=True,
         )
-    return gated_rms_norm(y.flatten(-2), z, _side_by_side(blocks, "norm.weight"), ahead.norm.eps, 2 * ahead.ngroups)
+    weight = _side_by_side(blocks, "norm.weight")
+    return gated_rms_norm(y.flatten(-2), z, weight, eps=ahead.norm.eps, groups=2 * ahead.ngroups)
 
 
 def drop_fallback_entries(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
@@ -275,7 +277,8 @@ class BiMamba2(nn.Module):
     one projection, one convolution and one scan over heads that lie side by side; no flipped copy is made.
 
     **Arguments:** `d_model`, `d_state`, `d_conv`, `expand`, `headdim`, `ngroups`, `state_clamp` as in `Mamba2`;
-    `num_layers`; `dropout` in [0, 1]; `layerscale`: the initial $\gamma$ of every layer, or None for none.
+    `num_layers`; `dropout` in [0, 1]; `layerscale`: the initial $\gamma$ of every layer, or None for none; `recompute`:
+    for the backward each layer keeps its input alone, and runs a second time there (the same gradients, less memory).
 
     **State dict:** `layers.{i}.{forward,backward}_mamba_real.*`, `layers.{i}.output_proj.*`, `layers.{i}.layer_norm.*`
     and, if asked for, `layers.{i}.layerscale.gamma`. Entries `layers.{i}.{forward,backward}_mamba_fallback.*` of older
@@ -295,9 +298,10 @@ class BiMamba2(nn.Module):
         *,
         ngroups: int = 1,
         state_clamp: Any = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.d_model = d_model
+        self.d_model, self.recompute = d_model, recompute
         _check.integer("nn.BiMamba2", "num_layers", num_layers, low=1)
         _check.number("nn.BiMamba2", "dropout", dropout, low=0.0, high=1.0)
         mamba = {
@@ -322,5 +326,5 @@ class BiMamba2(nn.Module):
         _check.shapes("nn.BiMamba2", x=(x, f"b {self.d_model} l"))
         x = x.transpose(1, 2)
         for layer in self.layers:
-            x = layer(x)
+            x = mamba_parts.through(layer, self.recompute, x)
         return x.transpose(1, 2)

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stablekern import _check, numerics, settings
 from stablekern.errors import message
@@ -79,6 +80,13 @@ def initial_dt_bias(steps: int, dt_min: float, dt_max: float) -> Tensor:
     step = torch.empty(steps).uniform_(math.log(dt_min), math.log(dt_max)).exp()
     step = step.clamp_min(numerics.MAMBA_DT_INIT_FLOOR.value)
     return step + torch.log(-torch.expm1(-step))  # the inverse softplus, log(e^step - 1)
+
+
+def through(layer: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
+    """The layer's output; with `recompute` only its inputs are kept, and it runs again in the backward."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
 
 
 def convolve(x: Tensor, conv: nn.Conv1d, cache: MambaCache | None, reverse: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stablekern import _check, numerics
+from stablekern.nn import mamba_parts
 from stablekern.nn.mamba2 import Mamba2
 from stablekern.nn.norms import LayerScale
 from stablekern.nn.stream import Memory
@@ -19,16 +20,24 @@ class Mamba2Stack(nn.Module):
     \odot f(x)))$.
 
     **Arguments:** `d_model`; `num_layers`; `dropout` in [0, 1]; `layerscale`, the initial $\gamma$, or None for none;
-    further keywords are those of `Mamba2`. `forward(x, memory)`: with a memory, go on after what it has seen.
+    `recompute` as in `BiMamba2`; further keywords are those of `Mamba2`. `forward(x, memory)`: with a memory, go on
+    after what it has seen.
 
     **State dict:** `layers.{i}.mamba.*`, `layers.{i}.layer_norm.*`, and `layers.{i}.layerscale.gamma` if asked for.
     """
 
     def __init__(
-        self, d_model: int, *, num_layers: int = 1, dropout: float = 0.0, layerscale: float | None = None, **mamba: Any
+        self,
+        d_model: int,
+        *,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        layerscale: float | None = None,
+        recompute: bool = False,
+        **mamba: Any,
     ) -> None:
         super().__init__()
-        self.d_model = d_model
+        self.d_model, self.recompute = d_model, recompute
         _check.integer("nn.Mamba2Stack", "num_layers", num_layers, low=1)
         _check.number("nn.Mamba2Stack", "dropout", dropout, low=0.0, high=1.0)
         self.layers = nn.ModuleList(_Layer(d_model, dropout, layerscale, **mamba) for _ in range(num_layers))
@@ -37,7 +46,7 @@ class Mamba2Stack(nn.Module):
         _check.shapes("nn.Mamba2Stack", x=(x, f"b {self.d_model} l"))
         x = x.transpose(1, 2)
         for layer in self.layers:
-            x = layer(x, memory)
+            x = mamba_parts.through(layer, self.recompute and memory is None, x, memory)
         return x.transpose(1, 2)
 
 

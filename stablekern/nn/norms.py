@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stablekern import _check, numerics
+from stablekern.ops.gated_rms_norm import gated_rms_norm
 
-__all__ = ["LayerScale", "RMSNorm", "RMSNormGated", "boundary_norm", "gated_rms_norm", "wide"]
+__all__ = ["LayerScale", "RMSNorm", "RMSNormGated", "boundary_norm", "wide"]
 
 
 def _rms_normalise(x: Tensor, eps: float) -> Tensor:
@@ -22,16 +23,6 @@ def _rms_normalise(x: Tensor, eps: float) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """Half precision to float32, anything else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """The function of `RMSNormGated`."""
-    gated = wide(y) * nn.functional.silu(wide(z))
-    if groups > 1:
-        normal = _rms_normalise(gated.unflatten(-1, (groups, -1)), eps).flatten(-2)
-    else:
-        normal = _rms_normalise(gated, eps)
-    return (normal * weight).to(y.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -79,7 +70,7 @@ class RMSNormGated(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:  # (..., dim), (..., dim) -> (..., dim)
-        return gated_rms_norm(y, z, self.weight, self.eps, self.groups)
+        return gated_rms_norm(y, z, self.weight, eps=self.eps, groups=self.groups)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps:g}, groups={self.groups}"

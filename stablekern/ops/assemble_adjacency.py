@@ -30,7 +30,7 @@ from torch import Tensor
 
 from stablekern import _check
 from stablekern._load import native
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.numerics import EDGE_THRESHOLD
 
 __all__ = ["assemble_adjacency"]
@@ -221,4 +221,4 @@ def assemble_adjacency(
         raise ValueError(_check.message(_OP, rule, tuple(edge_weights.shape)))
     k = n if top_k is None else _check.integer(_OP, "top_k", top_k, low=1)
     threshold = _check.number(_OP, "threshold", threshold, low=0.0)
-    return _AssembleAdjacency.apply(edge_weights, n, k, threshold)[0]
+    return apply(_AssembleAdjacency, edge_weights, n, k, threshold)[0]

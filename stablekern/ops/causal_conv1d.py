@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stablekern import _check, _load
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 
 __all__ = ["causal_conv1d"]
@@ -325,7 +325,7 @@ def causal_conv1d(
     if initial_state is not None:
         initial_state = initial_state.to(wide)
         x = torch.cat((x, initial_state) if reverse else (initial_state, x), -1)
-    y = _CausalConv1d.apply(x, weight, bias, activation is not None, reverse_channels)
+    y = apply(_CausalConv1d, x, weight, bias, activation is not None, reverse_channels)
     if initial_state is not None:
         y = y.narrow(-1, 0 if reverse else sizes["k"] - 1, sizes["l"])
     return y.to(dtype)

@@ -54,7 +54,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, numerics
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 
 __all__ = ["cayley_step"]
@@ -538,4 +538,4 @@ def cayley_step(
     if _check.readable(edges):
         _check_edges(edges, sizes["D"])
     tokens = psi.reshape(math.prod(psi.shape[:-1]), sizes["D"])
-    return _CayleyStep.apply(tokens, edges, weights, step, method).reshape(psi.shape)
+    return apply(_CayleyStep, tokens, edges, weights, step, method).reshape(psi.shape)

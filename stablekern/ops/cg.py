@@ -38,7 +38,7 @@ from torch import Tensor
 from stablekern import _check, _krylov, _load, numerics
 from stablekern import _linear_systems as _systems
 from stablekern._krylov import ASYMMETRIC, METHODS, NON_FINITE
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 from stablekern.ops import chol_solve_safe
 
@@ -561,7 +561,7 @@ def cg_ex(
             raise TypeError(message(_OP, rule, repr(preconditioner)))
         function = _Callable(A, preconditioner, _probed(A, b, tuple(params)))  # type: ignore[arg-type]
         start = None if x0 is None else x0.detach()
-        return CgResult(*_CgCallable.apply(function, b, start, rtol, atol, steps, code, *params))
+        return CgResult(*apply(_CgCallable, function, b, start, rtol, atol, steps, code, *params))
     rows, start = shape.rows(b), None if x0 is None else shape.rows(x0.detach())
     blocks = _systems.diagonal_inverse(preconditioner, form, tensors, shape.n)
     U = failed = None
@@ -571,7 +571,7 @@ def cg_ex(
         start = _start(tensors[0], U, failed, rows)
     arguments = (rows, start, blocks, rtol, atol, steps, code)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *tensors)):
-        x, *rest = _Cg.apply(form, U, failed, *arguments, *tensors)
+        x, *rest = apply(_Cg, form, U, failed, *arguments, *tensors)
     else:  # autograd's own bookkeeping takes as long as some thirty small systems
         x, *rest = _run(form, tensors, *arguments)
     return CgResult(shape.back(x), *(one.reshape(shape.systems()) for one in rest))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check, _load, numerics
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 
 __all__ = ["CholSolveSafe", "chol_solve_safe"]
 
@@ -157,7 +157,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         R, U, failed, X = ctx.saved_tensors
-        grad_A = _Solve.apply(R, grad, U, failed)
+        grad_A = apply(_Solve, R, grad, U, failed)
         if not ctx.needs_input_grad[0]:
             return None, grad_A, None, None
         return -hermitised(grad_A @ X.mH).masked_fill(failed[:, None, None], 0.0), grad_A, None, None
@@ -165,7 +165,7 @@ class _Solve(torch.autograd.Function):
 
 def solve(R: Tensor, A: Tensor, U: Tensor, failed: Tensor) -> Tensor:
     """What `Factor.solve` is made of, for one batch dimension."""
-    return _Solve.apply(R, A, U, failed)
+    return apply(_Solve, R, A, U, failed)
 
 
 def divided_by_root(U: Tensor, A: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from torch import Tensor
 from stablekern import _check
 from stablekern._load import native
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.numerics import COSINE_EPS, COSINE_GRAD_FLOOR
 
 __all__ = ["cosine_edges"]
@@ -267,5 +267,5 @@ def cosine_edges(
     _check.choice("cosine_edges", "metric", metric, ("cosine", "correlation"))
     eps = _check.number("cosine_edges", "eps", eps, low=torch.finfo(_wide(x)).tiny)
     grad_floor = _check.number("cosine_edges", "grad_floor", grad_floor, low=0.0)
-    edges, _ = _CosineEdges.apply(x, metric == "correlation", eps, grad_floor)
+    edges, _ = apply(_CosineEdges, x, metric == "correlation", eps, grad_floor)
     return edges.to(x.dtype)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from stablekern import _check, _load
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 
 __all__ = ["CovarianceBlendEx", "covariance_blend", "covariance_blend_ex"]
@@ -328,7 +328,7 @@ def covariance_blend_ex(
         constants = [float(factor) for factor in factors]
     count = math.prod(batch)
     flat = [R if R is None else R.reshape(count, n, n) for R in (matrices, measured)]
-    blend, _, info = _CovarianceBlend.apply(*flat, weights, constants)
+    blend, _, info = apply(_CovarianceBlend, *flat, weights, constants)
     return CovarianceBlendEx(blend.reshape(matrices.shape).movedim((-2, -1), dims), info.reshape(batch))
 
 

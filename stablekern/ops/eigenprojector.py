@@ -33,7 +33,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, numerics
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
 
@@ -215,7 +215,7 @@ def eigenprojector_ex(
         P, info = flat, torch.zeros(flat.shape[:1], dtype=torch.int32, device=A.device)
     else:
         floor = numerics.EIGENPROJECTOR_GAP_ULPS.of(A.dtype) * n**0.5
-        P, gap, *_, info = _Eigenprojector.apply(flat, k, largest, floor)
+        P, gap, *_, info = apply(_Eigenprojector, flat, k, largest, floor)
     return EigenprojectorEx(P.reshape(A.shape), gap.reshape(A.shape[:-2]), info.reshape(A.shape[:-2]))
 
 

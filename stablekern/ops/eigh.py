@@ -46,7 +46,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, _nvrtc, numerics
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 
 __all__ = ["eigh", "eigh_ex", "eigvalsh"]
@@ -481,7 +481,7 @@ def eigh_ex(
     if flat.shape[-1] == 0:
         values, rows, info = flat.real.sum(-1), flat, torch.zeros(flat.shape[:1], dtype=torch.int32, device=A.device)
     else:
-        values, rows, info = _Eigh.apply(flat, upper, mode, floor)
+        values, rows, info = apply(_Eigh, flat, upper, mode, floor)
     return EighEx(values.reshape(A.shape[:-1]), rows.reshape(A.shape).mT, info.reshape(A.shape[:-2]))
 
 
@@ -550,7 +550,7 @@ def eigvalsh(
     if flat.shape[-1] == 0:
         values = flat.real.sum(-1)
     elif flat.requires_grad and torch.is_grad_enabled():
-        values = _Eigh.apply(flat, upper, *gap_rule("eigvalsh", "auto", None, flat.dtype))[0]
+        values = apply(_Eigh, flat, upper, *gap_rule("eigvalsh", "auto", None, flat.dtype))[0]
     else:
         values = _values_fwd(flat, upper)[0]
     return values.reshape(A.shape[:-1])

@@ -79,17 +79,27 @@ _SPAN_TYPES = {
 }
 
 
-def _native_refuses(tensors: list[Tensor]) -> str | None:
+def _unknown(tensors: list[Tensor]) -> str | None:
     unknown = {x.dtype for x in tensors} - _SPAN_TYPES.keys()
     return f"dtype {unknown}" if unknown else None
 
 
-@launcher("finite_stats_fwd", device="cpu", backend="native", supports=_native_refuses)
+@launcher("finite_stats_fwd", device="cpu", backend="native", supports=_unknown)
 def _(tensors):
     outputs = _outputs(tensors)
     dense = [x.contiguous() for x in tensors]  # alive until the kernel has read them
     rows = [(x.data_ptr(), x.numel(), _SPAN_TYPES[x.dtype]) for x in dense]
     native().finite_stats(torch.tensor(rows, dtype=torch.int64), *outputs)
+    return outputs
+
+
+@launcher("finite_stats_fwd", device="cuda", backend="triton", supports=_unknown)
+@launcher("finite_stats_fwd", device="cpu", backend="triton", supports=_unknown)
+def _(tensors):
+    from stablekern.triton_kernels.finite_stats import finite_stats as launch
+
+    outputs = _outputs(tensors)
+    launch([x.contiguous() for x in tensors], *outputs)
     return outputs
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from stablekern import _check
 from stablekern._load import native
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 
 __all__ = ["focal_loss"]
 
@@ -299,8 +299,8 @@ def focal_loss(
     _check.choice("focal_loss", "reduction", reduction, ("none", "mean", "sum"))
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (logits, targets)]
     if reduction == "none" or logits.dtype in _check.HALF:  # in float16, 1 / count would be lost before a loss scale
-        loss = _FocalLoss.apply(logits, targets, alpha, gamma, weight, *wanted)[0]
+        loss = apply(_FocalLoss, logits, targets, alpha, gamma, weight, *wanted)[0]
         return loss if reduction == "none" else getattr(loss, reduction)()
     count = logits.numel()
     scale = 1.0 if reduction == "sum" else 1.0 / count if count else torch.nan  # as torch's mean of nothing
-    return _FocalTotal.apply(logits, targets, alpha, gamma, weight, scale, *wanted)[0]
+    return apply(_FocalTotal, logits, targets, alpha, gamma, weight, scale, *wanted)[0]

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, numerics
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
 from stablekern.ops.normalized_laplacian import adjoint, flattened, laplacian_of
@@ -330,7 +330,7 @@ def laplacian_pe_ex(
     cluster_gap = numerics.EIGH_MASK_GAP_ULPS.of(flat.dtype)
     # A rotation in time may reach for eigenvectors outside the encoding.
     window = (0, dims["n"]) if align == "temporal" else (first, k)
-    values, rows, _, _, components, info = _LaplacianPe.apply(flat, *window, align != "none", cluster_gap, *rule)
+    values, rows, _, _, components, info = apply(_LaplacianPe, flat, *window, align != "none", cluster_gap, *rule)
     if align == "temporal":
         items, n = math.prod(batch), dims["n"]
         earlier = None if previous is None else previous.detach().to(flat.dtype).reshape(items, n, k)

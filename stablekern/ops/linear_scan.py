@@ -41,7 +41,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
 
@@ -57,8 +57,13 @@ def reference(
     initial_state: Tensor | None = None,
     state_clamp: StateClamp = None,
     reverse: bool = False,
+    bidirectional: bool = False,
 ) -> Tensor:
     """The definition: a loop over time in plain torch, differentiable, in the dtype of its arguments."""
+    if bidirectional:  # the loop forward over the inputs of the second half of the channels flipped, and back
+        options = {"initial_state": initial_state, "state_clamp": state_clamp}
+        half = token.shape[1] // 2
+        return _turned(reference(_turned(gate, half), _turned(token, half), **options), half)
     state = torch.zeros_like(token[..., 0]) if initial_state is None else initial_state
     bounds = None
     if state_clamp is not None:
@@ -81,13 +86,19 @@ def reference(
     return torch.stack(states[::-1] if reverse else states, -1) if states else token * gate
 
 
+def _turned(M: Tensor, reverse_channels: int) -> Tensor:
+    """(b, d, l) with the time of the last channels flipped."""
+    ahead = M.shape[1] - reverse_channels
+    return torch.cat((M[:, :ahead], M[:, ahead:].flip(-1)), 1)
+
+
 def _fake_fwd(
     gate: Tensor,
     token: Tensor,
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
-    reverse: bool,
+    reverse_channels: int,
 ) -> Tensor:
     return empty(token.shape, token)
 
@@ -100,21 +111,21 @@ def _fake_bwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
-    reverse: bool,
+    reverse_channels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty(gate.shape, gate), empty(gate.shape, gate), empty(gate.shape[:2], gate)
 
 
-# Bounds are real, (d); a complex scan has `upper` alone, the largest modulus. `token` goes into the backward pass only
-# where there are bounds.
+# The last `reverse_channels` go from the last step to the first. Bounds are real, (d); complex scans have `upper`, the
+# largest modulus, alone. `token` goes into the backward pass only where there are bounds.
 _fwd = define(
-    "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper, bool reverse)"
-    " -> Tensor",
+    "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper,"
+    " int reverse_channels) -> Tensor",
     fake=_fake_fwd,
 )
 _bwd = define(
     "linear_scan_bwd(Tensor grad_states, Tensor gate, Tensor? token, Tensor states, Tensor? initial_state,"
-    " Tensor? lower, Tensor? upper, bool reverse)"
+    " Tensor? lower, Tensor? upper, int reverse_channels)"
     " -> (Tensor grad_gate, Tensor grad_token, Tensor grad_initial_state)",
     fake=_fake_bwd,
 )
@@ -188,40 +199,35 @@ def _through_clamp(grad: Tensor, free: Tensor, lower: Tensor | None, upper: Tens
     return torch.where(outside, (upper / modulus) * (grad - unit * along), grad)
 
 
-def _times(length: int, reverse: bool) -> range:
-    return range(length - 1, -1, -1) if reverse else range(length)
-
-
 @launcher("linear_scan_fwd", device="cuda", backend="torch")
 @launcher("linear_scan_fwd", device="cpu", backend="torch")
-def _(gate, token, initial_state, lower, upper, reverse):
-    states = _fake_fwd(gate, token, initial_state, lower, upper, reverse)
+def _(gate, token, initial_state, lower, upper, reverse_channels):
+    gate, token = _turned(gate, reverse_channels), _turned(token, reverse_channels)
+    states = torch.empty_like(token)
     state = token.new_zeros(token.shape[:2]) if initial_state is None else initial_state
-    for t in _times(token.shape[2], reverse):
+    for t in range(token.shape[2]):
         state = _clamped(gate[..., t] * state + token[..., t], lower, upper)
         states[..., t] = state
-    return states
+    return _turned(states, reverse_channels)
 
 
 @launcher("linear_scan_bwd", device="cuda", backend="torch")
 @launcher("linear_scan_bwd", device="cpu", backend="torch")
-def _(grad_states, gate, token, states, initial_state, lower, upper, reverse):
-    grad_gate, grad_token, grad_initial_state = _fake_bwd(
-        grad_states, gate, token, states, initial_state, lower, upper, reverse
-    )
-    first = torch.zeros_like(grad_initial_state) if initial_state is None else initial_state
-    carry = torch.zeros_like(grad_initial_state)
-    order = list(_times(gate.shape[2], reverse))
-    for position, t in reversed(list(enumerate(order))):
-        before = states[..., order[position - 1]] if position else first
+def _(grad_states, gate, token, states, initial_state, lower, upper, reverse_channels):
+    grad_states, gate, states = (_turned(M, reverse_channels) for M in (grad_states, gate, states))
+    token = None if token is None else _turned(token, reverse_channels)
+    grad_gate, grad_token = torch.empty_like(gate), torch.empty_like(gate)
+    first = torch.zeros_like(gate[..., 0]) if initial_state is None else initial_state
+    carry = torch.zeros_like(gate[..., 0])
+    for t in reversed(range(gate.shape[2])):
+        before = states[..., t - 1] if t else first
         grad = grad_states[..., t] + carry
         if token is not None:
             grad = _through_clamp(grad, gate[..., t] * before + token[..., t], lower, upper)
         grad_token[..., t] = grad
         grad_gate[..., t] = grad * before.conj()
         carry = gate[..., t].conj() * grad
-    grad_initial_state.copy_(carry)
-    return grad_gate, grad_token, grad_initial_state
+    return _turned(grad_gate, reverse_channels), _turned(grad_token, reverse_channels), carry
 
 
 @torch.no_grad()
@@ -232,30 +238,31 @@ def _saturation(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor,
-    reverse: bool,
+    reverse_channels: int,
 ) -> Tensor:
     """Which share of a channel's states the clamp changed, (b, d): every step again, from the states that came out."""
-    length = states.shape[-1]
+    length, ahead = states.shape[-1], states.shape[1] - reverse_channels
     first = torch.zeros_like(token[..., :1]) if initial_state is None else initial_state[..., None]
-    before = torch.cat((states[..., 1:], first) if reverse else (first, states[..., :-1]), -1)
+    later, earlier = torch.cat((states[..., 1:], first), -1), torch.cat((first, states[..., :-1]), -1)
+    before = torch.cat((earlier[:, :ahead], later[:, ahead:]), 1)
     each = (None if bound is None else bound[:, None] for bound in (lower, upper))
     return _state_clamp.changed(gate * before[..., :length] + token, *each).to(upper.dtype).sum(-1) / max(length, 1)  # type: ignore[arg-type]
 
 
 class _LinearScan(torch.autograd.Function):
     @staticmethod
-    def forward(gate, token, initial_state, lower, upper, reverse):
-        return _fwd(gate, token, initial_state, lower, upper, reverse)
+    def forward(gate, token, initial_state, lower, upper, reverse_channels):
+        return _fwd(gate, token, initial_state, lower, upper, reverse_channels)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        gate, token, initial_state, lower, upper, ctx.reverse = inputs
+        gate, token, initial_state, lower, upper, ctx.reverse_channels = inputs
         ctx.save_for_backward(gate, None if upper is None else token, output, initial_state, lower, upper)
 
     @staticmethod
     def backward(ctx, grad_states):
         _check.first_order(_OP)
-        grads = _bwd(grad_states, *ctx.saved_tensors, ctx.reverse)
+        grads = _bwd(grad_states, *ctx.saved_tensors, ctx.reverse_channels)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None
 
@@ -267,6 +274,7 @@ def linear_scan(
     initial_state: Tensor | None = None,  # (b, d)
     state_clamp: StateClamp = None,
     reverse: bool = False,
+    bidirectional: bool = False,
     return_saturation: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (b, d, l), (b, d)
     r"""The linear recurrence $h_t = \mathrm{clamp}(a_t h_{t-1} + b_t)$ along the last dimension, with gradients.
@@ -283,6 +291,8 @@ def linear_scan(
         of the circle, times `c` over the length before, for a complex one. The bounds themselves get no gradient and
         must not ask for one.
     - `reverse`: from the last step to the first, $h_t = \mathrm{clamp}(a_t h_{t+1} + b_t)$; nothing is flipped.
+    - `bidirectional`: both directions in one call: the first half of the channels, whose number must be even, as
+        without `reverse`, the second half as with it.
     - `return_saturation`: a diagnostic: also return which share of a channel's states the clamp has changed; (b, d),
         in [0, 1], without a gradient; found from the states, to an ulp of the bound. Needs `state_clamp`.
 
@@ -300,6 +310,11 @@ def linear_scan(
     _check.required(_OP, gate=gate, token=token)
     _check.flag(_OP, reverse=reverse, return_saturation=return_saturation)
     sizes = _check.shapes(_OP, gate=(gate, "b d l"), token=(token, "b d l"), initial_state=(initial_state, "b d"))
+    if reverse and bidirectional:
+        raise ValueError(message(_OP, "`reverse` and `bidirectional` exclude each other", "both"))
+    if bidirectional and sizes["d"] % 2:
+        raise ValueError(message(_OP, "`bidirectional` needs an even number of channels", sizes["d"]))
+    reverse_channels = sizes["d"] if reverse else sizes["d"] // 2 if bidirectional else 0
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL + _check.COMPLEX, gate=gate, token=token)
     wide = torch.promote_types(dtype, torch.float32)
     if initial_state is not None:
@@ -319,7 +334,7 @@ def linear_scan(
         lower, upper = None, _state_clamp.bounds(_OP, state_clamp, token.real, d=sizes["d"])[1]
     if return_saturation and upper is None:
         raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
-    states = _LinearScan.apply(gate, token, initial_state, lower, upper, reverse)
+    states = apply(_LinearScan, gate, token, initial_state, lower, upper, reverse_channels)
     if not return_saturation:
         return states.to(dtype)
-    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse)  # type: ignore[arg-type]
+    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse_channels)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stablekern import _check
+from stablekern._registry import apply
 from stablekern.ops.chol_solve_safe import divided_by_root, factor, hermitised, solve, squared_modulus, trace_of
 
 __all__ = ["mvdr_denominator"]
@@ -89,5 +90,5 @@ def mvdr_denominator(
         H = H + loading * mean[..., None, None] * torch.eye(n, dtype=R.dtype, device=R.device)
     found = factor(H)
     flat, batch = found.beside(A)
-    denominator = _Denominator.apply(*flat).reshape(*batch, A.shape[-1])
+    denominator = apply(_Denominator, *flat).reshape(*batch, A.shape[-1])
     return denominator.masked_fill(found.failed()[..., None], torch.nan)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from stablekern import _check, _load
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.ops.eigh import settle_failed
 
 __all__ = ["normalized_laplacian"]
@@ -168,4 +168,4 @@ def normalized_laplacian(
     flat = flattened(_OP, adjacency, "... n n")
     if flat.shape[-1] == 0:
         return flat.reshape(adjacency.shape)
-    return _NormalizedLaplacian.apply(flat)[0].reshape(adjacency.shape)
+    return apply(_NormalizedLaplacian, flat)[0].reshape(adjacency.shape)

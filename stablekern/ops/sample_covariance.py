@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stablekern import _check, _load
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 from stablekern.ops.chol_solve_safe import components, hermitised, lapack_reason
 
@@ -157,5 +157,5 @@ def sample_covariance(
     if target_trace is not None:
         target = _check.number(_OP, "target_trace", target_trace, low=0.0, strict=True)
     batch, n = X.shape[:-2], X.shape[-1]
-    R = _SampleCovariance.apply(X.reshape(math.prod(batch), L, n), center, L - ddof, target)
+    R = apply(_SampleCovariance, X.reshape(math.prod(batch), L, n), center, L - ddof, target)
     return R.reshape(*batch, n, n)

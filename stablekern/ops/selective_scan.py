@@ -48,7 +48,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
 
@@ -56,8 +56,8 @@ __all__ = ["selective_scan"]
 
 _OP = "selective_scan"
 # Steps between two saved states: they cost 1/_CHUNK of (b, d, l, n) in memory, and the recomputed states of one chunk,
-# with their decays, are what the native backward keeps in its first-level cache.
-_CHUNK = 16
+# with their decays, are what the native backward keeps in its first-level cache. Half of it where states are pairs.
+_CHUNK, _GENERAL_CHUNK = 32, 16
 _STRETCH = 64  # steps whose states the diagnostic has in memory at once
 
 
@@ -214,8 +214,14 @@ def _check_steps(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool)
 
 def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Memory of the scan's dtypes that holds the values themselves, not their conjugates or negatives."""
-    widened = _widened(A, *tensors)
-    return [None if tensor is None else tensor.resolve_conj().resolve_neg().contiguous() for tensor in widened]
+    ready = A.dtype, A.real.dtype if A.is_complex() else A.dtype
+
+    def plain(M: Tensor) -> Tensor:
+        if M.dtype in ready and M.is_contiguous() and not M.is_conj() and not M.is_neg():
+            return M  # as nearly always: four dispatched calls spared
+        return _widened(A, M)[0].resolve_conj().resolve_neg().contiguous()
+
+    return [None if tensor is None else plain(tensor) for tensor in tensors]
 
 
 def _wide_outputs(A: Tensor, *outputs: Tensor) -> list[Tensor]:
@@ -556,7 +562,7 @@ def selective_scan(
     _check.required(_OP, u=u, delta=delta, A=A, B=B, C=C)
     _check.flag(_OP, delta_softplus=delta_softplus, return_last_state=return_last_state)
     _check.flag(_OP, return_saturation=return_saturation)
-    sizes = _check.shapes(_OP, u=(u, "b d l"), delta=(delta, "b d l"), A=(A, "d n"))
+    _check.shapes(_OP, u=(u, "b d l"), A=(A, "d n"))
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, u=u)
     wide = torch.promote_types(dtype, torch.float32)
     is_complex = A.is_complex()
@@ -570,11 +576,12 @@ def selective_scan(
             _check.dtypes(_OP, allowed[name], **{name: tensor})
             if tensor.device != u.device:
                 raise ValueError(message(_OP, f"`{name}` and `u` must be on one device", tensor.device, u.device))
-    enter, enters = _projection("B", B, A, sizes["l"])
-    leave, leaves = _projection("C", C, A, sizes["l"])
+    enter, enters = _projection("B", B, A, u.shape[2])
+    leave, leaves = _projection("C", C, A, u.shape[2])
     sizes = _check.shapes(
         _OP,
         u=(u, "b d l"),
+        delta=(delta, "b d l"),
         A=(A, "d n"),
         B=(enter, enters),
         C=(leave, leaves),
@@ -603,8 +610,9 @@ def selective_scan(
             warnings.warn(message(_OP, rule, f"{most:g}"), RuntimeWarning, stacklevel=2)
     tracked = (u, delta, A, enter, leave, D, z, delta_bias, initial_state)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
-    chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
-    y, last_state, _ = _SelectiveScan.apply(*tracked, lower, upper, delta_softplus, chunk)
+    steps = _GENERAL_CHUNK if _is_general(A, enter, leave) else _CHUNK
+    chunk = steps if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
+    y, last_state, _ = apply(_SelectiveScan, *tracked, lower, upper, delta_softplus, chunk)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
         parts: Any = (u, delta, A, enter, delta_bias, initial_state)

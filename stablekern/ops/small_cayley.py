@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stablekern import _check, _load
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 
 __all__ = ["small_cayley"]
 
@@ -120,4 +120,4 @@ def small_cayley(
     _check.required(_OP, A=A)
     n = _check.shapes(_OP, A=(A, "... n n"))["n"]
     _check.dtypes(_OP, _check.REAL + _check.COMPLEX, A=A)
-    return _SmallCayley.apply(A.reshape(math.prod(A.shape[:-2]), n, n)).reshape(A.shape)
+    return apply(_SmallCayley, A.reshape(math.prod(A.shape[:-2]), n, n)).reshape(A.shape)

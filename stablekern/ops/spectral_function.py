@@ -36,7 +36,7 @@ from torch import Tensor
 
 from stablekern import _check, _load
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern.errors import message
 from stablekern.ops import eigh
 
@@ -247,5 +247,5 @@ def spectral_function(
     flat = A.reshape(math.prod(A.shape[:-2]), n, n)
     if n == 0:
         return flat.reshape(A.shape)
-    result = _Named.apply(flat, _NAMES.index(function)) if named else _Given.apply(flat, *function)
+    result = apply(_Named, flat, _NAMES.index(function)) if named else apply(_Given, flat, *function)
     return result[0].reshape(A.shape)

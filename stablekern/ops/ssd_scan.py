@@ -39,7 +39,7 @@ from torch import Tensor
 
 from stablekern import _check, _load, _state_clamp
 from stablekern._memory import empty
-from stablekern._registry import define, launcher
+from stablekern._registry import apply, define, launcher
 from stablekern._state_clamp import StateClamp
 from stablekern.errors import message
 
@@ -472,7 +472,7 @@ def ssd_scan(
     tracked = (x, dt, A, B, C, D, dt_bias, initial_state)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
     chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
-    y, last_state, _ = _SsdScan.apply(x_wide, step, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk)
+    y, last_state, _ = apply(_SsdScan, x_wide, step, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk)
     if z is not None:
         y = y * torch.nn.functional.silu(z.to(wide))
     y = y.to(dtype)

@@ -48,7 +48,7 @@ def normals_per_element(kind: int) -> int:
     return 1 if kind == REAL else 2
 
 
-def _native_refuses(
+def _needs_dense(
     values, grads, exp_avgs, squares, largest, steps, rounded, normals, kinds, parameters, offsets, *scalars
 ) -> str | None:
     for tensors in (values, grads, exp_avgs, squares, largest, rounded, normals):
@@ -59,9 +59,17 @@ def _native_refuses(
     return None
 
 
-@launcher("complex_adamw", device="cpu", backend="native", supports=_native_refuses)
+@launcher("complex_adamw", device="cpu", backend="native", supports=_needs_dense)
 def _(*arguments):
     _load.native().complex_adamw(*arguments)
+
+
+@launcher("complex_adamw", device="cuda", backend="triton", supports=_needs_dense)
+@launcher("complex_adamw", device="cpu", backend="triton", supports=_needs_dense)
+def _(*arguments):
+    from stablekern.triton_kernels.complex_adamw import complex_adamw
+
+    complex_adamw(*arguments)
 
 
 # ---- in torch, every scalar that may change from step to step a 0-d tensor -------------------------------------------

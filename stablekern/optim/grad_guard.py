@@ -82,7 +82,7 @@ _SPAN_TYPES = {
 _SPAN_COLUMNS = 3
 
 
-def _native_refuses(gradients: list[Tensor], *_: Tensor) -> str | None:
+def _needs_dense(gradients: list[Tensor], *_: Tensor) -> str | None:
     if not all(map(Tensor.is_contiguous, gradients)):
         return "a gradient is not contiguous"
     unknown = set(map(_dtype, gradients)) - _SPAN_TYPES.keys()
@@ -101,9 +101,19 @@ def _norms_of(table: Tensor) -> Tensor:
     return norms
 
 
-@launcher("gradient_norms", device="cpu", backend="native", supports=_native_refuses)
+@launcher("gradient_norms", device="cpu", backend="native", supports=_needs_dense)
 def _(gradients):
     return _norms_of(_table(gradients))
+
+
+@launcher("gradient_norms", device="cuda", backend="triton", supports=_needs_dense)
+@launcher("gradient_norms", device="cpu", backend="triton", supports=_needs_dense)
+def _(gradients):
+    from stablekern.triton_kernels.grad_guard import gradient_norms
+
+    norms = gradients[0].new_empty((len(gradients),), dtype=torch.float64)
+    gradient_norms(gradients, norms)
+    return norms
 
 
 @launcher("gradient_norms", device="cuda", backend="torch")
@@ -121,9 +131,17 @@ def _(gradients):
     return torch.stack(norms)
 
 
-@launcher("multiply_gradients", device="cpu", backend="native", supports=_native_refuses)
+@launcher("multiply_gradients", device="cpu", backend="native", supports=_needs_dense)
 def _(gradients, factor):
     _load.native().multiply_gradients(_table(gradients), factor)
+
+
+@launcher("multiply_gradients", device="cuda", backend="triton", supports=_needs_dense)
+@launcher("multiply_gradients", device="cpu", backend="triton", supports=_needs_dense)
+def _(gradients, factor):
+    from stablekern.triton_kernels.grad_guard import multiply_gradients
+
+    multiply_gradients(gradients, factor)
 
 
 @launcher("multiply_gradients", device="cuda", backend="torch")

@@ -98,15 +98,26 @@ _op = define(
 )
 
 
-def _native_refuses(start, count, seed_low, seed_high, step, parameter, dtype) -> str | None:
+def _not_in_half(start, count, seed_low, seed_high, step, parameter, dtype) -> str | None:
     return None if dtype in _check.REAL else f"a dtype other than float32, float64: {dtype}"
 
 
-@launcher("philox_normal", device="cpu", backend="native", supports=_native_refuses)
+@launcher("philox_normal", device="cpu", backend="native", supports=_not_in_half)
 def _(*arguments):
     output = _fake(*arguments)
     start, _, *stream, _ = arguments
     _load.native().philox_normal(start, *stream, output)
+    return output
+
+
+@launcher("philox_normal", device="cuda", backend="triton", supports=_not_in_half)
+@launcher("philox_normal", device="cpu", backend="triton", supports=_not_in_half)
+def _(*arguments):
+    from stablekern.triton_kernels.philox import philox_normal
+
+    output = _fake(*arguments)
+    start, _, *stream, _ = arguments
+    philox_normal(start, *stream, output)
     return output
 
 

@@ -16,10 +16,10 @@ __all__ = ["all_specs"]
 
 
 def all_specs() -> tuple[Any, ...]:
-    """The specs that the tests are driven by: `tests/specs` of the checkout, installed beside this file."""
-    name = f"{__name__}.specs"
-    if name not in sys.modules and importlib.util.find_spec(name) is None:  # a checkout that is not installed
-        folder = Path(__file__).parents[2] / "tests" / "specs"
+    """The specs that the tests are driven by: `tests/specs` of a checkout, installed as `stablekern.testing.specs`."""
+    name, root = f"{__name__}.specs", Path(__file__).parents[2]
+    folder = root / "tests" / "specs"
+    if name not in sys.modules and (root / "pyproject.toml").is_file() and folder.is_dir():
         spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(sys.modules[name])  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         dtypes = FLOATS if complex else kwargs.pop("dtypes", None)
         return Sample(name, args, named | (options or {}), dtypes=dtypes, **kwargs)
 
-    backwards = {"reverse": True}
+    backwards, both = {"reverse": True}, {"bidirectional": True}
     per_channel = (-torch.rand(5, generator=g, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64))
     (gate, token), state = inputs(g, 3, 6, 40)
     (gate_c, token_c), state_c = inputs(g, 3, 6, 40, complex=True)
@@ -35,6 +35,10 @@ def samples(g: torch.Generator) -> list[Sample]:
         sample("clamped", 2, 5, 9, options={"state_clamp": 0.7}, gradcheck=True),
         sample("clamped-reverse", 2, 5, 9, options=backwards | {"state_clamp": (-0.5, 0.8)}, gradcheck=True),
         sample("clamped-per-channel", 2, 5, 300, options={"state_clamp": per_channel}, gradients=False),
+        sample("bidirectional", 2, 4, 6, options=both, gradcheck=True),
+        sample("bidirectional-clamped", 3, 18, 67, options=both | {"state_clamp": (-0.5, 0.8)}),
+        sample("bidirectional-rows", 1, 2, 1500, options=both | {"state_clamp": 1.5}),
+        sample("bidirectional-empty", 2, 0, 5, options=both),
         sample("odd", 3, 7, 67),
         sample("odd-reverse", 3, 7, 67, options=backwards),
         sample("rows", 2, 19, 100, options={"state_clamp": 1.5}),
@@ -46,6 +50,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         sample("empty-batch", 0, 3, 5),
         sample("complex", 2, 3, 7, complex=True, gradcheck=True),
         sample("complex-reverse", 2, 3, 6, complex=True, options=backwards, gradcheck=True),
+        sample("complex-bidirectional", 3, 10, 37, complex=True, options=both | {"state_clamp": 0.5}),
         sample("complex-clamped", 2, 5, 9, complex=True, options={"state_clamp": 0.7}, gradcheck=True),
         sample("complex-clamped-reverse", 2, 9, 37, complex=True, options=backwards | {"state_clamp": 0.5}),
         sample(
@@ -91,6 +96,7 @@ SPECS = (
         samples=samples,
         interpreted=(
             *("typical", "no-state", "reverse", "clamped", "clamped-reverse", "odd", "odd-reverse", "rows", "length-1"),
+            *("bidirectional", "bidirectional-clamped", "bidirectional-empty"),
             *("empty", "empty-batch", "complex", "permuted", "strided", "extreme", "extreme-clamped"),
         ),
         dtypes=FLOATS + HALVES,
@@ -104,6 +110,8 @@ SPECS = (
             (_call(initial_state=lambda a: a["initial_state"].half()), TypeError, "`initial_state` must be one of"),
             (_call(state_clamp=(1.0, -1.0)), ValueError, "`state_clamp` must have lo <= hi: got lo up to 1 and hi"),
             (_call(state_clamp=torch.ones(2)), ValueError, r"one of the shapes \(\), \(d\): got \(2,\)"),
+            (_call(reverse=True, bidirectional=True), ValueError, "`reverse` and `bidirectional` exclude each other"),
+            (_call(bidirectional=True), ValueError, "`bidirectional` needs an even number of channels: got 3"),
             (_call(True, state_clamp=-1.0), ValueError, "`state_clamp` must have lo <= hi"),
             (_call(True, state_clamp=(-1.0, 1.0)), ValueError, "complex states must be one largest modulus: got 2"),
         ),

@@ -678,6 +678,32 @@ void store_vectors(Workspace<S, Blocks>& w, int block, int n,
 
 // ---- all of it -----------------------------------------------------------------------------------------------------
 
+// What happens to matrices between loading and storing, which takes long to compile: those of real matrices with vectors
+// that several ops need are compiled with eigh.cpp, for all.
+template <class S, int Blocks, bool Vectors>
+struct Solver {
+  static void reduce(Workspace<S, Blocks>& w, int block, int n);
+  static void diagonalise(Workspace<S, Blocks>& w, int n);
+};
+template <class S, int Blocks, bool Vectors>
+void Solver<S, Blocks, Vectors>::reduce(Workspace<S, Blocks>& w, int block, int n) {
+  reduce_block<S, Blocks, Vectors>(w, block, n);
+}
+template <class S, int Blocks, bool Vectors>
+void Solver<S, Blocks, Vectors>::diagonalise(Workspace<S, Blocks>& w, int n) {
+  std::memcpy(w.values, w.d, sizeof(w.d[0]) * static_cast<std::size_t>(n));
+  std::memcpy(w.couplings, w.e, sizeof(w.e[0]) * static_cast<std::size_t>(n));
+  implicit_ql<S, Blocks, false>(w, n, w.values, w.couplings);
+  if constexpr (Vectors) {
+    implicit_ql<S, Blocks, true>(w, n, w.d, w.e);
+    apply_recorded(w, n);
+  }
+}
+extern template struct Solver<float, kBlocks, true>;
+extern template struct Solver<float, 1, true>;
+extern template struct Solver<double, kBlocks, true>;
+extern template struct Solver<double, 1, true>;
+
 // `count` matrices from `item` on, at most Blocks * kLanes of them.
 template <class S, int Blocks, bool Vectors, class Load, class Store>
 void solve_group(int n, int64_t item, int count, int sweeps, const Load& load_block, const Store& store_block) {
@@ -687,17 +713,11 @@ void solve_group(int n, int64_t item, int count, int sweeps, const Load& load_bl
   for (int b = 0; b < Blocks; ++b) {
     const int first = b * lanes < count ? b * lanes : 0;
     load_block(w, b, item + first, std::min(count - first, lanes));
-    reduce_block<S, Blocks, Vectors>(w, b, n);
+    Solver<S, Blocks, Vectors>::reduce(w, b, n);
     w.not_converged[b] = none_set<RealOf<S>>();
     w.used[b] = w.sweep_count[b] = 0;
   }
-  std::memcpy(w.values, w.d, sizeof(w.d[0]) * static_cast<std::size_t>(n));
-  std::memcpy(w.couplings, w.e, sizeof(w.e[0]) * static_cast<std::size_t>(n));
-  implicit_ql<S, Blocks, false>(w, n, w.values, w.couplings);
-  if constexpr (Vectors) {
-    implicit_ql<S, Blocks, true>(w, n, w.d, w.e);
-    apply_recorded(w, n);
-  }
+  Solver<S, Blocks, Vectors>::diagonalise(w, n);
   for (int b = 0; b * lanes < count; ++b) store_block(w, b, item + b * lanes, std::min(count - b * lanes, lanes));
 }
 

@@ -512,11 +512,13 @@ inline bool orthonormalise(double* x, int count, int n) {
   return true;
 }
 
+constexpr int kRounds = 5;  // of subspace iteration; two are usual
+
 // Orthonormal eigenvectors of T for `count` of its eigenvalues, known within `tolerance`, to rows of n. False if
-// they do not come below the residual `limit`.
+// they do not come below the residual `limit` in `rounds` rounds.
 inline bool tridiagonal_vectors(Tridiagonal64& t, int n, const double* values, int count, double tolerance,
-                                double limit, double* vectors) {
-  constexpr int lanes = kLanes<double>, rounds = 5;
+                                double limit, int rounds, double* vectors) {
+  constexpr int lanes = kLanes<double>;
   // No vector of a structured T is orthogonal to numbers in no order.
   const double golden = (std::sqrt(5.0) - 1) / 2;
   for (int64_t i = 0; i < int64_t{count} * n; ++i) {
