@@ -303,7 +303,7 @@ def mamba_split_conv1d_scan_combined(
     if rmsnorm_weight is None:
         y = (wide(y) * silu(wide(z))).to(y.dtype)
     else:
-        y = gated_rms_norm(y, z, rmsnorm_weight, rmsnorm_eps, ngroups)
+        y = gated_rms_norm(y, z, rmsnorm_weight, eps=rmsnorm_eps, groups=ngroups)
     if outproj_weight is not None:
         y = linear(y, outproj_weight, outproj_bias)
     return (y, *last) if return_final_states else y

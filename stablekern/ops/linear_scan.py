@@ -61,7 +61,7 @@ def reference(
 ) -> Tensor:
     """The definition: a loop over time in plain torch, differentiable, in the dtype of its arguments."""
     if bidirectional:  # the loop forward over the inputs of the second half of the channels flipped, and back
-        options = {"initial_state": initial_state, "state_clamp": state_clamp}
+        options: Any = {"initial_state": initial_state, "state_clamp": state_clamp}
         half = token.shape[1] // 2
         return _turned(reference(_turned(gate, half), _turned(token, half), **options), half)
     state = torch.zeros_like(token[..., 0]) if initial_state is None else initial_state
