@@ -308,7 +308,7 @@ def linear_scan(
     **Sources:** Blelloch 1990, sec. 1.4.1; Martin & Cundy 2018, arXiv:1709.04057.
     """
     _check.required(_OP, gate=gate, token=token)
-    _check.flag(_OP, reverse=reverse, return_saturation=return_saturation)
+    _check.flag(_OP, reverse=reverse, bidirectional=bidirectional, return_saturation=return_saturation)
     sizes = _check.shapes(_OP, gate=(gate, "b d l"), token=(token, "b d l"), initial_state=(initial_state, "b d"))
     if reverse and bidirectional:
         raise ValueError(message(_OP, "`reverse` and `bidirectional` exclude each other", "both"))
