@@ -236,7 +236,7 @@ def signature_of(function: Callable[..., Any]) -> str:
         if parameter.kind == parameter.KEYWORD_ONLY and not star:
             names.append("*")
             star = True
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")  # type: ignore[call-overload]
         star = star or prefix == "*"
         names.append(prefix + parameter.name)
     return ", ".join(names[1:] if names[:1] == ["self"] else names)
@@ -322,7 +322,7 @@ def _swap_known(
     elif report.fits(label, found, known.signatures):
         original = getattr(found, "__func__", found)
         stand_in = known.stand_in if known.make is None else known.make(original)
-        bound = types.MethodType(stand_in, owner) if isinstance(found, types.MethodType) else stand_in
+        bound = types.MethodType(stand_in, owner) if isinstance(found, types.MethodType) else stand_in  # type: ignore[arg-type]
         report.set(owner, name, bound)
         report.note(label, stand_in, known.note)
 

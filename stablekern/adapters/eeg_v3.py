@@ -102,7 +102,7 @@ def _ema(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(self, adjacency)
         flat = adjacency.flatten(2).mT  # (B, N N, T)
         token = torch.cat((flat[..., :1], (1 - self.beta) * flat[..., 1:]), -1)
-        return linear_scan(torch.full_like(token, self.beta), token).mT.unflatten(2, adjacency.shape[2:])
+        return linear_scan(torch.full_like(token, self.beta), token).mT.unflatten(2, adjacency.shape[2:])  # type: ignore[union-attr]
 
     return forward
 

@@ -238,7 +238,7 @@ def mamba_inner_fn(
     leave = leave if C_proj_bias is None else leave + C_proj_bias[:, None]
     B, C = enter if B is None else B, leave if C is None else C
     y = selective_scan(inner, delta_proj_weight @ low, A, B, C, D, z, delta_bias, delta_softplus)
-    return linear(y.mT, out_proj_weight, out_proj_bias)
+    return linear(y.mT, out_proj_weight, out_proj_bias)  # type: ignore[union-attr]
 
 
 def mamba_split_conv1d_scan_combined(
@@ -299,11 +299,11 @@ def mamba_split_conv1d_scan_combined(
         return_final_states=return_final_states,
     )
     y, *last = y if return_final_states else (y,)
-    y = y.flatten(-2)
+    y = y.flatten(-2)  # type: ignore[union-attr]
     if rmsnorm_weight is None:
         y = (wide(y) * silu(wide(z))).to(y.dtype)
     else:
-        y = gated_rms_norm(y, z, rmsnorm_weight, rmsnorm_eps, ngroups)
+        y = gated_rms_norm(y, z, rmsnorm_weight, eps=rmsnorm_eps, groups=ngroups)
     if outproj_weight is not None:
         y = linear(y, outproj_weight, outproj_bias)
     return (y, *last) if return_final_states else y

@@ -156,7 +156,7 @@ class Mamba2(mamba2.Mamba2):
         self.layer_idx, self.chunk_size, self.activation = layer_idx, chunk_size, "silu"
         self.to(device=device, dtype=dtype)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, u: Tensor, seqlen: Any = None, seq_idx: Any = None, cu_seqlens: Any = None, inference_params: Any = None
     ) -> Tensor:
         for name, value in {"seqlen": seqlen, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}.items():
@@ -253,7 +253,7 @@ def _shim(report: SwapReport, library: str) -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(made[parent], child, module)
-    made[library].__version__ = "0+stablekern"
+    made[library].__version__ = "0+stablekern"  # type: ignore[attr-defined]
     for name, module in made.items():
         report.put(sys.modules, name, module)
         for attribute in _SHIM[name]:
@@ -298,7 +298,7 @@ def swap_class(report: SwapReport, cls: type) -> bool:
     if stand_in is None or cls.__module__.split(".")[0] != "mamba_ssm":
         return False
     name = f"{cls.__module__}.{cls.__name__}"
-    if report.fits(name, cls.__init__, _SIGNATURES[cls.__name__]):
+    if report.fits(name, cls.__init__, _SIGNATURES[cls.__name__]):  # type: ignore[misc]
         report.everywhere(name, cls, stand_in)
     return True
 
@@ -331,6 +331,6 @@ def swap_layer(report: SwapReport, module: nn.Module, label: str) -> bool:
             report.leave(label, f"it has {', '.join(wrong)}")
             return True
         report.retype(module.norm, RMSNormGated, dim=module.d_inner, groups=module.ngroups)
-        report.retype(module, Mamba2, state_clamp=None, _states=module.ngroups * module.d_state)
+        report.retype(module, Mamba2, state_clamp=None, _states=module.ngroups * module.d_state)  # type: ignore[operator]
     report.note(label, _CLASSES[cls.__name__], "the same parameters")
     return True

@@ -119,7 +119,7 @@ def complex_parallel_scan(
     A_r: Tensor, A_i: Tensor, X_r: Tensor, X_i: Tensor, chunk_size: int | None = None, strategy: str | None = None
 ) -> tuple[Tensor, Tensor]:  # (B, S, D) each
     """`chunk_size` and `strategy` change nothing."""
-    h = linear_scan(torch.complex(A_r.float(), A_i.float()).mT, torch.complex(X_r.float(), X_i.float()).mT).mT
+    h = linear_scan(torch.complex(A_r.float(), A_i.float()).mT, torch.complex(X_r.float(), X_i.float()).mT).mT  # type: ignore[union-attr]
     return h.real.to(X_r.dtype), h.imag.to(X_i.dtype)
 
 

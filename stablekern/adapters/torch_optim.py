@@ -127,7 +127,7 @@ def swap_object(report: SwapReport, optimizer: Any) -> bool:
             group.update(now)
         optimizer.defaults = defaults
         if scheduled is not None:
-            optimizer.step = scheduled
+            optimizer.step = scheduled  # type: ignore[method-assign]
 
     report.when_restored("the state of the optimizer", undo)
     for group, new in zip(optimizer.param_groups, ours.param_groups, strict=True):
@@ -137,7 +137,7 @@ def swap_object(report: SwapReport, optimizer: Any) -> bool:
     optimizer.defaults = ours.defaults
     report.retype(optimizer, AdamW)
     if scheduled is not None:  # a scheduler has put its own around that of the class before
-        optimizer.step = _tracked(optimizer)
+        optimizer.step = _tracked(optimizer)  # type: ignore[method-assign]
     report.note("the optimizer", AdamW, "its state is kept")
     return True
 
@@ -149,8 +149,8 @@ def _tracked(optimizer: Optimizer) -> Any:
     @functools.wraps(step)
     def tracked(*args: Any, **kwargs: Any) -> Any:
         held = reference()
-        held._opt_called = True
-        return step(held, *args, **kwargs)
+        held._opt_called = True  # type: ignore[union-attr]
+        return step(held, *args, **kwargs)  # type: ignore[arg-type]
 
     tracked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     return tracked

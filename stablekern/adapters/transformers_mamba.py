@@ -47,7 +47,7 @@ def causal_conv1d_fn(
     if activation not in _ACTIVATIONS:
         original = _handed_on(modeling_mamba, "causal_conv1d_fn", f"activation {activation!r}")
         return original(hidden_states, weight, bias, activation, **kwargs)
-    return mamba_ssm.causal_conv1d_fn(hidden_states, weight, bias, kwargs.get("seq_idx"), activation=activation)
+    return mamba_ssm.causal_conv1d_fn(hidden_states, weight, bias, kwargs.get("seq_idx"), activation=activation)  # type: ignore[return-value]
 
 
 def causal_conv1d_update(
@@ -78,7 +78,7 @@ def mamba_selective_scan(
     use_associative_scan: bool = False,
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    return mamba_ssm.selective_scan_fn(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    return mamba_ssm.selective_scan_fn(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)  # type: ignore[return-value]
 
 
 def mamba2_chunk_scan(
@@ -96,7 +96,7 @@ def mamba2_chunk_scan(
     return_final_states: bool = False,
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    return mamba_ssm.mamba_chunk_scan_combined(
+    return mamba_ssm.mamba_chunk_scan_combined(  # type: ignore[return-value]
         hidden_states,
         dt,
         A,
@@ -110,7 +110,7 @@ def mamba2_chunk_scan(
         kwargs.get("seq_idx"),
         kwargs.get("cu_seqlens"),
         dt_softplus,
-        tuple(dt_limit),
+        tuple(dt_limit),  # type: ignore[arg-type]
         return_final_states,
     )
 
@@ -156,7 +156,7 @@ _SEAMS: dict[str, tuple[Any, tuple[str, ...], dict[str, tuple[Callable[..., Any]
         modeling_mamba,
         ("conv1d", "dt_proj"),
         {
-            **_CONV,
+            **_CONV,  # type: ignore[dict-item]
             "mamba_inner_fn": (no_fused_path, None),
             "mamba_selective_scan": (mamba_selective_scan, f"{_SCAN}use_associative_scan, **kwargs"),
             "mamba_selective_state_update": (state_update(modeling_mamba, "mamba_selective_state_update"), _UPDATE),
@@ -166,7 +166,7 @@ _SEAMS: dict[str, tuple[Any, tuple[str, ...], dict[str, tuple[Callable[..., Any]
         modeling_mamba2,
         ("conv1d",),
         {
-            **_CONV,
+            **_CONV,  # type: ignore[dict-item]
             "mamba2_split_conv1d_scan_combined": (no_fused_path, None),
             "mamba2_chunk_scan": (
                 mamba2_chunk_scan,

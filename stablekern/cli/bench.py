@@ -94,7 +94,7 @@ def _checked(op: str, options: Options) -> tuple[dict[str, Any], list[str]]:
         errors[row.backend, row.dtype] = {"relative": row.error, "tolerances": round(row.worst, 3), "of": row.sample}
         if not row.good:
             wrong.append(f"{op} {row.backend} {row.dtype}: {row.problems or f'{row.worst:.2f} tolerances'}")
-    return errors, wrong
+    return errors, wrong  # type: ignore[return-value]
 
 
 def _real(dtype: str) -> str:
@@ -120,7 +120,7 @@ def _measured(bench: ModuleType, options: Options) -> tuple[list[dict[str, Any]]
                 errors[case.op], wrong = _checked(case.op, options)
                 failed += wrong
                 if wrong:
-                    errors[case.op] = None
+                    errors[case.op] = None  # type: ignore[assignment]
             if errors.get(case.op, {}) is None:
                 progress.advance(task)
                 continue
@@ -134,7 +134,7 @@ def _measured(bench: ModuleType, options: Options) -> tuple[list[dict[str, Any]]
                 line |= {"allocator": options.allocator, "machine": platform.platform()}
                 line["stablekern"] = stablekern.__version__
                 found = errors.get(case.op) or {}
-                line["error_float64"] = found.get((line["backend"], _real(line["dtype"]))) or found.get(
+                line["error_float64"] = found.get((line["backend"], _real(line["dtype"]))) or found.get(  # type: ignore[call-overload]
                     ("default", _real(line["dtype"]))
                 )
                 lines.append(line)

@@ -54,7 +54,7 @@ class TemporalEMA(nn.Module):
         rows = wide(x).reshape(1, -1, x.shape[-1])
         start = rows[..., 0] if state is None else state.to(rows.dtype).reshape(1, -1)
         gate = torch.full((), self.beta, dtype=rows.dtype, device=rows.device).expand(rows.shape)
-        averages = linear_scan(gate, (1 - self.beta) * rows, initial_state=start).view(x.shape)
+        averages = linear_scan(gate, (1 - self.beta) * rows, initial_state=start).view(x.shape)  # type: ignore[union-attr]
         if memory is not None:
             memory[self] = averages[..., -1].detach()
         return averages.to(x.dtype)

@@ -205,7 +205,7 @@ def _(A: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
 @launcher("eigh_bwd", device="cuda", backend="cuda", supports=lambda values, rows, *_: lanes_reason(rows))
 def _(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows, mode, *rule) -> Tensor:
     inputs = _dense(eigenvalues, eigenvector_rows, grad_eigenvalues, grad_eigenvector_rows)
-    result = empty(inputs[1].shape, inputs[1])
+    result = empty(inputs[1].shape, inputs[1])  # type: ignore[arg-type, union-attr]
     numbers = [c_longlong(len(result)), c_int(mode), *(c_double(number) for number in rule)]
     _launch("eigh_bwd", result, [*inputs, *numbers, result])
     return result

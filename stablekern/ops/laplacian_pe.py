@@ -315,6 +315,7 @@ def laplacian_pe_ex(
     `info` (int32, per step) is 0 for success; bit 0: no convergence, bit 1: a weight of the graph is not finite. The
     encoding and eigenvalues of such a step are NaN; no other step is touched. All else is as in `laplacian_pe`.
     """
+    _check.required(_OP, adjacency=adjacency)
     dims = _check.shapes(_OP, adjacency=(adjacency, "... t n n"))
     interval = min(_check.integer(_OP, "interval", interval, low=1), max(dims["t"], 1))
     if not isinstance(skip_trivial, bool):

@@ -61,7 +61,7 @@ def reference(
 ) -> Tensor:
     """The definition: a loop over time in plain torch, differentiable, in the dtype of its arguments."""
     if bidirectional:  # the loop forward over the inputs of the second half of the channels flipped, and back
-        options = {"initial_state": initial_state, "state_clamp": state_clamp}
+        options: Any = {"initial_state": initial_state, "state_clamp": state_clamp}
         half = token.shape[1] // 2
         return _turned(reference(_turned(gate, half), _turned(token, half), **options), half)
     state = torch.zeros_like(token[..., 0]) if initial_state is None else initial_state
@@ -308,7 +308,7 @@ def linear_scan(
     **Sources:** Blelloch 1990, sec. 1.4.1; Martin & Cundy 2018, arXiv:1709.04057.
     """
     _check.required(_OP, gate=gate, token=token)
-    _check.flag(_OP, reverse=reverse, return_saturation=return_saturation)
+    _check.flag(_OP, reverse=reverse, bidirectional=bidirectional, return_saturation=return_saturation)
     sizes = _check.shapes(_OP, gate=(gate, "b d l"), token=(token, "b d l"), initial_state=(initial_state, "b d"))
     if reverse and bidirectional:
         raise ValueError(message(_OP, "`reverse` and `bidirectional` exclude each other", "both"))

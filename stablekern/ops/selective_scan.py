@@ -219,7 +219,7 @@ def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     def plain(M: Tensor) -> Tensor:
         if M.dtype in ready and M.is_contiguous() and not M.is_conj() and not M.is_neg():
             return M  # as nearly always: four dispatched calls spared
-        return _widened(A, M)[0].resolve_conj().resolve_neg().contiguous()
+        return _widened(A, M)[0].resolve_conj().resolve_neg().contiguous()  # type: ignore[union-attr]
 
     return [None if tensor is None else plain(tensor) for tensor in tensors]
 

@@ -21,6 +21,6 @@ def all_specs() -> tuple[Any, ...]:
     folder = root / "tests" / "specs"
     if name not in sys.modules and (root / "pyproject.toml").is_file() and folder.is_dir():
         spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(sys.modules[name])  # type: ignore[union-attr]
     return importlib.import_module(name).all_specs()

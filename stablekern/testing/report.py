@@ -107,18 +107,20 @@ def _fill(spec: Any, samples: list[Any], rows: dict[torch.dtype, Row], device: s
                 row.skipped = "out of time after some samples"
                 continue
             comparisons = _try(
-                row, sample.name, lambda s=sample, d=dtype: suite.compared(spec, suite.run, s, d, device)
+                row,
+                sample.name,
+                lambda s=sample, d=dtype: suite.compared(spec, suite.run, s, d, device),  # type: ignore[misc]
             )
             if comparisons is not None:
                 row.take(sample.name, comparisons)
-    row = rows.get(torch.float64)
+    row = rows.get(torch.float64)  # type: ignore[assignment]
     if row is None or not spec.differentiable:
         return
     for sample in (s for s in samples if s.gradcheck):
         if time.monotonic() > end:
             row.skipped = "out of time before the last gradcheck"
             return
-        done = _try(row, f"gradcheck of {sample.name}", lambda s=sample: suite.gradcheck(spec, s, device))
+        done = _try(row, f"gradcheck of {sample.name}", lambda s=sample: suite.gradcheck(spec, s, device))  # type: ignore[misc]
         row.gradchecks += bool(done)
 
 
