@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from specs import FLOATS, HALVES, OpSpec, Sample
 from stablekern.ops.gated_rms_norm import gated_rms_norm, reference
+
+from . import FLOATS, HALVES, OpSpec, Sample
 
 
 def samples(g: torch.Generator) -> list[Sample]:
