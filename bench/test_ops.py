@@ -31,7 +31,7 @@ def test_op(benchmark, case: Case, direction: str, side: str):
     benchmark.extra_info.update(side=side, baseline=case.baseline_name, bytes=case.bytes, flops=case.flops)
     function = case.ours if side == "ours" else case.baseline
     try:
-        step = call(function, case.inputs(DEVICE), backward=direction == "fwd+bwd", constant=case.constant)
+        step = call(function, case.inputs(DEVICE), case, backward=direction == "fwd+bwd")
         step()
     except ImportError as missing:
         pytest.skip(f"{missing}: pip install 'stablekern[bench]'")

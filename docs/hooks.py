@@ -34,7 +34,7 @@ NAV: tuple[tuple[str, tuple[str, ...] | str], ...] = (
     ("Why training goes NaN", ("zoo.md", "watch.md", "health/*.md")),
     ("Ops", ("ops/index.md", "ops/*.md")),
     ("Training", ("optim/*.md", "corpora.md")),
-    ("Layers", "nn.md"),
+    ("Layers", ("nn.md", "detector.md")),
     ("Moving from", ("migrate/*.md",)),
     ("Speed and accuracy", ("speed.md", "accuracy.md", "plots.md", "gpu_notes.md")),
     ("Inside", ("architecture.md", "adding_an_op.md", "environment.md")),

@@ -81,9 +81,10 @@ def tolerance(name: str, value: float | Tensor, b: Tensor, systems: tuple[int, .
     """One element for a number, else one for each system."""
     dtype = REAL_OF[b.dtype]
     if not isinstance(value, Tensor):
-        # Through float64: what is beyond single precision is infinite there.
-        whole = torch.full((1,), _check.number(_OP, name, value, low=0.0), dtype=torch.float64, device=b.device)
-        return whole.to(dtype)
+        number = _check.number(_OP, name, value, low=0.0)
+        if number > torch.finfo(dtype).max:  # what is beyond single precision is infinite there
+            number = float("inf")
+        return torch.full((1,), number, dtype=dtype, device=b.device)
     _check.dtypes(_OP, _check.REAL, **{name: value})
     if value.device != b.device:
         raise ValueError(message(_OP, f"`{name}` must be on the device of `b`", value.device))

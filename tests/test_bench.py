@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,8 @@ def test_entry_points_of_pytest_benchmark(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-k", "eigh-one",
                "--benchmark-max-time=0.01", f"--benchmark-json={out}", "-q", "-p", "no:cacheprovider"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker's
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())["benchmarks"]
     assert {one["extra_info"]["side"] for one in found} == {"ours", "baseline"}

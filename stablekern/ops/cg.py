@@ -664,6 +664,6 @@ def cg(
     result = cg_ex(
         A, b, x0=x0, rtol=rtol, atol=atol, maxiter=maxiter, preconditioner=preconditioner, method=method, params=params
     )
-    if _check.readable(result.info) and bool(result.info.any()):
+    if _check.readable(result.info) and bool(result.info.count_nonzero()):
         _report(result, b.detach(), rtol, atol, method)
     return result.x

@@ -217,8 +217,8 @@ def _(grad_states, gate, token, states, initial_state, lower, upper, reverse_cha
     grad_states, gate, states = (_turned(M, reverse_channels) for M in (grad_states, gate, states))
     token = None if token is None else _turned(token, reverse_channels)
     grad_gate, grad_token = torch.empty_like(gate), torch.empty_like(gate)
-    first = torch.zeros_like(gate[..., 0]) if initial_state is None else initial_state
-    carry = torch.zeros_like(gate[..., 0])
+    first = gate.new_zeros(gate.shape[:2]) if initial_state is None else initial_state
+    carry = gate.new_zeros(gate.shape[:2])
     for t in reversed(range(gate.shape[2])):
         before = states[..., t - 1] if t else first
         grad = grad_states[..., t] + carry
