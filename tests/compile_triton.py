@@ -131,7 +131,9 @@ REALS_OF_LISTS = {"float32": True, "float64": True, "float16": True, "bfloat16":
 ADAMW_SCALARS = ("lr_ptr", "temperature_ptr", "found_inf_ptr", "grad_scale_ptr")
 
 
-def lists(aligned: dict[str, bool], block: int, *doubles: str, **constants: bool) -> tuple[Launch, ...]:
+def lists(
+    aligned: dict[str, bool], block: int, *doubles: str, registers: int | None = None, **constants: bool
+) -> tuple[Launch, ...]:
     """A launch for each dtype of the listed tensors; its registers are counted as those of float64 if it is that."""
     types = COLUMNS | COUNTS | dict.fromkeys(doubles, "*fp64")
     return tuple(
@@ -139,6 +141,7 @@ def lists(aligned: dict[str, bool], block: int, *doubles: str, **constants: bool
             {"TYPE": Dtype(name), "ALIGNED": is_aligned, "BLOCK": block} | constants,
             types,
             ("fp64" if name == "float64" else "fp32",),
+            registers=registers,
         )
         for name, is_aligned in aligned.items()
     )
@@ -153,7 +156,7 @@ def adamw(io: str, kind: int, **constants: bool) -> Launch:
     types = COLUMNS | {f"{name}_ptr": "*i64" for name in members} | dict.fromkeys(ADAMW_SCALARS, "*fp64")
     types |= {"rates_ptr": "*fp64" if io == "fp64" else "*fp32"}
     block = 512 if kind in (1, 2) else 1024
-    return Launch({"GRAD": Dtype(grad), "KIND": kind, "BLOCK": block} | given, types, (io,))
+    return Launch({"GRAD": Dtype(grad), "KIND": kind, "BLOCK": block} | given, types, (io,), registers=255)
 
 
 LAUNCHES = {
@@ -293,9 +296,9 @@ LAUNCHES = {
         adamw("fp64", 0),
         adamw("fp64", 1, LARGEST=True, SCALES=True),
     ),
-    "gradient_norms_blocks_kernel": lists(REALS_OF_LISTS, 2048, "norms_ptr"),
+    "gradient_norms_blocks_kernel": lists(REALS_OF_LISTS, 2048, "norms_ptr", registers=255),
     "gradient_norms_kernel": (
-        Launch({"BLOCK": 1024}, COLUMNS | {"parts_ptr": "*fp64", "norms_ptr": "*fp64"}, ("fp32",)),
+        Launch({"BLOCK": 1024}, COLUMNS | {"parts_ptr": "*fp64", "norms_ptr": "*fp64"}, ("fp32",), registers=255),
     ),
     "multiply_gradients_kernel": lists(REALS_OF_LISTS, 2048, "factor_ptr"),
     "finite_stats_blocks_kernel": (

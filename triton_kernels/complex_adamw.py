@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stablekern.triton_kernels.numerics import scalar
 from stablekern.triton_kernels.philox import four_normals, in_order, signed
+from stablekern.triton_kernels.scan import ALL_REGISTERS
 from stablekern.triton_kernels.tensor_lists import (
     TYPES,
     addresses,
@@ -405,6 +406,7 @@ def _step_group(
         SHIFTED=any(shifts),
         BLOCK=per_program,
         enable_fp_fusion=True,
+        maxnreg=ALL_REGISTERS,
     )
 
 

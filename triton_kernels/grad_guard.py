@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stablekern.triton_kernels.scan import ALL_REGISTERS
 from stablekern.triton_kernels.tensor_lists import (
     TYPES,
     addresses,
@@ -136,9 +137,16 @@ def gradient_norms(gradients: list[Tensor], norms: Tensor) -> None:
                 ALIGNED=aligned(members),
                 BLOCK=_BLOCK,
                 enable_fp_fusion=True,
+                maxnreg=ALL_REGISTERS,
             )
         gradient_norms_kernel[(len(rows),)](
-            where.starts, column(rows, device), parts, norms, BLOCK=_PARTS, enable_fp_fusion=True
+            where.starts,
+            column(rows, device),
+            parts,
+            norms,
+            BLOCK=_PARTS,
+            enable_fp_fusion=True,
+            maxnreg=ALL_REGISTERS,
         )
 
 
