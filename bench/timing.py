@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,12 +37,22 @@ class Times:
 
 
 def _others_runnable() -> bool:
-    """Whether another process wants a core now: field 4 of /proc/loadavg counts the runnable ones, us included."""
+    """Whether another process wants a core now: field 4 of /proc/loadavg counts the runnable threads of all processes.
+
+    Ours are taken off: a worker of torch's pool spins for a while after its last task, and sleeping until it stops
+    would put every sample behind its waking up.
+    """
     try:
         with open("/proc/loadavg") as file:
-            return int(file.read().split()[3].partition("/")[0]) > 1
-    except OSError:
+            runnable = int(file.read().split()[3].partition("/")[0])
+        own = sum(state.read_text().rpartition(")")[2].split()[0] == "R" for state in _own_threads())
+    except OSError:  # no /proc, or a thread that ended meanwhile
         return False
+    return runnable > own
+
+
+def _own_threads() -> list[Path]:
+    return [task / "stat" for task in Path("/proc/self/task").iterdir()]
 
 
 def _wait_until_quiet() -> bool:
