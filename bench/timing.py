@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 _QUIET_WAIT_S = 2.0
+_TURN_S = 0.03
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -93,17 +94,28 @@ def keep_freed_memory() -> None:
 def interleave(
     variants: dict[str, Callable[[], object]], *, seconds: float, device: str, least: int = 3
 ) -> dict[str, Times]:
-    """Run the variants in turn, A B A B ..., until the time is spent and each has `least` samples."""
+    """Run the variants in turns, A A B B A A B B ..., until the time is spent and each has had `least` turns.
+
+    A turn repeats its call until `_TURN_S` have passed, one call at least. The first call of a turn finds its inputs
+    thrown out of the caches by the other variant; within a turn they are as warm as in a loop of the same call. Every
+    call is a sample, so the median of a short call is that of a warm one.
+    """
     found: dict[str, list[float]] = {name: [] for name in variants}
     busy = dict.fromkeys(variants, 0)
     for function in variants.values():
         function()  # builds, page faults, first-use allocations
     end = time.monotonic() + seconds
-    while time.monotonic() < end or len(next(iter(found.values()))) < least:
+    turns = 0
+    while time.monotonic() < end or turns < least:
+        turns += 1
         for name, function in variants.items():
-            quiet = device == "cuda" or _wait_until_quiet()
-            found[name].append(_once(function, device))
-            busy[name] += not quiet
+            turn_end = time.monotonic() + _TURN_S
+            while True:
+                quiet = device == "cuda" or _wait_until_quiet()
+                found[name].append(_once(function, device))
+                busy[name] += not quiet
+                if time.monotonic() > turn_end:
+                    break
     return {name: Times(tuple(samples), busy[name]) for name, samples in found.items()}
 
 
