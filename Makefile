@@ -27,6 +27,7 @@ demo: $(VENV)/.base
 # Warnings are errors (pyproject.toml); the samples of the soaks run here, the soaks themselves in `make soak`. A group
 # (`xdist_group`) shares a fixture that takes minutes, and so stays in one process.
 test: $(VENV)/.test
+	$(BIN)/stablekern doctor >$(VENV)/doctor.txt  # compiles all native kernels at once, before the tests ask for parts
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 bench: $(VENV)/.test

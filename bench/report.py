@@ -89,13 +89,18 @@ def _machine(rows: list[dict]) -> str:
     )
 
 
+def _builds(taken: dict[str, float]) -> str:
+    parts = ", ".join(f"{seconds:.0f} s for `{op}`" for op, seconds in taken.items() if op != "all")
+    return f"{parts}; {taken['all']:.0f} s for everything at once"
+
+
 def _steps(results: list[dict]) -> list[str]:
     lines = [
         f"One training step of the detector, {r['case']}: {r['ms']:.0f} ms." for r in results if r["op"] == "detector"
     ]
     lines += [
         f"`import stablekern` adds {max(r['import_added_s'], 0.0):.2f} s to `import torch`; "
-        f"the first native build takes {r['first_build_s']:.0f} s."
+        f"the first call of an op compiles its part of the kernels: {_builds(r['first_build_s'])}."
         for r in results
         if r["op"] == "startup"
     ]

@@ -1,14 +1,16 @@
 """Compile the native CPU kernels, once per machine, compiler, torch and source: on first use, or from setup.py.
 
-The result lives in a directory of the user's cache whose name is a hash over everything that goes into it. One
-process builds, under an `flock` that dies with its holder; the others wait. What is built appears by a rename, so a
-killed build leaves nothing that looks finished. Only the standard library is imported here, since setup.py loads this
+They are several libraries, `PARTS`, so that the first call of an op waits for its own part only. Each lives in a
+directory of the user's cache whose name is a hash over everything that goes into it. One process builds, under an
+`flock` that dies with its holder; the others wait. What is built appears by a rename, so a killed build leaves nothing
+that looks finished. Only the standard library is imported here, since setup.py loads this
 file by its path, before the package exists.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -33,35 +35,40 @@ except ImportError:  # loaded by path from setup.py
         return f"stablekern.{where}: {rule}: {' and '.join(str(item) for item in got)}"
 
 
-# In the order in which they are started: what takes longest first, so that it is not left to run alone at the end.
-SOURCES = (
-    "bindings.cpp",
-    "cpu/linear_scan.cpp",
-    "cpu/cg.cpp",
-    "cpu/eigh.cpp",
-    "cpu/eigenprojector.cpp",
-    "cpu/selective_scan.cpp",
-    "cpu/ssd_scan.cpp",
-    "cpu/selective_scan_general.cpp",
-    "cpu/causal_conv1d.cpp",
-    "cpu/spectral_function.cpp",
-    "cpu/laplacian_pe.cpp",
-    "cpu/complex_adamw.cpp",
-    "cpu/cosine_edges.cpp",
-    "cpu/covariance_blend.cpp",
-    "cpu/assemble_adjacency.cpp",
-    "cpu/cayley_step.cpp",
-    "cpu/gated_rms_norm.cpp",
-    "cpu/focal_loss.cpp",
-    "cpu/sample_covariance.cpp",
-    "cpu/small_cayley.cpp",
-    "cpu/chol_solve_safe.cpp",
-    "cpu/ssd_state_update.cpp",
-    "cpu/selective_state_update.cpp",
-    "cpu/normalized_laplacian.cpp",
-    "cpu/finite_stats.cpp",
-    "cpu/grad_guard.cpp",
-)
+# The libraries and their sources, in the order in which these are started: what takes longest first, so that it is not
+# left to run alone at the end. "core" comes with any other. Sources of different parts do not refer to each other.
+PARTS = {
+    "core": ("bindings.cpp", "cpu/finite_stats.cpp", "cpu/grad_guard.cpp"),
+    "linear_scan": ("cpu/linear_scan.cpp",),
+    "eigen": (
+        "cpu/eigh.cpp",
+        "cpu/eigenprojector.cpp",
+        "cpu/spectral_function.cpp",
+        "cpu/laplacian_pe.cpp",
+        "cpu/normalized_laplacian.cpp",
+    ),
+    "scans": (
+        "cpu/selective_scan.cpp",
+        "cpu/ssd_scan.cpp",
+        "cpu/selective_scan_general.cpp",
+        "cpu/causal_conv1d.cpp",
+        "cpu/gated_rms_norm.cpp",
+        "cpu/ssd_state_update.cpp",
+        "cpu/selective_state_update.cpp",
+    ),
+    "solvers": ("cpu/cg.cpp", "cpu/cayley_step.cpp", "cpu/small_cayley.cpp"),
+    "training": ("cpu/complex_adamw.cpp", "cpu/focal_loss.cpp"),
+    "edges": ("cpu/cosine_edges.cpp", "cpu/assemble_adjacency.cpp"),
+    "covariance": ("cpu/covariance_blend.cpp", "cpu/sample_covariance.cpp", "cpu/chol_solve_safe.cpp"),
+}
+# How ops begin that are not named after their source.
+_OTHER_NAMES = {
+    "eigvalsh": "eigh",
+    "philox": "complex_adamw",
+    "cholesky": "chol_solve_safe",
+    "gradient": "grad_guard",
+    "multiply_gradients": "grad_guard",
+}
 
 # No fast-math: NaN and infinities must keep their meaning. These two give up what nobody reads (errno, trap flags).
 FLAGS = (
@@ -79,16 +86,36 @@ FLAGS = (
     "-Wno-maybe-uninitialized",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
-_PROGRESS = "stablekern: compiling the CPU kernels for this machine (once; about a minute)"
 _PRELUDE = "stablekern/prelude.h"  # what most sources include
-_LIBRARY = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
+_LIBRARY = "_native" + sysconfig.get_config_var("EXT_SUFFIX")  # "core", or all parts in one where it is prebuilt
+
+
+@functools.cache
+def part_of(op: str) -> str:
+    """The part that holds an op, by its name or that of one of its kernels ("eigh", "cg_csr_bwd")."""
+    for begin, source in _OTHER_NAMES.items():
+        if op.startswith(begin):
+            return part_of(source)
+    for part, sources in PARTS.items():
+        if any(op.startswith(Path(name).stem) for name in sources):
+            return part
+    raise KeyError(op)
+
+
+def library_name(part: str) -> str:
+    return _LIBRARY if part == "core" else f"{part}.so"
+
+
+def sources() -> tuple[str, ...]:
+    """Those of all parts."""
+    return tuple(name for part in PARTS.values() for name in part)
 
 
 def source_root() -> Path:
     """`csrc`: inside the package when installed from a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for root in (package / "csrc", package.parent / "csrc"):
-        if (root / SOURCES[0]).is_file():
+        if (root / PARTS["core"][0]).is_file():
             return root
     raise BuildError(message("build", "the C++ sources are missing from the installation", package))
 
@@ -132,8 +159,8 @@ def _link_flags() -> list[str]:
     return ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
 
 
-def _identity(march: str) -> str:
-    """Hash of compiler, instruction set, torch, Python, flags and sources."""
+def _identities(march: str, parts: tuple[str, ...]) -> dict[str, str]:
+    """For each part the hash of compiler, instruction set, torch, Python, flags and its sources."""
     import torch
 
     cxx = compiler()
@@ -148,10 +175,15 @@ def _identity(march: str) -> str:
     for part in (version, macros, torch.__version__, sys.version, *FLAGS, march):
         digest.update(part.encode() + b"\0")
     root = source_root()
-    headers = sorted(root.glob("include/stablekern/*.h"))
-    for path in [*(root / name for name in SOURCES), *headers]:
+    for path in sorted(root.glob("include/stablekern/*.h")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:20]
+    found = {}
+    for part in parts:
+        own = digest.copy()
+        for name in PARTS[part]:
+            own.update(name.encode() + b"\0" + (root / name).read_bytes())
+        found[part] = own.hexdigest()[:20]
+    return found
 
 
 def cache_directory(cache: str | None) -> Path:
@@ -207,38 +239,57 @@ def prebuilt() -> Path | None:
     return path if path.is_file() else None
 
 
-def find(cache: str | None, march: str) -> Path | None:
+def _places(cache: str | None, march: str, parts: tuple[str, ...]) -> dict[str, Path]:
+    """Where the library of each part is, or will be."""
+    directory = cache_directory(cache)
+    return {
+        part: directory / f"native-{part}-{identity}" / library_name(part)
+        for part, identity in _identities(march, parts).items()
+    }
+
+
+def find(cache: str | None, march: str, part: str = "core") -> Path | None:
     """The library if it is there already; builds nothing."""
     if path := prebuilt():
         return path
-    path = cache_directory(cache) / f"native-{_identity(march)}" / _LIBRARY
+    path = _places(cache, march, (part,))[part]
     return path if private(path) else None
 
 
-def build(cache: str | None = None, march: str = "native") -> Path:
-    """The path of the library, compiled now if it is not in the cache. Raises `BuildError` with the cause."""
+def build(cache: str | None = None, march: str = "native", parts: tuple[str, ...] = ("core",)) -> dict[str, Path]:
+    """The libraries of `parts`, those compiled now that are not in the cache. Raises `BuildError` with the cause."""
     if path := prebuilt():
-        return path
+        return dict.fromkeys(parts, path)
+    places = _places(cache, march, parts)
+    if all(private(path) for path in places.values()):
+        return places
     directory = cache_directory(cache)
-    final = directory / f"native-{_identity(march)}"
-    if private(final / _LIBRARY):
-        return final / _LIBRARY
-    with open(directory / f"{final.name}.lock", "w") as lock:
+    with open(directory / "native.lock", "w") as lock:
         _wait_for(lock)
-        if not private(final / _LIBRARY):
-            for stale in directory.glob(f"{final.name}.*.partial"):  # of builders that were killed: we hold the lock
-                shutil.rmtree(stale, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".partial", dir=directory))
+        missing = {part: path for part, path in places.items() if not private(path)}
+        for stale in directory.glob("native-*.partial"):  # of builders that were killed: we hold the lock
+            shutil.rmtree(stale, ignore_errors=True)
+        if missing:
+            partial = Path(tempfile.mkdtemp(prefix="native-", suffix=".partial", dir=directory))
             try:
-                compile_into(partial, march).chmod(0o700)  # whatever the umask
-                if final.is_symlink():
-                    final.unlink()
-                if final.exists():  # without a library, or with one that others could write: not left by a build
-                    shutil.rmtree(final)
-                os.replace(partial, final)
+                compile_into(partial, march, {library_name(part): PARTS[part] for part in missing})
+                for path in missing.values():
+                    _install(partial / path.name, path)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    return final / _LIBRARY
+    return places
+
+
+def _install(library: Path, path: Path) -> None:
+    """Move a library that was just built to its place, in a folder of its own that appears whole."""
+    library.chmod(0o700)  # whatever the umask
+    folder = Path(tempfile.mkdtemp(prefix=f"{path.parent.name}.", suffix=".partial", dir=path.parent.parent))
+    os.replace(library, folder / path.name)
+    if path.parent.is_symlink():
+        path.parent.unlink()
+    if path.parent.exists():  # without a library, or with one that others could write: not left by a build
+        shutil.rmtree(path.parent)
+    os.replace(folder, path.parent)
 
 
 def _wait_for(lock) -> None:
@@ -249,7 +300,7 @@ def _wait_for(lock) -> None:
             return
         except BlockingIOError:
             if not told:
-                _say("stablekern: another process is compiling the CPU kernels; waiting for it\n")
+                _say("stablekern: another process is compiling CPU kernels; waiting for it\n")
                 told = True
             time.sleep(0.1)
 
@@ -259,8 +310,12 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def compile_into(directory: Path, march: str = "native") -> Path:
-    """Write a build.ninja into `directory`, run it, and return the library's path there."""
+def compile_into(directory: Path, march: str = "native", libraries: dict[str, tuple[str, ...]] | None = None) -> Path:
+    """Write a build.ninja into `directory`, run it, and return the path of the first library there.
+
+    `libraries` says what goes into which; one with all sources by default.
+    """
+    libraries = libraries or {_LIBRARY: sources()}
     root = source_root()
     flags = [*FLAGS, f"-march={march}", *(f"-I{path}" for path in _includes())]
     if march == "native":
@@ -274,18 +329,24 @@ def compile_into(directory: Path, march: str = "native") -> Path:
         """One word of a command, which ninja hands to a shell."""
         return shlex.quote(text).replace("$", "$$")
 
-    objects = [f"{Path(name).stem}.o" for name in SOURCES]
+    def objects(names: tuple[str, ...]) -> list[str]:
+        return [f"{Path(name).stem}.o" for name in names]
+
+    wanted = {name for names in libraries.values() for name in names}
+    # In the order of `PARTS` as a whole, since ninja starts what it can in the order of the file.
+    compiled = [name for name in sources() if name in wanted]
     # The compiler looks for `_PRELUDE` with .gch in its working directory, then for the header itself: where it cannot
-    # precompile, or does not use what it has precompiled, it reads the header.
+    # precompile, or does not use what it has precompiled, it reads the header. For one source it may as well.
     header = root / "include" / _PRELUDE
-    prelude = [_PRELUDE + ".gch"] if header.is_file() else []
-    include = f"-include {_PRELUDE}" if prelude else ""
+    there = header.is_file()
+    prelude = [_PRELUDE + ".gch"] if there and sum(name.startswith("cpu/") for name in compiled) > 1 else []
+    include = f"-include {_PRELUDE}" if there else ""
 
     def edge(out: str, name: str) -> list[str]:
         line = f"build {out}: compile {quote(str(root / name))}"
         if not name.startswith("cpu/"):  # pybind11 takes its time by itself, in which the header is compiled
             return [line]
-        return [f"{line} | {' '.join(prelude)}", f"  include = {include}"]
+        return [f"{line} | {' '.join(prelude)}" if prelude else line, f"  include = {include}"]
 
     lines = [
         "ninja_required_version = 1.5",
@@ -301,16 +362,17 @@ def compile_into(directory: Path, march: str = "native") -> Path:
         f"  command = $cxx $in {' '.join(word(flag) for flag in _link_flags())} -o $out",
         "  description = link",
         *(f"build {out}: precompile {quote(str(header))}" for out in prelude),
-        *(line for o, name in zip(objects, SOURCES, strict=True) for line in edge(o, name)),
-        f"build {_LIBRARY}: link {' '.join(objects)}",
-        f"default {_LIBRARY}",
+        *(line for o, name in zip(objects(compiled), compiled, strict=True) for line in edge(o, name)),  # type: ignore[arg-type]
+        *(f"build {library}: link {' '.join(objects(names))}" for library, names in libraries.items()),
+        f"default {' '.join(libraries)}",
         "",
     ]
     (directory / "build.ninja").write_text("\n".join(lines))
     jobs = os.environ.get("MAX_JOBS", "")
     command = [_ninja(), "-C", str(directory), *(["-j", jobs] if jobs.isdigit() else [])]
     start = time.monotonic()
-    _say(f"{_PROGRESS} [0/{len(prelude) + len(SOURCES) + 1}]")
+    progress = "stablekern: compiling CPU kernels for this machine, once"
+    _say(f"{progress} [0/{len(prelude) + len(compiled) + len(libraries)}]")
     output = []
     with subprocess.Popen(
         command,
@@ -322,17 +384,17 @@ def compile_into(directory: Path, march: str = "native") -> Path:
         for line in process.stdout:  # type: ignore[union-attr]
             output.append(line)
             if line.startswith("["):
-                _say(f"\r{_PROGRESS} {line.partition(']')[0]}]")
+                _say(f"\r{progress} {line.partition(']')[0]}]")
     shutil.rmtree(directory / Path(_PRELUDE).parent, ignore_errors=True)  # a hundred megabytes
     if process.returncode != 0:
         _say("\n")
         raise BuildError(message("build", "the compiler failed", "".join(output[-30:]).strip()))
     _say(
-        f"\rstablekern: compiled the CPU kernels in {time.monotonic() - start:.0f} s, kept for the next run"
+        f"\rstablekern: compiled CPU kernels in {time.monotonic() - start:.0f} s, kept for the next run"
         + " " * 24
         + "\n"
     )
-    return directory / _LIBRARY
+    return directory / next(iter(libraries))
 
 
 def _is_x86() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.machinery
 import importlib.util
@@ -22,6 +23,7 @@ from stablekern.errors import BackendUnavailableError, BuildError, message
 __all__ = ["cuda_reason", "native", "native_module", "native_reason", "triton_reason"]
 
 _lock = threading.RLock()
+_loaded: set[str] = set()  # parts of the native library
 
 
 @functools.cache
@@ -30,61 +32,90 @@ def _torch_version() -> tuple[int, ...]:
 
 
 @functools.cache
-def _attempt(cache: str | None, march: str) -> tuple[ModuleType | None, str | None]:
+def _attempt(cache: str | None, march: str, parts: tuple[str, ...]) -> str | None:
+    """Load these parts of the native library, built now if need be; why that is impossible, or None."""
     try:
-        path = _build.build(cache, march)
-        loader = importlib.machinery.ExtensionFileLoader("stablekern._native", str(path))
-        spec = importlib.util.spec_from_file_location("stablekern._native", path, loader=loader)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        loader.exec_module(module)
-        sys.modules["stablekern._native"] = module
-        return module, None
+        for part, path in _build.build(cache, march, parts).items():
+            if part == "core":
+                loader = importlib.machinery.ExtensionFileLoader("stablekern._native", str(path))
+                spec = importlib.util.spec_from_file_location("stablekern._native", path, loader=loader)
+                module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+                loader.exec_module(module)
+                sys.modules["stablekern._native"] = module
+            elif path.name != Path(sys.modules["stablekern._native"].__file__ or "").name:  # else it holds all parts
+                ctypes.CDLL(str(path))  # registers its ops with the dispatcher
+            _loaded.add(part)
     except (BuildError, ImportError, OSError) as error:
         reason = str(error).removeprefix("stablekern.build: ")
-        warnings.warn(
-            message("native", "the CPU kernels are not available, plain torch runs instead (slower)", reason),
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None, reason
+        _warn(reason)
+        return reason
+    return None
 
 
 @functools.cache
-def _not_built(cache: str | None, march: str) -> str | None:
-    """None if the library is in the cache, else why it is not; asked once, since the compiler has to be run for it."""
+def _warn(reason: str) -> None:
+    text = message("native", "the CPU kernels are not available, plain torch runs instead (slower)", reason)
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def _not_built(cache: str | None, march: str, parts: tuple[str, ...]) -> str | None:
+    """None if the libraries are in the cache, else why not; asked once, since the compiler has to be run for it."""
     try:
-        found = _build.find(cache, march)
+        found = all(_build.find(cache, march, part) for part in parts)
     except BuildError as error:
         return str(error).removeprefix("stablekern.build: ")
     return None if found else "not built yet; the first call that wants them builds them"
 
 
-def native_reason(*, build: bool = True) -> str | None:
-    """None once the native kernels are loaded, else why they cannot be. The first call builds them, if `build`."""
+def native_reason(op: str | None = None, *, build: bool = True) -> str | None:
+    """None once the native kernels of `op` (None: of all ops) are loaded, else why they cannot be.
+
+    `op` is the name of an op or of one of its kernels. The first call builds the part that holds it, if `build`.
+    """
     if not settings.get("STABLEKERN_NATIVE"):
         return "switched off by STABLEKERN_NATIVE"
     if _torch_version() < (2, 10):
         return f"torch >= 2.10 is needed, found {torch.__version__}"
+    parts = tuple(_build.PARTS) if op is None else _needed(_build.part_of(op))
+    if _loaded.issuperset(parts):
+        return None
     cache, march = settings.get("STABLEKERN_CACHE_DIR"), settings.get("STABLEKERN_MARCH")
     with _lock:
-        if not build and "stablekern._native" not in sys.modules and (absent := _not_built(cache, march)):
+        missing = tuple(part for part in parts if part not in _loaded)
+        if not build and missing and (absent := _not_built(cache, march, missing)):
             return absent
-        return _attempt(cache, march)[1]
+        return _attempt(cache, march, missing) if missing else None
+
+
+@functools.cache
+def _needed(part: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("core", part)))
+
+
+class _Kernels:
+    """`torch.ops.stablekern_native`, each op with the part of the library that holds it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if (reason := native_reason(name)) is not None:
+            raise BackendUnavailableError(message("native", f"the CPU kernels are not available ({reason})"))
+        found = getattr(torch.ops.stablekern_native, name)
+        setattr(self, name, found)  # found without this function from now on
+        return found
+
+
+_kernels = _Kernels()
 
 
 def native() -> Any:
-    """The dispatcher namespace of the native kernels, `torch.ops.stablekern_native`."""
-    if "stablekern._native" in sys.modules:
-        return torch.ops.stablekern_native
-    reason = native_reason()
-    if reason is not None:
-        raise BackendUnavailableError(message("native", f"the CPU kernels are not available ({reason})"))
-    return torch.ops.stablekern_native
+    """The native kernels by their names; the first use of one loads what holds it, or raises."""
+    return _kernels
 
 
 def native_module() -> ModuleType:
     """`stablekern._native`: facts of the build, and C++ internals for tests."""
-    native()
+    if "stablekern._native" not in sys.modules:
+        _ = native().gradient_norms  # of the same part
     return sys.modules["stablekern._native"]
 
 

@@ -63,10 +63,10 @@ def launcher(
     return register
 
 
-def _missing(backend: str, device: str, *, build: bool = True) -> str | None:
-    """Why a backend cannot run at all on this machine, or None."""
+def _missing(op: str, backend: str, device: str, *, build: bool = True) -> str | None:
+    """Why a backend cannot run `op` at all on this machine, or None."""
     if backend == "native":
-        return _load.native_reason(build=build)
+        return _load.native_reason(op, build=build)
     if backend == "triton":
         return _load.triton_reason(device)
     if backend == "cuda":
@@ -86,7 +86,7 @@ def _choose(name: str, device: str, arguments: tuple[Any, ...]) -> tuple[str, Ca
             continue
         supports = here[backend].supports
         reason = None if supports is None else supports(*arguments)
-        reason = reason or _missing(backend, device)
+        reason = reason or _missing(name, backend, device)
         if reason is None:
             return backend, here[backend].function
         reasons.append(f"{backend}: {reason}")
@@ -163,8 +163,9 @@ def available_backends(op: str, device: str = "cpu") -> dict[str, str | None]:
     `op` is a public name (`"eigh"`) or that of one dispatcher op (`"eigh_bwd"`). Asking may build the native kernels.
     """
     _check.choice("available_backends", "device", device, tuple(_ORDER))
-    here = _launchers[_dispatcher_name(op)][device]
-    return {backend: _missing(backend, device) for backend in _ORDER[device] if backend in here}
+    name = _dispatcher_name(op)
+    here = _launchers[name][device]
+    return {backend: _missing(name, backend, device) for backend in _ORDER[device] if backend in here}
 
 
 def explain(op: str, device: str, *, build: bool = True) -> tuple[str | None, dict[str, str]]:
@@ -181,7 +182,7 @@ def explain(op: str, device: str, *, build: bool = True) -> tuple[str | None, di
         elif not wanted and backend == "triton" and device == "cpu":
             reason = "on a CPU for tests only"
         else:
-            reason = _missing(backend, device, build=build)
+            reason = _missing(op, backend, device, build=build)
         if reason is None:
             return backend, reasons
         reasons[backend] = reason

@@ -99,7 +99,8 @@ def finds_planted_fault(kind: str, settings: dict[str, str], fixed: list[str]) -
 
 def run(kind: str, words: list[str]) -> int:
     settings = environment(kind)
-    build = "from stablekern import _build, settings; print(_build.build(settings.get('STABLEKERN_CACHE_DIR')))"
+    folder = settings["STABLEKERN_CACHE_DIR"]
+    build = f"from stablekern import _build; _build.build({folder!r}, parts=tuple(_build.PARTS))"
     subprocess.run([sys.executable, "-c", build], env=settings, cwd=ROOT, check=True)
     settings = {**OPTIONS, **settings, "LD_PRELOAD": preloaded(kind)}
     # ThreadSanitizer wants its shadow where address randomisation may put libraries.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import stablekern
-from stablekern import _build, _load
+from stablekern import _build, _load, _registry
 from stablekern.errors import BuildError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,15 +43,62 @@ def tiny(monkeypatch, tmp_path):
     root = tmp_path / "csrc"
     (root / "include" / "stablekern").mkdir(parents=True)
     (root / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
-    monkeypatch.setattr(_build, "SOURCES", ("one.cpp",))
+    monkeypatch.setattr(_build, "PARTS", {"core": ("one.cpp",)})
     monkeypatch.setattr(_build, "source_root", lambda: root)
     return root
 
 
 def test_sources_are_all_there_and_all_listed():
     root = _build.source_root()
-    listed = {str(root / name) for name in _build.SOURCES}
+    listed = {str(root / name) for name in _build.sources()}
     assert listed == {str(p) for p in [*root.glob("*.cpp"), *root.glob("cpu/*.cpp")]}
+
+
+def kernels() -> dict[str, str]:
+    """The part of each kernel, as the sources register them."""
+    root = _build.source_root()
+    return {
+        name: part
+        for part, sources in _build.PARTS.items()
+        for source in sources
+        for name in re.findall(r'm\.impl\("(\w+)"', (root / source).read_text())
+    }
+
+
+def test_each_kernel_and_op_knows_its_part():
+    """By name alone: asking compiles nothing. A launcher may call kernels of its own part, and those of the core."""
+    registered = kernels()
+    assert len(registered) > 40
+    assert {name: _build.part_of(name) for name in registered} == registered
+    launchers = {
+        op: here["cpu"]["native"].function for op, here in _registry._launchers.items() if "native" in here["cpu"]
+    }
+    assert len(launchers) > 40
+    for op, function in launchers.items():
+        used = {registered[name] for name in inspect.unwrap(function).__code__.co_names if name in registered}
+        assert used <= {"core", _build.part_of(op)}, op
+
+
+def test_a_first_call_builds_its_part_and_the_core_alone(tmp_path):
+    """Kernels of other parts are not there yet; each library is in a private folder of its own."""
+    code = """
+        import torch, stablekern
+        from stablekern import _load
+        stablekern.focal_loss(torch.zeros(1), torch.ones(1))
+        print(sorted(_load._loaded))
+        print(_load.native_reason("eigh", build=False))
+    """
+    cache = tmp_path / "cache"
+    run = python(code, STABLEKERN_CACHE_DIR=str(cache), STABLEKERN_BACKEND="native", STABLEKERN_NATIVE="1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "['core', 'training']",
+        "not built yet; the first call that wants them builds them",
+    ]
+    assert {path.name.split("-")[1] for path in cache.glob("native-*-*")} == {"core", "training"}
+    assert all(
+        path.stat().st_mode & 0o777 == 0o700 for path in cache.rglob("*") if path.suffix == ".so" or path.is_dir()
+    )
 
 
 def test_no_fast_math():
@@ -58,18 +107,18 @@ def test_no_fast_math():
 
 def test_built_once_and_again_for_other_sources_flags_or_targets(tiny, tmp_path, monkeypatch, capsys):
     cache = str(tmp_path / "cache")
-    first = _build.build(cache, "x86-64")
-    assert first.is_file() and "compiled the CPU kernels" in capsys.readouterr().err
+    first = _build.build(cache, "x86-64")["core"]
+    assert first.is_file() and "compiled CPU kernels" in capsys.readouterr().err
     stamp = first.stat().st_mtime_ns
-    assert _build.build(cache, "x86-64") == first and first.stat().st_mtime_ns == stamp
+    assert _build.build(cache, "x86-64")["core"] == first and first.stat().st_mtime_ns == stamp
     assert not capsys.readouterr().err, "a cached build is silent"
     (tiny / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
-    second = _build.build(cache, "x86-64")
+    second = _build.build(cache, "x86-64")["core"]
     (tiny / "include" / "stablekern" / "a.h").write_text("// a header\n")
-    third = _build.build(cache, "x86-64")
+    third = _build.build(cache, "x86-64")["core"]
     monkeypatch.setattr(_build, "FLAGS", (*_build.FLAGS, "-DX"))
-    fourth = _build.build(cache, "x86-64")
-    fifth = _build.build(cache, "x86-64-v2")
+    fourth = _build.build(cache, "x86-64")["core"]
+    fifth = _build.build(cache, "x86-64-v2")["core"]
     monkeypatch.setattr("torch.__version__", "2.99.0")
     assert _build.find(cache, "x86-64-v2") is None
     assert len({first, second, third, fourth, fifth}) == 5
@@ -84,8 +133,8 @@ def test_a_killed_build_does_not_hang_the_next(tiny, tmp_path):
     code = f"""
         from stablekern import _build
         from pathlib import Path
-        _build.SOURCES, _build.source_root = ("one.cpp",), lambda: Path({str(tiny)!r})
-        _build.build({str(cache)!r}, "x86-64")
+        _build.PARTS, _build.source_root = {{"core": ("one.cpp",)}}, lambda: Path({str(tiny)!r})
+        _build.build({str(cache)!r}, "x86-64")["core"]
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "CXX": str(slow)}, stderr=subprocess.DEVNULL,
@@ -101,34 +150,35 @@ def test_a_killed_build_does_not_hang_the_next(tiny, tmp_path):
     lock = next(cache.glob("*.lock"))
     # The same key: the compiler's version text and macros are those of the wrapped compiler.
     start = time.monotonic()
-    assert _build.build(str(cache), "x86-64").is_file()
+    assert _build.build(str(cache), "x86-64")["core"].is_file()
     assert time.monotonic() - start < 30
     assert lock.exists() and not list(cache.glob("*.partial"))
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_prelude_is_precompiled_or_read(tiny, tmp_path, monkeypatch, broken):
-    """Once, before the sources of cpu/; a compiler that cannot do so reads it with each of them."""
+    """Once, before the sources of cpu/ if they are several; a compiler that cannot do so reads it with each of them."""
     (tiny / "include" / "stablekern" / "prelude.h").write_text("inline int two() { return 2; }\n")
     (tiny / "cpu").mkdir()
-    (tiny / "cpu" / "two.cpp").write_text(
-        'extern "C" __attribute__((visibility("default"))) int four() { return 2 * two(); }\n'
-    )
-    monkeypatch.setattr(_build, "SOURCES", ("one.cpp", "cpu/two.cpp"))
+    visible = 'extern "C" __attribute__((visibility("default")))'
+    (tiny / "cpu" / "two.cpp").write_text(f"{visible} int four() {{ return 2 * two(); }}\n")
+    (tiny / "cpu" / "three.cpp").write_text(f"{visible} int six() {{ return 3 * two(); }}\n")
+    monkeypatch.setattr(_build, "PARTS", {"core": ("one.cpp", "cpu/two.cpp", "cpu/three.cpp")})
     log, wrapper = tmp_path / "log", tmp_path / "cxx"
     refusal = 'case "$*" in *c++-header*) exit 1;; esac\n' if broken else ""
     wrapper.write_text(f'#!/bin/sh\n{refusal}exec {_build.compiler()} "$@" -Winvalid-pch -H 2>>{log}\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
     monkeypatch.setenv("MAX_JOBS", "1")
-    library = _build.build(str(tmp_path / "cache"), "x86-64")
-    assert ctypes.CDLL(str(library)).four() == 4
+    library = _build.build(str(tmp_path / "cache"), "x86-64")["core"]
+    made = ctypes.CDLL(str(library))
+    assert (made.four(), made.six()) == (4, 6)
     assert not list(library.parent.rglob("*.gch"))
     # -H of GCC lists what is read: "! name" is a precompiled header that is taken.
     taken = [line for line in log.read_text().splitlines() if line.startswith("! ") and line.endswith("prelude.h.gch")]
     version = subprocess.run([_build.compiler(), "--version"], capture_output=True, text=True).stdout
     if "Free Software Foundation" in version:
-        assert len(taken) == (0 if broken else 1)
+        assert len(taken) == (0 if broken else 2)
 
 
 def test_two_processes_build_once(tiny, tmp_path):
@@ -136,8 +186,8 @@ def test_two_processes_build_once(tiny, tmp_path):
     code = f"""
         from stablekern import _build
         from pathlib import Path
-        _build.SOURCES, _build.source_root = ("one.cpp",), lambda: Path({str(tiny)!r})
-        print(_build.build({str(cache)!r}, "x86-64"))
+        _build.PARTS, _build.source_root = {{"core": ("one.cpp",)}}, lambda: Path({str(tiny)!r})
+        print(_build.build({str(cache)!r}, "x86-64")["core"])
     """
     both = [
         subprocess.Popen(
@@ -148,17 +198,17 @@ def test_two_processes_build_once(tiny, tmp_path):
     results = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], results
     assert results[0][0] == results[1][0]
-    assert sum("compiled the CPU kernels" in err for _, err in results) == 1
+    assert sum("compiled CPU kernels" in err for _, err in results) == 1
 
 
 def test_the_cache_is_private(tiny, tmp_path):
     cache = tmp_path / "cache"
-    path = _build.build(str(cache), "x86-64")
+    path = _build.build(str(cache), "x86-64")["core"]
     assert cache.stat().st_mode & 0o777 == 0o700
     assert path.parent.stat().st_mode & 0o777 == 0o700
     cache.chmod(0o777)
     with pytest.raises(BuildError, match=r"writable by you alone \(0700\): got 0o777"):
-        _build.build(str(cache), "x86-64")
+        _build.build(str(cache), "x86-64")["core"]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to make a directory of somebody else's")
@@ -171,7 +221,7 @@ def test_a_cache_of_somebody_else_is_refused(tmp_path):
 def test_a_compiler_error_is_shown(tiny, tmp_path):
     (tiny / "one.cpp").write_text("int broken( {\n")
     with pytest.raises(BuildError, match=r"(?s)the compiler failed: got .*one\.cpp:1:14: error"):
-        _build.build(str(tmp_path / "cache"), "x86-64")
+        _build.build(str(tmp_path / "cache"), "x86-64")["core"]
     assert not list((tmp_path / "cache").glob("native-*/"))
 
 
@@ -329,8 +379,9 @@ def test_the_platform_wheel_carries_its_library(sources, clean, tmp_path):
     copy, log, wrapper = tmp_path / "copy", tmp_path / "log", tmp_path / "cxx"
     shutil.copytree(sources, copy, ignore=shutil.ignore_patterns(*IGNORED))
     build = copy / "stablekern" / "_build.py"
-    before, _, rest = build.read_text().partition("SOURCES = (")
-    build.write_text(f'{before}SOURCES = ("bindings.cpp", "cpu/focal_loss.cpp")\n{rest.partition(")")[2]}')
+    before, _, rest = build.read_text().partition("PARTS = {")
+    some = '{"core": ("bindings.cpp", "cpu/grad_guard.cpp"), "training": ("cpu/focal_loss.cpp",)}'
+    build.write_text(f"{before}PARTS = {some}\n{rest.partition('}')[2]}")
     wrapper.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec {_build.compiler()} "$@"\n')
     wrapper.chmod(0o755)
     (tmp_path / "out").mkdir()
@@ -339,7 +390,7 @@ def test_the_platform_wheel_carries_its_library(sources, clean, tmp_path):
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-" in wheel.name and "any" not in wheel.name
     commands = log.read_text().splitlines()
-    assert len(commands) == 4 and all("-march=x86-64-v2" in line for line in commands if " -c " in line)
+    assert len(commands) == 5 and all("-march=x86-64-v2" in line for line in commands if " -c " in line)
     assert "c++-header" in commands[0] + commands[1], "the prelude is compiled beside what does not read it"
     install, execute = clean
     site = install(wheel)

@@ -21,7 +21,7 @@ def op(monkeypatch):
     _registry.launcher(
         name, device="cpu", backend="native", supports=lambda x: "more than 3 elements" if x.numel() > 3 else None
     )(lambda x: x + 2)
-    monkeypatch.setattr(_registry, "_missing", lambda backend, device: None)
+    monkeypatch.setattr(_registry, "_missing", lambda op, backend, device: None)
     yield torch.ops.stablekern.registry_probe_fwd.default
     del _registry._launchers[name]
 
@@ -55,7 +55,9 @@ def test_forced_and_missing_says_why(op, monkeypatch, any_backend):
         op(torch.zeros(4))
     with stablekern.use_backend("cuda"), pytest.raises(BackendUnavailableError, match="no kernel for .* on cpu"):
         op(torch.zeros(4))
-    monkeypatch.setattr(_registry, "_missing", lambda backend, device: "no compiler" if backend == "native" else None)
+    monkeypatch.setattr(
+        _registry, "_missing", lambda op, backend, device: "no compiler" if backend == "native" else None
+    )
     assert op(torch.zeros(1)).item() == 1
     with stablekern.use_backend("native"), pytest.raises(BackendUnavailableError, match="native: no compiler"):
         op(torch.zeros(1))

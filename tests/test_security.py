@@ -31,7 +31,7 @@ def one_file(monkeypatch, tmp_path):
     root = tmp_path / "csrc"
     (root / "include" / "stablekern").mkdir(parents=True)
     (root / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
-    monkeypatch.setattr(_build, "SOURCES", ("one.cpp",))
+    monkeypatch.setattr(_build, "PARTS", {"core": ("one.cpp",)})
     monkeypatch.setattr(_build, "source_root", lambda: root)
     return str(tmp_path / "cache")
 
@@ -59,18 +59,18 @@ PLANTED = [
 
 @pytest.mark.parametrize("spoil", PLANTED)
 def test_a_library_that_others_could_write_is_built_again(one_file, spoil):
-    library = _build.build(one_file, "x86-64")
+    library = _build.build(one_file, "x86-64")["core"]
     assert _build.find(one_file, "x86-64") == library
     spoil(library)
     assert _build.find(one_file, "x86-64") is None
-    again = _build.build(one_file, "x86-64")
+    again = _build.build(one_file, "x86-64")["core"]
     assert again == library and _build.private(library) and not library.is_symlink()
 
 
 def test_what_is_built_is_private_whatever_the_umask(one_file):
     before = os.umask(0)
     try:
-        library = _build.build(one_file, "x86-64")
+        library = _build.build(one_file, "x86-64")["core"]
     finally:
         os.umask(before)
     for path in (Path(one_file), library.parent, library):
@@ -231,7 +231,7 @@ def test_a_compiler_with_shell_letters_in_its_path_is_only_a_path(one_file, tmp_
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
     monkeypatch.chdir(tmp_path)
-    assert _build.build(one_file, "x86-64").is_file()
+    assert _build.build(one_file, "x86-64")["core"].is_file()
     assert not mark.exists() and not list(Path(one_file).rglob("exploded"))
 
 

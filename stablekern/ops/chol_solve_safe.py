@@ -68,7 +68,7 @@ def components(M: Tensor) -> Tensor:
 
 def lapack_reason() -> str | None:
     """Why the native kernels cannot call LAPACK, or None."""
-    if _load.native_reason() is not None:
+    if _load.native_reason("chol_solve_safe") is not None:
         return None  # whether the library is there at all is the registry's question
     return None if _load.native_module().lapack else "this torch exports no LAPACK"
 

@@ -125,7 +125,7 @@ def lanes_reason(matrices: Tensor) -> str | None:
 
 def native_reason(matrices: Tensor) -> str | None:
     """Why no native kernel can decompose these (b, n, n) matrices, or None."""
-    if (reason := lanes_reason(matrices)) is None or _load.native_reason() is not None:
+    if (reason := lanes_reason(matrices)) is None or _load.native_reason("eigh") is not None:
         return None  # whether the library is there at all is the registry's question
     return None if _load.native_module().lapack else f"{reason}, and this torch exports no LAPACK"
 

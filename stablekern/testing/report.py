@@ -59,7 +59,7 @@ def _backends(spec: Any, device: str, interpreter: bool) -> Iterator[tuple[str, 
     for backend in suite.backends_of(spec, device):
         if backend == "triton" and device == "cpu" and not interpreter:
             continue  # an interpreter for tests, which nobody computes with
-        reason = None if backend in ("default", "torch") else _registry._missing(backend, device)
+        reason = None if backend in ("default", "torch") else _registry._missing(f"{spec.name}_fwd", backend, device)
         yield backend, reason or ""
 
 
