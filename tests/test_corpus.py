@@ -588,3 +588,18 @@ def test_the_example_configuration_holds_the_defaults():
     default = experiment.TrainConfig(data=replace(loaded.data, folder=loaded.data.folder))
     plain = experiment.DataOptions(folder=loaded.data.folder, cache=loaded.data.cache)
     assert loaded == replace(default, data=plain, out=loaded.out)
+
+
+def test_the_synthetic_corpus_can_be_trained_on(tmp_path):
+    """What the example writes is found, read, dealt out by patient and labelled as its annotations say."""
+    example = Path(__file__).resolve().parent.parent / "examples" / "synthetic_corpus.py"
+    subprocess.run([sys.executable, example, tmp_path, "--patients", "2"], check=True, timeout=120)
+    found = corpus.scan(tmp_path)
+    assert len(found.items) == 4 and not found.failures and len({item.patient for item in found.items}) == 2
+    for item in found.items:
+        recording = prepare(read_edf(item.edf))
+        inside = np.zeros(recording.samples, bool)
+        for event in item.events:
+            assert 0 < event.onset < event.end < recording.seconds
+            inside[round(event.onset * RATE) : round(event.end * RATE)] = True
+        assert recording.data[:, inside].std() > 1.2 * recording.data[:, ~inside].std()

@@ -47,10 +47,8 @@ def test_what_is_no_plain_tensor_is_left_to_others():
         pass
 
     plain = torch.ones(4, 4)
-    others = [
-        plain.T[:, 1:], plain.to_sparse(), plain.int(), plain.to("meta"), plain.as_subclass(Own), nn.Parameter(plain), 3,
-    ]  # fmt: skip
-    for other in others:
+    subclasses = [plain.as_subclass(Own), nn.Parameter(plain)]
+    for other in [plain.T[:, 1:], plain.to_sparse(), plain.int(), plain.to("meta"), *subclasses, 3]:
         assert all_finite([plain, other]) is None
     assert all_finite([plain.requires_grad_() * 2]) is True  # history does not matter
     assert all_finite([torch.full((2,), 1j * NAN).conj()]) is False
