@@ -12,25 +12,38 @@
 #include "stablekern/philox.h"
 #include "stablekern/simd.h"
 
+namespace {
+
+// A new reference; null stands for a Python error that has been set.
+pybind11::object given(PyObject* found) {
+  if (found == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(found);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_native, m) {
   m.attr("simd") = stablekern::kSimdName;
   m.attr("vector_bytes") = stablekern::kVectorBytes;
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target") = "2.10";
-  const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");
-  const stablekern::DlpackExchange* exchange = stablekern::exchange_of(tensor.ptr());
+  const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");  // torch keeps the type
+  const stablekern::Exchange exchange{tensor.ptr(), stablekern::exchange_of(tensor.ptr())};
   // The gradients of a list of parameters, with one row for each in the int64 table at an address; None: not all plain.
-  m.def("gather_gradients", [tensor, exchange](pybind11::list parameters, uintptr_t table) {
-    auto* rows = reinterpret_cast<int64_t*>(table);
-    PyObject* found = stablekern::gather_gradients(parameters.ptr(), rows, tensor.ptr(), exchange);
-    if (found == nullptr) throw pybind11::error_already_set();
-    return pybind11::reinterpret_steal<pybind11::object>(found);
+  m.def("gather_gradients", [exchange](pybind11::list parameters, uintptr_t table) {
+    return given(stablekern::gather_gradients(parameters.ptr(), reinterpret_cast<int64_t*>(table), exchange));
+  });
+  // Whether a list of tensors, or the gradients of a list of parameters, are finite throughout; None: not all plain.
+  m.def("all_finite", [exchange](pybind11::list tensors) {
+    return given(stablekern::all_finite(tensors.ptr(), exchange));
+  });
+  m.def("gradients_finite", [exchange](pybind11::list parameters, uintptr_t seen, bool unless_seen) {
+    auto* known = reinterpret_cast<int64_t*>(seen);
+    return given(stablekern::gradients_finite(parameters.ptr(), known, unless_seen, exchange));
   });
   // Memory for results (stablekern/pool.h): a DLPack capsule; the bytes that wait in the pool and that tensors hold.
   m.def("pooled_empty", [](std::vector<int64_t> shape, uint8_t code, uint8_t bits, size_t limit) {
-    PyObject* capsule = stablekern::pooled_capsule(std::move(shape), code, bits, limit);
-    if (capsule == nullptr) throw pybind11::error_already_set();
-    return pybind11::reinterpret_steal<pybind11::object>(capsule);
+    return given(stablekern::pooled_capsule(std::move(shape), code, bits, limit));
   });
   m.def("pool_bytes", [] { return std::pair(stablekern::pool().held(), stablekern::pool().lent()); });
   m.def("pool_clear", [] { stablekern::pool().clear(); });

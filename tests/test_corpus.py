@@ -154,6 +154,15 @@ def test_the_binary_table_wins_over_the_channels_and_a_foreign_summary_is_none(t
     assert annotations.find_annotation(tmp_path / "b.edf") is None
 
 
+@pytest.mark.parametrize("name", ["chb01_03", "sub-01_eeg"])
+def test_what_detect_writes_is_no_annotation(tmp_path, name):
+    """Else the next training would learn from what the last model found."""
+    (tmp_path / f"{name}_events.tsv").write_text(BIDS)
+    assert annotations.find_annotation(tmp_path / f"{name}.edf") is None
+    (tmp_path / "chb01-summary.txt").write_text(CHB)
+    assert name != "chb01_03" or annotations.find_annotation(tmp_path / f"{name}.edf").name == "chb01-summary.txt"
+
+
 @pytest.mark.parametrize(
     "name, text, error",
     [
@@ -505,10 +514,13 @@ def test_train_and_detect_from_the_command_line(config, folder, tmp_path, capsys
 
 def test_smoke_probe_and_timing_from_the_command_line(config, capsys):
     assert main(["train", "--config", str(config), "--smoke", "--json"]) in (0, 1)
-    summary = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    summary = json.loads(shown.out)
+    assert "step 1/6 " in shown.err  # 20, but the run has 6
     assert summary["steps"] == 6 and [row[0] for row in summary["bands"]] == list(experiment.BANDS)
     assert main(["train", "--config", str(config), "--probe", "2"]) in (0, 1)
-    assert "steps not finite" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "steps not finite" in shown.out and "step 1/2 " in shown.err
     assert main(["train", "--config", str(config), "--timing", "--json"]) == 0
     parts = json.loads(capsys.readouterr().out)
     assert all(part["forward"] > 0 for part in parts)
@@ -588,3 +600,18 @@ def test_the_example_configuration_holds_the_defaults():
     default = experiment.TrainConfig(data=replace(loaded.data, folder=loaded.data.folder))
     plain = experiment.DataOptions(folder=loaded.data.folder, cache=loaded.data.cache)
     assert loaded == replace(default, data=plain, out=loaded.out)
+
+
+def test_the_synthetic_corpus_can_be_trained_on(tmp_path):
+    """What the example writes is found, read, dealt out by patient and labelled as its annotations say."""
+    example = Path(__file__).resolve().parent.parent / "examples" / "synthetic_corpus.py"
+    subprocess.run([sys.executable, example, tmp_path, "--patients", "2"], check=True, timeout=120)
+    found = corpus.scan(tmp_path)
+    assert len(found.items) == 4 and not found.failures and len({item.patient for item in found.items}) == 2
+    for item in found.items:
+        recording = prepare(read_edf(item.edf))
+        inside = np.zeros(recording.samples, bool)
+        for event in item.events:
+            assert 0 < event.onset < event.end < recording.seconds
+            inside[round(event.onset * RATE) : round(event.end * RATE)] = True
+        assert recording.data[:, inside].std() > 1.2 * recording.data[:, ~inside].std()

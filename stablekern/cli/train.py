@@ -84,6 +84,7 @@ def _shown(
     config: experiment.TrainConfig, options: Options
 ) -> Iterator[tuple[Callable[..., None], Callable[..., None]]]:
     """Bars on a terminal, lines now and then elsewhere; both on stderr."""
+    steps = experiment.planned_steps(config, smoke=options.smoke, probe=options.probe)
     if not sys.stderr.isatty():
 
         def data_line(done: int, total: int, item: Item) -> None:
@@ -92,14 +93,14 @@ def _shown(
 
         def step_line(result: training.StepResult) -> None:
             if result.step == 1 or result.step % _PLAIN_EVERY == 0:
-                print(f"step {result.step}/{config.training.steps}  {_line(result)}", file=sys.stderr, flush=True)
+                print(f"step {result.step}/{steps}  {_line(result)}", file=sys.stderr, flush=True)
 
         yield data_line, step_line
         return
     columns = (TextColumn("{task.fields[name]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         preparing = bar.add_task("", total=None, name="preparing")
-        stepping = bar.add_task("", total=config.training.steps, name="training")
+        stepping = bar.add_task("", total=steps, name="training")
         yield (
             lambda done, total, item: bar.update(preparing, completed=done, total=total, description=item.edf.name),
             lambda result: bar.update(stepping, completed=result.step, description=_line(result)),

@@ -89,13 +89,13 @@ def event_mask(events: Sequence[Event], start: int, stop: int, sample_rate: floa
 def find_annotation(edf: str | os.PathLike[str]) -> Path | None:
     """The file that annotates the recording `edf`, or None.
 
-    In this order: `.csv_bi`, `.csv` with its name; its BIDS `_events.tsv`; a summary or seizure list in its folder
-    that names it.
+    In this order: `.csv_bi`, `.csv` with its name; of a `NAME_eeg.edf` its BIDS `NAME_events.tsv`; a summary or seizure
+    list in its folder that names it. What `stablekern detect` writes beside a recording is none of these.
     """
     edf = Path(edf)
-    stem = edf.stem
-    events = f"{stem[: -len('_eeg')] if stem.endswith('_eeg') else stem}_events.tsv"
-    for name in (f"{stem}.csv_bi", f"{stem}.csv", events):
+    names = [f"{edf.stem}.csv_bi", f"{edf.stem}.csv"]
+    names += [f"{edf.stem.removesuffix('_eeg')}_events.tsv"] if edf.stem.endswith("_eeg") else []
+    for name in names:
         if (edf.parent / name).is_file():
             return edf.parent / name
     lists = sorted(

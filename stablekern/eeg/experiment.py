@@ -73,6 +73,7 @@ __all__ = [
     "bands",
     "load_config",
     "model_options",
+    "planned_steps",
     "train",
     "validate",
 ]
@@ -500,6 +501,12 @@ def _resume(path: Path, model: SeizureDetector, optimizer: torch.optim.Optimizer
     return int(facts["step"]), float(facts["best"])
 
 
+def planned_steps(config: TrainConfig, *, smoke: bool = False, probe: int | None = None) -> int:
+    """At which step `train` ends if nothing stops it."""
+    steps = config.training.steps
+    return min(steps, probe or steps, _SMOKE["steps"] if smoke else steps)
+
+
 def train(
     config: TrainConfig,
     *,
@@ -526,7 +533,7 @@ def train(
     if probe is not None:
         _check.integer(_OP, "probe", probe, low=1)
     out = Path(f"{config.out}-smoke" if smoke else f"{config.out}-probe" if probe else config.out)
-    steps = min(options.steps, probe or options.steps, _SMOKE["steps"] if smoke else options.steps)
+    steps = planned_steps(config, smoke=smoke, probe=probe)
     schedule = dataclasses.replace(options, steps=steps if smoke else options.steps)  # of the rate
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -6,6 +6,7 @@ from what they saved for their derivative. Hooks keep the gradients that pass; a
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -49,8 +50,13 @@ _KIND = re.compile(r"(\w+?)Backward\d*$")
 
 
 def _kind(node: Any) -> str:
-    found = _KIND.match(node.name())
-    return found[1] if found else node.name()
+    return _kind_of(node.name())
+
+
+@functools.cache
+def _kind_of(name: str) -> str:
+    found = _KIND.match(name)
+    return found[1] if found else name
 
 
 def _operation_name(node: Any) -> str:
@@ -67,8 +73,7 @@ class LossTrail:
         nodes = graph_of(roots, ends, _MOST_NODES)
         self.where = where
         self.nodes = [] if len(nodes) >= _MOST_NODES else [node for node in nodes if not is_leaf(node)]
-        self.saved = {node: _saved(node) for node in self.nodes}
-        self.made = {node: [_operation_name(parent) for parent in _chain(node)] for node in self.nodes}
+        self.saved = {node: _saved(node) for node in self.nodes if _kind(node) in _OPERANDS}
         self.trail = GradientTrail(self.nodes, ends, deferred=True)
 
     def close(self) -> None:
@@ -88,7 +93,7 @@ class LossTrail:
             return None
 
     def _ancestors(self, node: Any) -> Callable[[Tensor], list[str]]:
-        return lambda x: self.made[node]
+        return lambda x: [_operation_name(parent) for parent in _chain(node)]
 
     def _finding(
         self, node: Any, tensor: TensorStats, operands: Sequence[tuple[str, Tensor]], cause: Cause, others: int = 0

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from stablekern import _check
+from stablekern import _check, _load
 from stablekern.errors import NonFiniteError, message
 from stablekern.health import _loss, _trace
 from stablekern.health._causes import Cause, TensorStats, finite, floating, tensors_in
@@ -128,6 +128,11 @@ def norms(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
         values = torch.stack(torch._foreach_norm([tensors[i] for i in members], 2, dtype=wide))
         found[members] = values.to(device=device, dtype=torch.float64, non_blocking=True)
     return found
+
+
+def _finite_at_once(tensors: list[Tensor]) -> bool:
+    """Whether all are finite, by one pass of C on the CPU; False also where only a closer look can tell."""
+    return "stablekern._native" in sys.modules and bool(_load.native_module().all_finite(tensors))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -236,7 +241,7 @@ class Watch:
         self._backward_done = False
         self._optimizer_seen = False
         self._optimizer = "the optimizer"
-        self._gradient_versions: list[tuple[int, int]] = []
+        self._gradient_versions: list[tuple[int, int]] | None = []  # None: `_seen` holds them
         self._owned: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._current = _Step()
         self._flight: deque[_Step] = deque()
@@ -246,7 +251,8 @@ class Watch:
         self._stack = contextlib.ExitStack()
         self._parameters: list[tuple[str, nn.Parameter]] | None = None
         self._parameters_until = 0
-        self._room = grad_guard.room_for(0)
+        self._plain: list[Tensor] = []
+        self._seen = torch.empty(0)
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._intended = self._undelivered = False
         self._finding: _trace.Finding | None = None
@@ -256,6 +262,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._stack = contextlib.ExitStack()
+        _load.native_reason(build=False)  # counting is cheaper with the kernels, if they were built once
         if self.model is None:
             self._find_roots()
         else:
@@ -463,7 +470,9 @@ class Watch:
             pairs = (pair for root in roots for pair in _trace.eager(root).named_parameters())
             self._parameters = list({id(p): (name, p) for name, p in pairs if p.numel()}.values())
             self._parameters_until = self.step + _LOOK_AGAIN
-            self._room = grad_guard.room_for(len(self._parameters))
+            self._plain = [p for _, p in self._parameters]
+            self._gradient_versions = list(self._counted_gradients())
+            self._seen = torch.empty((len(self._plain) + 1, 2), dtype=torch.int64)  # as `gradients_finite` fills it
 
     def _all_finite(self, *, unless_checked: bool = False) -> bool:
         """Whether all gradients of parameters are, in one pass of C; False too where only a closer look can tell.
@@ -474,18 +483,18 @@ class Watch:
         if self.late or self.scaled or torch.compiler.is_compiling() or "stablekern._native" not in sys.modules:
             return False
         self._look_up()
-        parameters = [p for _, p in self._parameters]  # type: ignore[union-attr]
-        found = grad_guard.gathered(parameters, self._room)
-        if found is None:
+        unless_seen = unless_checked and self._gradient_versions is None
+        if not _load.native_module().gradients_finite(self._plain, self._seen.data_ptr(), unless_seen):
             return False
-        gradients, table = found
-        versions = _versions(gradients)
-        if unless_checked and versions == self._gradient_versions:
-            return True
-        if gradients and not bool(grad_guard.norms_of(table).isfinite().all()):
-            return False
-        self._gradient_versions = versions
+        self._gradient_versions = None
         return True
+
+    def _counted_gradients(self) -> set[tuple[int, int]]:
+        """What is known by its version to have been finite after the backward pass."""
+        if self._gradient_versions is not None:
+            return set(self._gradient_versions)
+        (number, _), *rows = self._seen.tolist()
+        return {(name, version) for name, version in rows[:number]}
 
     # ---- the step
 
@@ -495,7 +504,7 @@ class Watch:
         self._optimizer = type(optimizer).__name__
         if self._all_finite(unless_checked=True):
             return
-        known = set(self._gradient_versions)
+        known = self._counted_gradients()
         changed = [(n, g) for n, g in self._gradients() if (id(g), g._version) not in known]
         if changed:
             calls, trails = list(self._calls), list(self._trails)
@@ -531,6 +540,8 @@ class Watch:
     def _counted(
         self, names: Sequence[str], tensors: Sequence[Tensor], search: Callable[[_Evidence], Report | None]
     ) -> None:
+        if not self.late and _finite_at_once(list(tensors)):
+            return
         evidence = _Evidence(list(names), [_dense(x) for x in tensors], late=bool(self.late))
         count = _Count(evidence, self.step, search)
         if self.late:

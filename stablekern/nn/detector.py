@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from stablekern import _check
 from stablekern.errors import message
 from stablekern.health.checks import assert_finite, clamp_and_check
-from stablekern.nn.graph import EdgeStream, GraphMixer
+from stablekern.nn.graph import EdgeStream, GraphMixer, Pointwise
 from stablekern.nn.mamba2 import BiMamba2, drop_fallback_entries
 from stablekern.nn.mamba_stack import Mamba2Stack
 from stablekern.nn.norms import boundary_norm
@@ -157,7 +157,7 @@ class SeizureDetector(nn.Module):
         self.config = config
         features, nodes, dim = config.tcn_channels[-1], config.channels, config.electrode_dim
         self.tcn_encoder = TCNEncoder(nodes, config.tcn_channels, config.tcn_kernel, config.tcn_dropout, config.causal)
-        self.proj_to_electrodes = nn.Conv1d(features, nodes * dim, 1)
+        self.proj_to_electrodes = Pointwise(features, nodes * dim)
         self.norm_electrodes = boundary_norm(config.boundary_norm, dim)
         shared: dict[str, Any] = {
             "dropout": config.dropout,
@@ -192,7 +192,7 @@ class SeizureDetector(nn.Module):
             layerscale=config.gnn_layerscale,
         )
         self.norm_graph = boundary_norm(config.boundary_norm, dim)
-        self.proj_from_electrodes = nn.Conv1d(nodes * dim, features, 1)
+        self.proj_from_electrodes = Pointwise(nodes * dim, features)
         self.norm_decoded = boundary_norm(config.boundary_norm, features)
         self.proj_head = ProjectionHead(features, nodes, causal=config.causal)
         self.detection_head = nn.Conv1d(nodes, 1, 1)
@@ -242,8 +242,8 @@ class SeizureDetector(nn.Module):
             raise ValueError(message(_OP, f"the length of `x` must be a positive multiple of {DOWNSAMPLING}", length))
         encoded = clamp_and_check(self.tcn_encoder(assert_finite("input", x), *past), tag="tcn")
 
-        projected = self.proj_to_electrodes(encoded).unflatten(1, (nodes, -1)).transpose(2, 3)  # (b, N, T, D)
-        electrodes = assert_finite("electrodes", self.norm_electrodes(projected))
+        projected = self.proj_to_electrodes(encoded.mT).unflatten(2, (nodes, -1))
+        electrodes = assert_finite("electrodes", self.norm_electrodes(projected.transpose(1, 2)))  # (b, N, T, D)
         streams = self.node_mamba(electrodes.flatten(0, 1).transpose(1, 2), *past)
         streams = streams.transpose(1, 2).unflatten(0, (-1, nodes))
         streams = clamp_and_check(streams, tag="nodes")
@@ -254,6 +254,6 @@ class SeizureDetector(nn.Module):
         adjacency = assert_finite("adjacency", assemble_adjacency(weights, nodes, top_k=self.config.top_k))
         mixed = clamp_and_check(self.norm_graph(self.gnn(streams, adjacency, self.config.graph_stride)), tag="graph")
 
-        joined = self.proj_from_electrodes(mixed.transpose(2, 3).flatten(1, 2))  # (b, C, T)
-        decoded = assert_finite("decoded", self.norm_decoded(joined.transpose(1, 2)).transpose(1, 2))
+        joined = self.proj_from_electrodes(mixed.transpose(1, 2).flatten(2))  # (b, T, C)
+        decoded = assert_finite("decoded", self.norm_decoded(joined).mT)
         return assert_finite("logits", self.detection_head(self.proj_head(decoded, *past)).squeeze(1))

@@ -22,7 +22,20 @@ from stablekern.nn.stream import Memory
 from stablekern.ops.cosine_edges import cosine_edges
 from stablekern.ops.laplacian_pe import laplacian_pe
 
-__all__ = ["DynamicLaplacianPE", "EdgeStream", "GraphMixer", "propagation_matrix"]
+__all__ = ["DynamicLaplacianPE", "EdgeStream", "GraphMixer", "Pointwise", "propagation_matrix"]
+
+
+class Pointwise(nn.Conv1d):
+    """A convolution of width 1 with the channels last, (..., T, d_in) -> (..., T, d_out), under a convolution's names.
+
+    It is a matrix product, and has nothing to copy where a convolution would want the channels first.
+    """
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.squeeze(-1), self.bias)
 
 
 class EdgeStream(nn.Module):
@@ -59,9 +72,9 @@ class EdgeStream(nn.Module):
         self.stride = _check.integer("nn.EdgeStream", "stride", stride, low=1)
         self.metric = metric
         _check.integer("nn.EdgeStream", "d_model", d_model, low=2)  # a norm over one channel leaves nothing
-        self.edge_in_proj = nn.Conv1d(1, d_model, 1)
+        self.edge_in_proj = Pointwise(1, d_model)
         self.edge_mamba = Mamba2Stack(d_model, **mamba) if causal else BiMamba2(d_model, **mamba)
-        self.edge_out_proj = nn.Conv1d(d_model, 1, 1)
+        self.edge_out_proj = Pointwise(d_model, 1)
         with torch.no_grad():
             # Between 1/2 and 1 times a random sign: no channel is blind, neither to the cosine nor to its absence.
             bias = self.edge_in_proj.get_parameter("bias")
@@ -81,9 +94,9 @@ class EdgeStream(nn.Module):
         if self.stride > 1:  # with ceil_mode the last window is shorter, and its mean is over what it holds
             cosines = nn.functional.avg_pool1d(cosines, self.stride, ceil_mode=True)
         batch, edges = cosines.shape[:2]
-        lifted = self.edge_in_proj(cosines.flatten(0, 1).unsqueeze(1))
+        lifted = self.edge_in_proj(cosines.flatten(0, 1).unsqueeze(-1))  # (b E, T_g, d_model), as the stack computes
         past = () if memory is None else (memory,)
-        weights = nn.functional.softplus(wide(self.edge_out_proj(self.edge_mamba(lifted, *past))))
+        weights = nn.functional.softplus(wide(self.edge_out_proj(self.edge_mamba(lifted.mT, *past).mT)))
         return weights.view(batch, edges, -1)
 
 

@@ -203,8 +203,9 @@ def _both_ways(x: Tensor, ahead: Mamba2, back: Mamba2) -> Tensor:
     fallback = mamba_parts.fallback_forced()
     width = ahead.d_inner + 2 * ahead._states
     rows = (ahead.d_inner, width, ahead.nheads)
-    projected = nn.functional.linear(x, _side_by_side(blocks, "in_proj.weight", rows))
-    z, channels, dt = projected.split([2 * size for size in rows], dim=-1)
+    # A product for each part: the backward of a split one would copy the gradients of its parts together.
+    parts = _side_by_side(blocks, "in_proj.weight", rows).split([2 * size for size in rows])
+    z, channels, dt = (nn.functional.linear(x, part) for part in parts)
     taps, shift = _side_by_side(blocks, "conv1d.weight").squeeze(1), _side_by_side(blocks, "conv1d.bias")
     channels = causal_conv1d(channels.mT, taps, shift, activation="silu", bidirectional=True).mT
     inner, B, C = channels.unflatten(-1, (2, width)).split((ahead.d_inner, ahead._states, ahead._states), dim=-1)

@@ -5,10 +5,12 @@
 
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "stablekern/finite.h"
 #include "stablekern/pool.h"
 #include "stablekern/spans.h"
 
@@ -118,37 +120,79 @@ inline PyObject* pooled_capsule(std::vector<int64_t> shape, uint8_t code, uint8_
   });
 }
 
+// Torch's tensor type and functions.
+struct Exchange {
+  PyObject* tensor_type;
+  const DlpackExchange* functions;
+};
+
+// The row of a plain tensor; false, with no error set, for a subclass, another device or layout, an unusual dtype.
+inline bool row_of(const Exchange& exchange, PyObject* object, int64_t* row) {
+  DlpackTensor tensor;
+  const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(object)) == exchange.tensor_type &&
+                     exchange.functions->tensor_from_object(object, &tensor) == 0 && span_row(tensor, row);
+  if (!plain) PyErr_Clear();
+  return plain;
+}
+
+struct Release {
+  void operator()(PyObject* object) const { Py_XDECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
 // The gradients of `parameters` that are not None as a new list, and their rows in `table`; None, with no error set, if
-// any is no plain tensor (a subclass, another device or layout, an unusual dtype), which then need the slow way.
-inline PyObject* gather_gradients(PyObject* parameters, int64_t* table, PyObject* tensor_type,
-                                  const DlpackExchange* exchange) {
+// any is no plain tensor, which then need the slow way.
+inline PyObject* gather_gradients(PyObject* parameters, int64_t* table, const Exchange& exchange) {
   static PyObject* const name = PyUnicode_InternFromString("grad");
-  if (exchange == nullptr || !PyList_Check(parameters)) Py_RETURN_NONE;
-  PyObject* gradients = PyList_New(0);
+  if (exchange.functions == nullptr || !PyList_Check(parameters)) Py_RETURN_NONE;
+  Owned gradients(PyList_New(0));
   if (gradients == nullptr) return nullptr;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(parameters); ++i) {
-    PyObject* gradient = PyObject_GetAttr(PyList_GET_ITEM(parameters, i), name);
-    if (gradient == nullptr) {
-      Py_DECREF(gradients);
-      return nullptr;
-    }
-    if (gradient == Py_None) {
-      Py_DECREF(gradient);
-      continue;
-    }
-    DlpackTensor tensor;
-    bool plain = reinterpret_cast<PyObject*>(Py_TYPE(gradient)) == tensor_type;
-    plain = plain && exchange->tensor_from_object(gradient, &tensor) == 0 && span_row(tensor, table);
-    if (plain) PyList_Append(gradients, gradient);
-    Py_DECREF(gradient);
-    if (!plain) {
-      PyErr_Clear();
-      Py_DECREF(gradients);
-      Py_RETURN_NONE;
-    }
+    const Owned gradient(PyObject_GetAttr(PyList_GET_ITEM(parameters, i), name));
+    if (gradient == nullptr) return nullptr;
+    if (gradient.get() == Py_None) continue;
+    if (!row_of(exchange, gradient.get(), table)) Py_RETURN_NONE;
+    if (PyList_Append(gradients.get(), gradient.get()) != 0) return nullptr;
     table += kSpanColumns;
   }
-  return gradients;
+  return gradients.release();
+}
+
+// Whether all of a list of tensors are finite throughout: True or False; None if any is no plain tensor.
+inline PyObject* all_finite(PyObject* tensors, const Exchange& exchange) {
+  if (exchange.functions == nullptr || !PyList_Check(tensors)) Py_RETURN_NONE;
+  std::vector<Span> spans(PyList_GET_SIZE(tensors));
+  for (size_t i = 0; i < spans.size(); ++i) {
+    int64_t row[kSpanColumns];
+    if (!row_of(exchange, PyList_GET_ITEM(tensors, i), row)) Py_RETURN_NONE;
+    spans[i] = span_of(row);
+  }
+  return PyBool_FromLong(finite_throughout(spans));
+}
+
+// The same of the gradients of `parameters`. What they are known by, (object, version) of each behind a first row that
+// holds their number, goes to `seen` if all are finite. With `unless_seen` they are not read if it is there already.
+inline PyObject* gradients_finite(PyObject* parameters, int64_t* seen, bool unless_seen, const Exchange& exchange) {
+  static PyObject* const version_name = PyUnicode_InternFromString("_version");
+  std::vector<int64_t> rows(PyList_Check(parameters) ? PyList_GET_SIZE(parameters) * kSpanColumns : 0);
+  const Owned gradients(gather_gradients(parameters, rows.data(), exchange));
+  if (gradients == nullptr) return nullptr;
+  if (gradients.get() == Py_None) Py_RETURN_NONE;
+  const Py_ssize_t count = PyList_GET_SIZE(gradients.get());
+  std::vector<int64_t> known{count, 0};
+  std::vector<Span> spans(count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* gradient = PyList_GET_ITEM(gradients.get(), i);
+    const Owned version(PyObject_GetAttr(gradient, version_name));
+    if (version == nullptr) return nullptr;
+    known.push_back(static_cast<int64_t>(reinterpret_cast<intptr_t>(gradient)));
+    known.push_back(PyLong_AsLongLong(version.get()));
+    spans[i] = span_of(rows.data() + i * kSpanColumns);
+  }
+  if (unless_seen && std::equal(known.begin(), known.end(), seen)) Py_RETURN_TRUE;
+  if (!finite_throughout(spans)) Py_RETURN_FALSE;
+  std::copy(known.begin(), known.end(), seen);
+  Py_RETURN_TRUE;
 }
 
 }  // namespace stablekern

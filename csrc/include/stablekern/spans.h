@@ -36,12 +36,16 @@ struct Span {
 
 constexpr int kSpanColumns = 3;  // of the table in which spans are passed
 
+inline Span span_of(const int64_t* row) {
+  return {reinterpret_cast<void*>(row[0]), row[1], static_cast<SpanType>(row[2])};
+}
+
 // The rows of an int64 table (tensors, kSpanColumns). Whoever made it keeps the tensors alive.
 inline std::vector<Span> spans_of(const torch::stable::Tensor& table) {
   const auto* row = static_cast<const int64_t*>(table.const_data_ptr());
   std::vector<Span> spans(table.numel() / kSpanColumns);
   for (Span& span : spans) {
-    span = {reinterpret_cast<void*>(row[0]), row[1], static_cast<SpanType>(row[2])};
+    span = span_of(row);
     row += kSpanColumns;
   }
   return spans;
