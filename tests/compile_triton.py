@@ -95,7 +95,7 @@ def selective(io: str, K: int, N: int, R: int, *, backward: bool = False, **cons
     given |= dict.fromkeys(("COMPLEX", "CONSTANT_B", "CONSTANT_C", "HAS_BACKWARD", "COUNT"), False) | constants
     if given["COMPLEX"]:
         types |= {"B_ptr": wide, "C_ptr": wide}
-    all_registers = backward or given["COMPLEX"] or given["CONSTANT_B"] or given["CONSTANT_C"]
+    all_registers = backward or any(given[name] for name in ("COUNT", "COMPLEX", "CONSTANT_B", "CONSTANT_C"))
     return Launch({"K": K, "N": N, "R": R} | given, types, (io,), warps=1, registers=255 if all_registers else None)
 
 
@@ -103,9 +103,9 @@ def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     """A tile of K * R channels (heads of P) x N states, as the launcher makes them."""
     tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R}
     tile |= {"HAS_BACKWARD": False, "HAS_Z": False, "COUNT": False}
-    backward = "HAS_CARRY" in constants
+    all_registers = "HAS_CARRY" in constants or "COUNT" in constants
     types = SSD | {"changed_ptr": "*i32"}
-    return Launch(tile | constants, types, (io,), warps=1, registers=255 if backward else None)
+    return Launch(tile | constants, types, (io,), warps=1, registers=255 if all_registers else None)
 
 
 GRAPHS = integers(

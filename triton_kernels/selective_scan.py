@@ -820,8 +820,8 @@ def selective_scan_fwd(
         CONSTANT_B=B.dim() == 2,
         CONSTANT_C=C.dim() == 2,
         FULL=plan.full,
-        # Without it the assembler spills a few bytes of what these two cases need more.
-        maxnreg=ALL_REGISTERS if A.is_complex() or B.dim() == 2 or C.dim() == 2 else None,
+        # Without it the assembler spills a few bytes of what these cases need more.
+        maxnreg=ALL_REGISTERS if count or A.is_complex() or B.dim() == 2 or C.dim() == 2 else None,
         **plan.constants,
     )
     if count:

@@ -598,6 +598,7 @@ def ssd_scan_fwd(
         COUNT=count,
         HAS_START=start is not None,
         FULL=plan.full,
+        maxnreg=ALL_REGISTERS if count else None,  # which needs a few more than the assembler takes by itself
         **plan.constants,
     )
     if count:
