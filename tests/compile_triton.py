@@ -62,7 +62,8 @@ STRIDES = integers("nodes", "features", "steps", "x_item", "x_node", "x_step", "
 WIDE_PAIRS = dict.fromkeys(("grad_ptr", "edges_ptr", "inverse_ptr"), "*fp32")
 
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
-LINEAR, ROWS = integers("rows", "first_channel", "some", "channels", "length"), {"STAGES": 4, "ROWS": 32}
+LINEAR = integers("rows", "first_channel", "some", "channels", "length") | {"changed_ptr": "*i32"}
+ROWS = {"STAGES": 4, "ROWS": 32, "COUNT": False}
 SSD = integers(
     *("length", "heads", "width", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length"),
     *("head_tiles", "column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
@@ -78,7 +79,7 @@ CONV = integers(
     *("dy_item", "dy_channel", "dy_step", "dx_item", "dx_channel", "dx_step"),
 )
 SELECTIVE = integers(
-    *("channels", "length", "groups", "states", "chunk", "segments", "segment_length", "tiles"),
+    *("channels", "length", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length", "tiles"),
     *("start_item", "start_segment", "start_n", "start_channel"),
     *("carry_item", "carry_segment", "carry_n", "carry_channel"),
 )
@@ -89,20 +90,22 @@ def selective(io: str, K: int, N: int, R: int, *, backward: bool = False, **cons
     wide = "*fp64" if io == "fp64" else "*fp32"
     names = ("A", "D", "bias", "lower", "upper", "chunk", "carry", "start", "scratch", "last", "factor", "term")
     sums = ("dA", "dB", "dC", "dD", "dbias", "dstart")
-    types = SELECTIVE | {f"{name}_ptr": wide for name in names + sums}
+    types = SELECTIVE | {f"{name}_ptr": wide for name in names + sums} | {"changed_ptr": "*i32"}
     given = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_START", "HAS_CARRY", "SOFTPLUS"), True)
-    given |= dict.fromkeys(("COMPLEX", "CONSTANT_B", "CONSTANT_C"), False) | constants
+    given |= dict.fromkeys(("COMPLEX", "CONSTANT_B", "CONSTANT_C", "HAS_BACKWARD", "COUNT"), False) | constants
     if given["COMPLEX"]:
         types |= {"B_ptr": wide, "C_ptr": wide}
-    all_registers = backward or given["COMPLEX"] or given["CONSTANT_B"] or given["CONSTANT_C"]
+    all_registers = backward or any(given[name] for name in ("COUNT", "COMPLEX", "CONSTANT_B", "CONSTANT_C"))
     return Launch({"K": K, "N": N, "R": R} | given, types, (io,), warps=1, registers=255 if all_registers else None)
 
 
 def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     """A tile of K * R channels (heads of P) x N states, as the launcher makes them."""
-    tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R, "HAS_BACKWARD": False}
-    backward = "HAS_CARRY" in constants
-    return Launch(tile | constants, SSD, (io,), warps=1, registers=255 if backward else None)
+    tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R}
+    tile |= {"HAS_BACKWARD": False, "HAS_Z": False, "COUNT": False}
+    all_registers = "HAS_CARRY" in constants or "COUNT" in constants
+    types = SSD | {"changed_ptr": "*i32"}
+    return Launch(tile | constants, types, (io,), warps=1, registers=255 if all_registers else None)
 
 
 GRAPHS = integers(
@@ -227,13 +230,15 @@ LAUNCHES = {
     # The streams of the detector (16 heads of 8, 16 states; 8 heads of 4, 8 states), and a large state.
     "ssd_scan_segment_kernel": (
         ssd("fp32", 8, 4, 16, 8, REVERSE=False, HAS_BACKWARD=True),
-        ssd("fp64", 4, 4, 8, 8, REVERSE=True),
+        ssd("fp64", 4, 4, 8, 8, REVERSE=True, HAS_Z=True),
     ),
     "ssd_scan_fwd_kernel": (
         ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_START=True, FULL=True),
         ssd("fp32", 4, 4, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True, HAS_BACKWARD=True),
         ssd("fp32", 4, 1, 128, 4, HAS_D=False, HAS_CLAMP=True, HAS_START=False, FULL=False),
         ssd("fp64", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=False),
+        ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_START=True, FULL=True, HAS_Z=True),
+        ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True, HAS_Z=True, COUNT=True),
     ),
     "ssd_scan_bwd_kernel": (
         ssd("fp32", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=True, FULL=True),
@@ -241,11 +246,12 @@ LAUNCHES = {
         ssd("fp32", 4, 2, 8, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True, HAS_BACKWARD=True),
         ssd("fp32", 2, 1, 128, 2, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=False, FULL=False),
         ssd("fp64", 4, 1, 16, 4, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=False),
+        ssd("fp32", 8, 1, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_CARRY=True, FULL=True, HAS_BACKWARD=True, HAS_Z=True),
     ),
     "selective_scan_segment_kernel": (
         selective("fp32", 2, 16, 8, REVERSE=False),
         selective("bf16", 1, 16, 8, REVERSE=True),
-        selective("fp64", 1, 16, 2, REVERSE=True),
+        selective("fp64", 1, 16, 2, REVERSE=True, HAS_BACKWARD=True),
     ),
     "selective_scan_fwd_kernel": (
         selective("fp32", 2, 16, 8, HAS_CLAMP=False, FULL=True),
@@ -253,6 +259,9 @@ LAUNCHES = {
         selective("fp64", 1, 16, 8, HAS_CLAMP=True, FULL=True),
         selective("fp32", 1, 16, 8, HAS_CLAMP=True, FULL=False, COMPLEX=True),
         selective("fp32", 1, 16, 8, HAS_CLAMP=False, FULL=True, CONSTANT_B=True, CONSTANT_C=True),
+        selective("fp32", 2, 16, 8, HAS_CLAMP=False, FULL=True, HAS_BACKWARD=True),
+        selective("fp32", 2, 16, 8, HAS_CLAMP=True, FULL=True, HAS_BACKWARD=True, COUNT=True),
+        selective("fp32", 1, 16, 8, HAS_CLAMP=True, FULL=False, COMPLEX=True, HAS_BACKWARD=True, COUNT=True),
     ),
     "selective_scan_bwd_kernel": (
         selective("fp32", 1, 16, 8, backward=True, HAS_CLAMP=False, FULL=True),
@@ -260,10 +269,14 @@ LAUNCHES = {
         selective("fp64", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=True),
         selective("fp32", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=False, COMPLEX=True),
         selective("fp32", 1, 16, 4, backward=True, HAS_CLAMP=False, FULL=True, CONSTANT_B=True, CONSTANT_C=True),
+        selective("fp32", 1, 16, 8, backward=True, HAS_CLAMP=False, FULL=True, HAS_BACKWARD=True),
+        selective("fp32", 1, 16, 8, backward=True, HAS_CLAMP=True, FULL=False, HAS_BACKWARD=True),
+        selective("fp32", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=False, COMPLEX=True, HAS_BACKWARD=True),
     ),
     "linear_scan_fwd_kernel": (
         Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
         Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1, 255),
+        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS, "COUNT": True}, LINEAR, REAL, 1, 255),
     ),
     "linear_scan_bwd_kernel": (
         Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),

@@ -15,10 +15,18 @@ from stablekern.ops.selective_state_update import selective_state_update
 BACKENDS = [
     b for b, reason in stablekern.available_backends("selective_scan").items() if reason is None and b != "triton"
 ]
+FORMS = ["real", "constant", "complex", "complex-constant"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    with stablekern.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*BACKENDS, "triton"])
+def backend_or_interpreter(request):
+    """For tests of a few steps: the interpreter is slow."""
     with stablekern.use_backend(request.param):
         yield request.param
 
@@ -43,6 +51,11 @@ def with_gradients(args, optional):
     return [y.detach(), last.detach(), *(t.grad for t in leaves)]
 
 
+def in_form(args, form: str):
+    """The arguments, or with a B and C without a time axis."""
+    return (*args[:3], args[2].conj() * 0.7, args[2].flip(0).clone()) if form.endswith("constant") else args
+
+
 def test_arguments_are_those_of_mamba_ssm():
     scan = "u delta A B C D z delta_bias delta_softplus return_last_state"
     step = "state x dt A B C D z dt_bias dt_softplus"
@@ -53,12 +66,11 @@ def test_arguments_are_those_of_mamba_ssm():
 
 @pytest.mark.parametrize("sizes", [(3, 40, 40, 2, 16), (1, 150, 35, 1, 5)], ids=["items", "slabs"])
 @pytest.mark.parametrize("clamp", [None, 0.5])
-@pytest.mark.parametrize("form", ["real", "constant", "complex", "complex-constant"])
+@pytest.mark.parametrize("form", FORMS)
 def test_same_bits_for_any_number_of_threads(backend, sizes, clamp, form):
     """Every form: complex states, and a B and C without a time axis, whose gradients are sums over items and time."""
     args, optional = case(*sizes, is_complex=form.startswith("complex"))
-    if form.endswith("constant"):
-        args = (*args[:3], args[2].conj() * 0.7, args[2].flip(0).clone())
+    args = in_form(args, form)
     optional |= {"state_clamp": clamp, "delta_softplus": True}
     results, threads = [], torch.get_num_threads()
     try:
@@ -70,6 +82,44 @@ def test_same_bits_for_any_number_of_threads(backend, sizes, clamp, form):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
+@pytest.mark.parametrize("form", FORMS)
+def test_reverse_is_the_scan_of_flipped_inputs(backend, clamp, form):
+    """The same bits; the gradients of parameters, sums over time, but for their rounding."""
+    args, optional = case(2, 20, 70, 2, 5, is_complex=form.startswith("complex"))
+    args = in_form(args, form)
+    optional |= {"state_clamp": clamp, "delta_softplus": True}
+    ours = with_gradients(args, optional | {"reverse": True})
+    flipped = [t.flip(-1) if t.dim() > 2 else t for t in args]
+    theirs = with_gradients(flipped, optional | {"z": optional["z"].flip(-1)})
+    leaves = [*args, *(v for v in optional.values() if isinstance(v, torch.Tensor))]
+    in_time = [True, False, *(t.dim() > 2 and t is not optional["initial_state"] for t in leaves)]
+    for a, b, flips in zip(ours, theirs, in_time, strict=True):
+        exactly = {} if b.dim() < 3 else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(a, b.flip(-1) if flips else b, **exactly)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
+@pytest.mark.parametrize("form", FORMS)
+def test_both_directions_in_one_call_are_two_calls(backend, clamp, form):
+    """One call on twice the channels: a scan of the first half and a reverse one of the second, the same bits where a
+    kernel makes them (activations and the loss are torch's, which rounds the ends of its vectors otherwise)."""
+    dtype = torch.float32 if backend == "native" else torch.float64
+    args, optional = case(2, 40, 70, 2, 5, dtype=dtype, is_complex=form.startswith("complex"))
+    args = in_form(args, form)
+    optional |= {"state_clamp": clamp, "delta_softplus": True}
+    both = with_gradients(args, optional | {"bidirectional": True})
+    tensors = dict(enumerate(args)) | {k: v for k, v in optional.items() if isinstance(v, torch.Tensor)}
+    axes = {name: 1 if tensor.dim() > 2 else 0 for name, tensor in tensors.items()}
+    for half in (0, 1):
+        parts = {name: tensor.chunk(2, axes[name])[half] for name, tensor in tensors.items()}
+        own = optional | {k: v for k, v in parts.items() if isinstance(k, str)} | {"reverse": bool(half)}
+        alone = with_gradients([parts[i] for i in range(5)], own)
+        for index, (a, b, axis) in enumerate(zip(both, alone, [1, 1, *axes.values()], strict=True)):
+            exactly = {"rtol": 0, "atol": 0} if backend == "native" and index < 2 else {}
+            torch.testing.assert_close(a.chunk(2, axis)[half], b, **exactly)
 
 
 @pytest.mark.parametrize("clamp", [None, 0.5])
@@ -150,23 +200,42 @@ def test_a_saturated_step_forgets_its_past(backend):
     torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("is_complex", [False, True])
-def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend, is_complex):
-    args, optional = case(2, 4, 70, 2, 5, is_complex=is_complex)
-    optional["return_last_state"] = False
-    y, share = selective_scan(*args, **optional, state_clamp=0.5, return_saturation=True)
-    torch.testing.assert_close(y, selective_scan(*args, **optional, state_clamp=0.5), rtol=0, atol=0)
-    u, delta, A, B, _ = args
+@pytest.mark.parametrize("direction", [{}, {"reverse": True}, {"bidirectional": True}], ids=["", "reverse", "both"])
+@pytest.mark.parametrize("form", FORMS)
+def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_interpreter, form, direction):
+    args, optional = case(2, 4, 37, 2, 5, is_complex=form.startswith("complex"))
+    u, delta, A, B, _ = args = in_form(args, form)
+    optional |= {"return_last_state": False, "state_clamp": 0.5} | direction
+    y, share = selective_scan(*args, **optional, return_saturation=True)
+    torch.testing.assert_close(y, selective_scan(*args, **optional), rtol=0, atol=0)
+    backwards = torch.tensor(["reverse" in direction] * 2 + [bool(direction)] * 2)
     step, state, changed = delta + optional["delta_bias"][:, None], optional["initial_state"], 0
-    for t in range(70):
-        enter = B[..., t].repeat_interleave(2, dim=1)
-        free = torch.exp(step[..., t, None] * A) * state + (step * u)[..., t, None] * enter
+    for t in range(37):
+        place = torch.where(backwards, 36 - t, t)
+        enter = B if B.dim() == 2 else B.repeat_interleave(2, dim=1).mT[:, [0, 1, 2, 3], place]
+        now, token = ((M[:, [0, 1, 2, 3], place, None]) for M in (step, step * u))
+        free = torch.exp(now * A) * state + token * enter
         over = free.abs() > 0.5
         state, changed = torch.where(over, 0.5 * torch.sgn(free), free), changed + over.sum(-1)
     assert 0 < share.min() < share.max() < 1
-    torch.testing.assert_close(share, changed / 350)
+    torch.testing.assert_close(share, changed / (37 * 5))
     with pytest.raises(ValueError, match=r"stablekern.selective_scan: `return_saturation` needs a `state_clamp`"):
         selective_scan(*args, return_saturation=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saturation_of_all_and_of_nothing(backend_or_interpreter, form):
+    """Bounds that no state may pass, or any; NaN is not changed; no steps, no share."""
+    args, _ = case(2, 5, 6, 1, 4, is_complex=form.startswith("complex"))
+    u, *rest = args = in_form(args, form)
+    shares = [selective_scan(*args, state_clamp=c, return_saturation=True)[1] for c in (0.0, torch.inf)]
+    assert (shares[0] == 1).all() and (shares[1] == 0).all()
+    u[0, :, 2:] = torch.nan
+    share = selective_scan(u, *rest, state_clamp=0.0, return_saturation=True)[1]
+    torch.testing.assert_close(share, torch.tensor([2 / 6, 1.0])[:, None].expand(2, 5))
+    none = [M[..., :0] if M.dim() > 2 else M for M in args]
+    empty = selective_scan(*none, state_clamp=1.0, return_saturation=True)[1]
+    torch.testing.assert_close(empty, torch.zeros(2, 5), rtol=0, atol=0)
 
 
 def test_a_saturated_complex_step_keeps_what_is_tangent():
@@ -262,7 +331,7 @@ def test_only_what_is_asked_for_gets_a_gradient_and_is_kept(backend):
     y.sum().backward()
     assert args[2].grad is not None and all(args[i].grad is None for i in (0, 1, 3, 4))
     args = [a.detach() for a in args]
-    kept = [_fwd(*args, *(None,) * 6, False, chunk)[2] for chunk in (_CHUNK, 70)]
+    kept = [_fwd(*args, *(None,) * 6, 0, False, chunk, False)[2] for chunk in (_CHUNK, 70)]
     assert [tuple(states.shape) for states in kept] == [(2, -(-70 // _CHUNK), 4, 6), (2, 1, 4, 6)], (
         "one every _CHUNK steps"
     )

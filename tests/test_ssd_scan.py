@@ -210,7 +210,7 @@ def test_only_what_is_asked_for_gets_a_gradient_and_is_kept(backend):
     y.sum().backward()
     assert args[2].grad is not None and all(args[i].grad is None for i in (0, 1, 3, 4))
     args = [a.detach() for a in args]
-    kept = [_fwd(*args, None, None, None, None, 0, chunk)[2] for chunk in (_CHUNK, 70)]
+    kept = [_fwd(*args, *(None,) * 6, 0, False, 0.0, torch.inf, chunk, False)[2] for chunk in (_CHUNK, 70)]
     assert [tuple(states.shape) for states in kept] == [(2, 3, 4, 2, 3), (2, 1, 4, 2, 3)], "one every _CHUNK steps"
 
 
@@ -224,21 +224,65 @@ def test_last_state_alone_can_be_differentiated(backend):
         torch.testing.assert_close(a, b)
 
 
+def test_a_limited_step_has_no_gradient_whatever_comes_back(backend_or_interpreter):
+    """Clipped at either end, even where an infinite gradient meets it; on a limit and between them it has one."""
+    dt = torch.tensor([[[0.05, 0.1, 0.5, 2.0, 3.0]]], requires_grad=True)
+    one = torch.ones(1, 1, 1, 1)
+    for softplus, limits in ((False, (0.1, 2.0)), (True, (0.74, 2.5))):  # softplus(0.05) = 0.719, of 0.1 0.744
+        y = ssd_scan(torch.ones(1, 1, 5, 1), dt, -torch.ones(5), one, one, dt_softplus=softplus, dt_limit=limits)
+        (grad,) = torch.autograd.grad(y.sum(), dt, retain_graph=True)
+        slope = torch.sigmoid(dt.detach())[0, 0] if softplus else torch.ones(5)
+        torch.testing.assert_close(grad[0, 0], torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]) * slope)
+        (grad,) = torch.autograd.grad(y, dt, torch.full_like(y, torch.inf))
+        assert (grad[0, 0, [0, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("value", [-200.0, -30.0, 0.0, 30.0, 1e30])
+def test_softplus_and_gate_take_any_number(backend_or_interpreter, value):
+    """Very negative steps and gates go to 0, very large ones to themselves; no gradient is NaN."""
+    x, step, gate = (torch.full(shape, value) for shape in ((1, 2, 3, 2), (1, 2, 3), (1, 2, 3, 2)))
+    x = torch.ones_like(x)
+    nothing, one = torch.zeros(1, 2, 1, 1), torch.ones(1, 2, 1, 1)
+    leaves = [t.requires_grad_() for t in (x, step, gate)]
+    _, last = ssd_scan(
+        x, step, -torch.full((3,), 1e-37), one, nothing, z=gate, D=torch.ones(3), dt_softplus=True,
+        return_last_state=True,
+    )  # fmt: skip
+    exact = 2 * torch.nn.functional.softplus(torch.tensor(value, dtype=torch.float64))
+    torch.testing.assert_close(last, torch.full_like(last, exact.item()), atol=0, rtol=1e-6)
+    y = ssd_scan(*leaves[:2], -torch.ones(3), nothing, one, z=leaves[2], D=torch.ones(3), dt_softplus=True)
+    torch.testing.assert_close(y, torch.nn.functional.silu(gate.double()).float(), atol=1e-37, rtol=1e-6)
+    for grad in torch.autograd.grad(y.sum(), leaves):
+        assert torch.isfinite(grad).all()
+
+
 @pytest.mark.parametrize("direction", [{}, {"reverse": True}, {"bidirectional": True}], ids=["", "reverse", "both"])
-def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend, direction):
-    (x, dt, A, B, C), optional = case(2, 70, 4, 3, 2, 5)
+def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_interpreter, direction):
+    (x, dt, A, B, C), optional = case(2, 37, 4, 3, 2, 5)
     state, bounds = optional["initial_state"], {"state_clamp": (-0.3, 0.5), "initial_state": optional["initial_state"]}
     y, share = ssd_scan(x, dt, A, B, C, **bounds, **direction, return_saturation=True)
     torch.testing.assert_close(y, ssd_scan(x, dt, A, B, C, **bounds, **direction), rtol=0, atol=0)
     backwards = torch.tensor(["reverse" in direction] * 2 + [bool(direction)] * 2)
     changed = 0
-    for t in range(70):
-        place = torch.where(backwards, 69 - t, t)
+    for t in range(37):
+        place = torch.where(backwards, 36 - t, t)
         token, step, enter = ((M[:, place, [0, 1, 2, 3]]) for M in (x, dt, B.repeat_interleave(2, dim=2)))
         free = torch.exp(step * A)[..., None, None] * state + (step[..., None] * token)[..., None] * enter[..., None, :]
         state = free.clamp(-0.3, 0.5)
         changed = changed + (state != free).sum((2, 3))
     assert 0 < share.min() < share.max() < 1
-    torch.testing.assert_close(share, changed / (70 * 15))
+    torch.testing.assert_close(share, changed / (37 * 15))
     with pytest.raises(ValueError, match=r"stablekern.ssd_scan: `return_saturation` needs a `state_clamp`"):
         ssd_scan(x, dt, A, B, C, return_saturation=True)
+
+
+def test_saturation_of_all_and_of_nothing(backend_or_interpreter):
+    """Bounds that no state may pass, or any, in every column of a head; NaN is not changed; no steps, no share."""
+    (x, dt, A, B, C), _ = case(2, 6, 3, 5, 1, 4)
+    shares = [ssd_scan(x, dt, A, B, C, state_clamp=c, return_saturation=True)[1] for c in (0.0, torch.inf)]
+    assert (shares[0] == 1).all() and (shares[1] == 0).all()
+    x[0, 2:] = torch.nan
+    share = ssd_scan(x, dt, A, B, C, state_clamp=0.0, return_saturation=True)[1]
+    torch.testing.assert_close(share, torch.tensor([2 / 6, 1.0])[:, None].expand(2, 3))
+    empty = ssd_scan(x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0], state_clamp=1.0, return_saturation=True)[1]
+    torch.testing.assert_close(empty, torch.zeros(2, 3), rtol=0, atol=0)

@@ -41,8 +41,7 @@ def test_small_tiles_and_segments(monkeypatch, spec, spine, sizes, tile, clamp):
         monkeypatch.setattr(kernels, limit, {"cpu": {8: tile}})
     args, optional = spec.inputs(torch.Generator().manual_seed(3), *sizes)
     optional["state_clamp"] = clamp
-    if name == "ssd_scan":
-        optional["bidirectional"] = args[3].shape[2] == 2
+    optional["bidirectional"] = args[3].shape[2 if name == "ssd_scan" else 1] == 2
     exact = with_gradients(spine.reference, args, optional)
     for few in (segments._FEW, 0) if clamp is None else (0,):
         monkeypatch.setattr(segments, "_FEW", few)

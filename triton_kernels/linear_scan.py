@@ -7,11 +7,12 @@ memory: a row's steps are fetched, and stored, in whole sectors of several steps
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, stack8, unstack8
+from stablekern.triton_kernels.scan import ALL_REGISTERS, changed_by, clamped, stack8, unstack8
 
 _ROWS = {"cuda": 32, "cpu": 1024}  # of a program, a lane each; the interpreter pays per operation, not per row
 _STAGES = 4
@@ -28,11 +29,13 @@ def linear_scan_fwd_kernel(
     lower_ptr,
     upper_ptr,
     states_ptr,
+    changed_ptr,
     rows,
     first_channel,
     some,
     channels,
     length,
+    COUNT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -48,6 +51,7 @@ def linear_scan_fwd_kernel(
         state = tl.load(first_ptr + row, mask=real, other=0.0)
     else:
         state = tl.zeros((ROWS,), gate_ptr.dtype.element_ty)
+    changed = tl.zeros((ROWS,), tl.int32)
     blocks = tl.cdiv(length, STEPS)
     for i in tl.range(0, blocks, num_stages=STAGES):
         start = (blocks - 1 - i if REVERSE else i) * STEPS
@@ -59,6 +63,8 @@ def linear_scan_fwd_kernel(
         states = ()
         for u in tl.static_range(STEPS - 1 if REVERSE else 0, -1 if REVERSE else STEPS, -1 if REVERSE else 1):
             free = gates[u] * state + tokens[u]
+            if COUNT:
+                changed += (changed_by(free, lower, upper) & (start + u < length)).to(tl.int32)
             if HAS_CLAMP:
                 # In reverse, steps beyond the last come first, and the initial state is not to be clamped.
                 state = tl.where(start + u < length, clamped(free, lower, upper), state)
@@ -66,6 +72,8 @@ def linear_scan_fwd_kernel(
                 state = free
             states = (state,) + states if REVERSE else states + (state,)
         tl.store(states_ptr + at, stack8(states, ROWS), mask=inside)
+    if COUNT:
+        tl.store(changed_ptr + row, changed, mask=real)
 
 
 @triton.jit
@@ -142,6 +150,7 @@ def _launch(
     first: Tensor | None,
     lower: Tensor | None,
     reverse_channels: int,
+    **constants: bool,
 ) -> None:
     batch, channels, length = tensors[0].shape
     rows, ahead = _ROWS[tensors[0].device.type], channels - reverse_channels
@@ -157,6 +166,7 @@ def _launch(
                 HAS_FIRST=first is not None,
                 HAS_CLAMP=lower is not None,
                 REVERSE=first_channel == ahead,
+                **constants,
                 STAGES=_STAGES,
                 ROWS=rows,
                 num_warps=1,
@@ -173,9 +183,14 @@ def linear_scan_fwd(
     upper: Tensor | None,
     reverse_channels: int,
     states: Tensor,
+    saturation: Tensor,
 ) -> None:
+    """`saturation` is empty where nothing is to be counted."""
     if states.numel() == 0:
+        saturation.zero_()
         return
+    count = saturation.numel() > 0
+    changed = gate.new_empty(gate.shape[:2] if count else (1,), dtype=torch.int32)
     optional = (gate if tensor is None else tensor for tensor in (initial_state, lower, upper))
     _launch(
         linear_scan_fwd_kernel,
@@ -183,10 +198,14 @@ def linear_scan_fwd(
         token,
         *optional,
         states,
+        changed,
         first=initial_state,
         lower=lower,
         reverse_channels=reverse_channels,
+        COUNT=count,
     )
+    if count:
+        torch.div(changed, gate.shape[2], out=saturation)
 
 
 def linear_scan_bwd(

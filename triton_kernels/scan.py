@@ -34,6 +34,12 @@ def clamped(value, lower, upper):
 
 
 @triton.jit
+def changed_by(value, lower, upper):
+    """Whether `clamped` changes it. NaN stays."""
+    return (value < lower) | (value > upper)
+
+
+@triton.jit
 def within(re, im, radius):
     """By how much a complex number is to be scaled to get a modulus of `radius` at most. NaN passes."""
     size = modulus(re, im)

@@ -24,7 +24,16 @@ import triton.language as tl
 from torch import Tensor
 
 from stablekern.triton_kernels.numerics import cos_sin, modulus, sigmoid, softplus_tail
-from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, join, segments_of, stack4, unstack4, within
+from stablekern.triton_kernels.scan import (
+    ALL_REGISTERS,
+    changed_by,
+    clamped,
+    join,
+    segments_of,
+    stack4,
+    unstack4,
+    within,
+)
 
 _LANE_CHANNELS = 8  # R
 # States of a program, by the size of their type. The interpreter pays per operation, not per state.
@@ -37,8 +46,8 @@ STEPS = tl.constexpr(4)  # fetched at once: 16 bytes of float32
 
 
 @triton.jit
-def _place(groups, channels, segments, tiles, KR: tl.constexpr):
-    """item, segment, group, tile, and of each of the KR rows: channel, whether it exists."""
+def _place(groups, reverse_groups, channels, segments, tiles, KR: tl.constexpr):
+    """item, whether it goes backwards, segment, group, tile, and of each of the KR rows: channel, whether it exists."""
     program = tl.program_id(0)
     tile = program % tiles
     program //= tiles
@@ -47,7 +56,17 @@ def _place(groups, channels, segments, tiles, KR: tl.constexpr):
     segment = program % segments
     item = (program // segments).to(tl.int64)
     slot = tile * KR + tl.arange(0, KR)
-    return item, segment, group, tile, group * (channels // groups) + slot, slot < channels // groups
+    backward = group >= groups - reverse_groups
+    return item, backward, segment, group, tile, group * (channels // groups) + slot, slot < channels // groups
+
+
+@triton.jit
+def _in_row(time, length, backward, HAS_BACKWARD: tl.constexpr):
+    """Where steps lie in a row of memory."""
+    if HAS_BACKWARD:
+        return tl.where(backward, length - 1 - time, time)
+    else:
+        return time
 
 
 @triton.jit
@@ -162,6 +181,7 @@ def selective_scan_segment_kernel(
     channels,
     length,
     groups,
+    reverse_groups,
     states,
     segments,
     segment_length,
@@ -170,11 +190,12 @@ def selective_scan_segment_kernel(
     HAS_Z: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, row, real = _place(groups, channels, segments, tiles, K * R)
+    item, backward, segment, group, tile, row, real = _place(groups, reverse_groups, channels, segments, tiles, K * R)
     wide = A_ptr.dtype.element_ty
     n = tl.arange(0, N)
     channel = tl.reshape(row, (K, R))
@@ -190,7 +211,8 @@ def selective_scan_segment_kernel(
     for i in range(blocks):
         time = begin + (blocks - 1 - i if REVERSE else i) * STEPS + tl.arange(0, STEPS)
         inside = real[:, None] & (time < end)[None, :]
-        at = (item * channels + row[:, None]) * length + time[None, :]
+        place_in_row = _in_row(time, length, backward, HAS_BACKWARD)
+        at = (item * channels + row[:, None]) * length + place_in_row[None, :]
         step = _step_size(tl.load(delta_ptr + at, mask=inside, other=0.0).to(wide), bias, HAS_BIAS, SOFTPLUS)
         step = tl.where(inside, step, 0.0)
         elapsed += step
@@ -201,7 +223,7 @@ def selective_scan_segment_kernel(
                 entering *= z * sigmoid(z)
         else:
             entering *= step
-        vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
+        vector_at = ((item * groups + group) * states + n[:, None]) * length + place_in_row[None, :]
         some = (n < states)[:, None] & (time < end)[None, :]
         vectors = unstack4(tl.load(vector_ptr + vector_at, mask=some, other=0.0).to(wide), N)
         steps = unstack4(step, K * R)
@@ -238,9 +260,11 @@ def selective_scan_fwd_kernel(
     y_ptr,
     last_ptr,
     chunk_ptr,
+    changed_ptr,  # (item, channel)
     channels,
     length,
     groups,
+    reverse_groups,
     states,
     chunk,
     segments,
@@ -254,7 +278,9 @@ def selective_scan_fwd_kernel(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
+    COUNT: tl.constexpr,
     HAS_START: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     COMPLEX: tl.constexpr,
     CONSTANT_B: tl.constexpr,
@@ -264,7 +290,7 @@ def selective_scan_fwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, row, real = _place(groups, channels, segments, tiles, K * R)
+    item, backward, segment, group, tile, row, real = _place(groups, reverse_groups, channels, segments, tiles, K * R)
     wide = A_ptr.dtype.element_ty
     n = tl.arange(0, N)
     channel = tl.reshape(row, (K, R))
@@ -286,20 +312,22 @@ def selective_scan_fwd_kernel(
     else:
         state = tl.zeros((K, N, R), wide)
         state_im = tl.zeros((K, N, R), wide)
+    changed = tl.zeros((K, R), tl.int32)
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
     # Addresses that are hoisted out of the loop would be spilled.
     for first in tl.range(begin, end, STEPS, disable_licm=True):
         time = first + tl.arange(0, STEPS)
         inside = real[:, None] & (time < end)[None, :]
-        at = (item * channels + row[:, None]) * length + time[None, :]
+        place_in_row = _in_row(time, length, backward, HAS_BACKWARD)
+        at = (item * channels + row[:, None]) * length + place_in_row[None, :]
         if first % chunk == 0:
             to = (item * tl.cdiv(length, chunk) + first // chunk) * states + n[None, :, None]
             _put(chunk_ptr, to * channels + channel[:, None, :], state, state_im, exists, COMPLEX)
         u = tl.load(u_ptr + at, mask=inside, other=0.0).to(wide)
         step = _step_size(tl.load(delta_ptr + at, mask=inside, other=0.0).to(wide), bias, HAS_BIAS, SOFTPLUS)
         step = tl.where(inside, step, 0.0)
-        vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
+        vector_at = ((item * groups + group) * states + n[:, None]) * length + place_in_row[None, :]
         some = (n < states)[:, None] & (time < end)[None, :]
         if not CONSTANT_B:
             enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
@@ -321,6 +349,9 @@ def selective_scan_fwd_kernel(
             step_here = tl.reshape(steps[j], (K, R))
             free, free_im = _advance(state, state_im, step_here, token, A, A_im, enter, enter_im, COMPLEX)
             state, state_im = _bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
+            if COUNT:
+                outside = modulus(free, free_im) > upper if COMPLEX else changed_by(free, lower, upper)
+                changed += tl.sum((outside & exists & (first + j < end)).to(tl.int32), 1)
             # The real part of a product, not of one with a conjugate.
             read = _inner(state, -state_im, leave, leave_im, COMPLEX)
             read, _ = _masked(read, read, exists, FULL, COMPLEX)
@@ -334,6 +365,9 @@ def selective_scan_fwd_kernel(
             z = tl.load(z_ptr + at, mask=inside, other=0.0).to(wide)
             y *= z * sigmoid(z)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if COUNT:
+        at_channel = item * channels + channel
+        tl.store(changed_ptr + at_channel, changed, mask=tl.reshape(real, (K, R)))  # a clamped scan is not cut
     if segment == segments - 1:
         _put(last_ptr, item * channels * states + by_state, state, state_im, exists, COMPLEX)
 
@@ -366,6 +400,7 @@ def selective_scan_bwd_kernel(
     channels,
     length,
     groups,
+    reverse_groups,
     states,
     chunk,
     segments,
@@ -380,6 +415,7 @@ def selective_scan_bwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
     HAS_CARRY: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     COMPLEX: tl.constexpr,
     CONSTANT_B: tl.constexpr,
@@ -389,7 +425,7 @@ def selective_scan_bwd_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    item, segment, group, tile, row, real = _place(groups, channels, segments, tiles, K * R)
+    item, backward, segment, group, tile, row, real = _place(groups, reverse_groups, channels, segments, tiles, K * R)
     wide = A_ptr.dtype.element_ty
     n = tl.arange(0, N)
     channel = tl.reshape(row, (K, R))
@@ -436,11 +472,12 @@ def selective_scan_bwd_kernel(
         _put(scratch, place, state, state_im, everywhere, COMPLEX)
         for i in tl.range(0, blocks - 1, disable_licm=True):
             time = chunk_begin + i * STEPS + tl.arange(0, STEPS)
-            at = (item * channels + row[:, None]) * length + time[None, :]
+            place_in_row = _in_row(time, length, backward, HAS_BACKWARD)
+            at = (item * channels + row[:, None]) * length + place_in_row[None, :]
             u = tl.load(u_ptr + at, mask=real[:, None], other=0.0).to(wide)
             delta = tl.load(delta_ptr + at, mask=real[:, None], other=0.0).to(wide)
             step = _step_size(delta, bias, HAS_BIAS, SOFTPLUS)
-            vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
+            vector_at = ((item * groups + group) * states + n[:, None]) * length + place_in_row[None, :]
             some = (n < states)[:, None] & (time < length)[None, :]
             if not CONSTANT_B:
                 enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
@@ -464,7 +501,8 @@ def selective_scan_bwd_kernel(
             block = blocks - 1 - i
             time = chunk_begin + block * STEPS + tl.arange(0, STEPS)
             inside = real[:, None] & (time < chunk_end)[None, :]
-            at = (item * channels + row[:, None]) * length + time[None, :]
+            place_in_row = _in_row(time, length, backward, HAS_BACKWARD)
+            at = (item * channels + row[:, None]) * length + place_in_row[None, :]
             u = tl.load(u_ptr + at, mask=inside, other=0.0).to(wide)
             delta = tl.load(delta_ptr + at, mask=inside, other=0.0).to(wide)
             step = tl.where(inside, _step_size(delta, bias, HAS_BIAS, SOFTPLUS), 0.0)
@@ -473,7 +511,7 @@ def selective_scan_bwd_kernel(
             if HAS_Z:
                 z = tl.load(z_ptr + at, mask=inside, other=0.0).to(wide)
                 reading = dy * (z * sigmoid(z))
-            vector_at = ((item * groups + group) * states + n[:, None]) * length + time[None, :]
+            vector_at = ((item * groups + group) * states + n[:, None]) * length + place_in_row[None, :]
             some = (n < states)[:, None] & (time < chunk_end)[None, :]
             if not CONSTANT_B:
                 enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
@@ -577,7 +615,7 @@ def selective_scan_bwd_kernel(
             tl.store(ddelta_ptr + at, by_step.to(ddelta_ptr.dtype.element_ty), mask=inside)
             by_bias += by_step
             by_skip += reading * u
-            parts = (((item * groups + group) * tiles + tile) * states + n[:, None]) * length + time[None, :]
+            parts = (((item * groups + group) * tiles + tile) * states + n[:, None]) * length + place_in_row[None, :]
             if not CONSTANT_B:
                 by_B = stack4(by_enters[0], by_enters[1], by_enters[2], by_enters[3], N)
                 by_B_im = stack4(by_enters_im[0], by_enters_im[1], by_enters_im[2], by_enters_im[3], N)
@@ -613,6 +651,7 @@ class _Plan:
     channels: int
     length: int
     groups: int
+    reverse_groups: int
     states: int
     K: int
     N: int
@@ -628,12 +667,15 @@ class _Plan:
         B: Tensor,
         C: Tensor,
         upper: Tensor | None,
+        reverse_channels: int,
         tiles: dict[str, dict[int, int]],
         unit: int,
     ) -> _Plan:
         """`unit`: segments are a multiple of it."""
         batch, channels, length = u.shape
-        groups = next((M.shape[1] for M in (B, C) if M.dim() == 4), 1)
+        # Where B and C are constant, the channels of one direction are a group.
+        directions = 2 if 0 < reverse_channels < channels else 1
+        groups = next((M.shape[1] for M in (B, C) if M.dim() == 4), directions)
         states = A.shape[1]
         tile = tiles[u.device.type][A.element_size()]
         cut = upper is None and not A.is_complex() and B.dim() == C.dim() == 4
@@ -644,7 +686,8 @@ class _Plan:
         units = triton.cdiv(length, unit)
         segment_length = triton.cdiv(units, segments_of(batch * groups * count, units) if cut else 1) * unit
         segments = triton.cdiv(length, segment_length)
-        return _Plan(batch, channels, length, groups, states, K, N, R, count, segments, segment_length)
+        reverse_groups = reverse_channels * groups // channels
+        return _Plan(batch, channels, length, groups, reverse_groups, states, K, N, R, count, segments, segment_length)
 
     @property
     def programs(self) -> int:
@@ -652,7 +695,7 @@ class _Plan:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.channels, self.length, self.groups, self.states
+        return self.channels, self.length, self.groups, self.reverse_groups, self.states
 
     @property
     def cut(self) -> tuple[int, ...]:
@@ -666,7 +709,8 @@ class _Plan:
     @property
     def constants(self) -> dict[str, int | bool]:
         fusion = {"enable_fp_fusion": True}  # Triton warns where this is left open; a fused multiply-add rounds once
-        return {"K": self.K, "N": self.N, "R": self.R, "num_warps": 1} | fusion
+        ways = {"HAS_BACKWARD": self.reverse_groups > 0}
+        return ways | {"K": self.K, "N": self.N, "R": self.R, "num_warps": 1} | fusion
 
     def boundaries(
         self,
@@ -733,17 +777,23 @@ def selective_scan_fwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
+    reverse_channels: int,
     delta_softplus: bool,
     chunk: int,
     y: Tensor,
     last_state: Tensor,
     chunk_states: Tensor,
+    saturation: Tensor,
 ) -> None:
+    """`saturation` is empty where nothing is to be counted."""
     if u.numel() == 0:
+        saturation.zero_()
         last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
         return
     A = _finite(A)
-    plan = _Plan.of(u, A, B, C, upper, _FORWARD_TILE, _SHORTEST_SEGMENT)
+    plan = _Plan.of(u, A, B, C, upper, reverse_channels, _FORWARD_TILE, _SHORTEST_SEGMENT)
+    count = saturation.numel() > 0
+    changed = u.new_empty(u.shape[:2] if count else (1,), dtype=torch.int32)
     start = plan.boundaries(u, delta, A, B, None, delta_bias, initial_state, softplus=delta_softplus, reverse=False)
     selective_scan_fwd_kernel[(plan.programs,)](
         u,
@@ -754,6 +804,7 @@ def selective_scan_fwd(
         y,
         _parts(last_state),
         _parts(chunk_states),
+        changed,
         *plan.sizes,
         chunk,
         *plan.cut,
@@ -762,16 +813,19 @@ def selective_scan_fwd(
         HAS_Z=z is not None,
         HAS_BIAS=delta_bias is not None,
         HAS_CLAMP=upper is not None,
+        COUNT=count,
         HAS_START=start is not None,
         SOFTPLUS=delta_softplus,
         COMPLEX=A.is_complex(),
         CONSTANT_B=B.dim() == 2,
         CONSTANT_C=C.dim() == 2,
         FULL=plan.full,
-        # Without it the assembler spills a few bytes of what these two cases need more.
-        maxnreg=ALL_REGISTERS if A.is_complex() or B.dim() == 2 or C.dim() == 2 else None,
+        # Without it the assembler spills a few bytes of what these cases need more.
+        maxnreg=ALL_REGISTERS if count or A.is_complex() or B.dim() == 2 or C.dim() == 2 else None,
         **plan.constants,
     )
+    if count:
+        torch.div(changed, max(plan.length * plan.states, 1), out=saturation)
 
 
 def selective_scan_bwd(
@@ -788,6 +842,7 @@ def selective_scan_bwd(
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
+    reverse_channels: int,
     delta_softplus: bool,
     chunk: int,
     grad_u: Tensor,
@@ -806,7 +861,7 @@ def selective_scan_bwd(
         grad_initial_state.zero_() if grad_last_state is None else grad_initial_state.copy_(grad_last_state)
         return
     A = _finite(A)
-    plan = _Plan.of(u, A, B, C, upper, _BACKWARD_TILE, chunk)
+    plan = _Plan.of(u, A, B, C, upper, reverse_channels, _BACKWARD_TILE, chunk)
     carry = plan.boundaries(grad_y, delta, A, C, z, delta_bias, grad_last_state, softplus=delta_softplus, reverse=True)
     channel_parts = (plan.batch, plan.segments, plan.channels)
     state_parts = (*channel_parts, plan.states)

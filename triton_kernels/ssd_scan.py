@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.scan import ALL_REGISTERS, clamped, join, segments_of
+from stablekern.triton_kernels.numerics import sigmoid
+from stablekern.triton_kernels.scan import ALL_REGISTERS, changed_by, clamped, join, segments_of
 
 _LANE_CHANNELS = 8  # R
 # States of a program, by the size of their type: 16 registers of a lane forward; the backward pass holds more of each.
@@ -96,6 +97,7 @@ def ssd_scan_segment_kernel(
     scale_ptr,  # dt; unused in reverse
     decay_ptr,
     vector_ptr,  # B, or C in reverse
+    z_ptr,
     factor_ptr,  # (item, segment, channel)
     term_ptr,  # (item, segment, state, channel)
     length,
@@ -108,6 +110,7 @@ def ssd_scan_segment_kernel(
     segment_length,
     head_tiles,
     column_tiles,
+    HAS_Z: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_BACKWARD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -130,6 +133,9 @@ def ssd_scan_segment_kernel(
         row = tl.load(row_ptr + t * heads * width + channel, mask=real, other=0.0)
         vector = tl.load(vector_ptr + (t * groups + group) * states + n, mask=n < states, other=0.0)
         if REVERSE:
+            if HAS_Z:
+                z = tl.load(z_ptr + t * heads * width + channel, mask=real, other=0.0)
+                row *= z * sigmoid(z)
             state = decay[:, None, :] * (state + row[:, None, :] * vector[None, :, None])
         else:
             token = tl.load(scale_ptr + t * heads + head, mask=real, other=0.0) * row
@@ -149,12 +155,14 @@ def ssd_scan_fwd_kernel(
     B_ptr,
     C_ptr,
     D_ptr,
+    z_ptr,
     lower_ptr,
     upper_ptr,
     start_ptr,  # (item, segment, state, channel) by strides
     y_ptr,
     last_ptr,
     chunk_ptr,
+    changed_ptr,  # (item, channel)
     length,
     heads,
     width,
@@ -171,7 +179,9 @@ def ssd_scan_fwd_kernel(
     start_n,
     start_channel,
     HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
+    COUNT: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_BACKWARD: tl.constexpr,
     FULL: tl.constexpr,
@@ -195,6 +205,7 @@ def ssd_scan_fwd_kernel(
         state = tl.load(source + _states_at(n, channel, start_n, start_channel), mask=exists, other=0.0)
     else:
         state = tl.zeros((K, N, R), x_ptr.dtype.element_ty)
+    changed = tl.zeros((K, R), tl.int32)
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
     for step in tl.range(begin, end, num_stages=STAGES):
@@ -207,17 +218,26 @@ def ssd_scan_fwd_kernel(
         if step % chunk == 0:
             at = item * tl.cdiv(length, chunk) + step // chunk
             tl.store(chunk_ptr + at * states * heads * width + by_channel, state, mask=exists)
-        state = _advance(state, decay, dt * x, enter, lower, upper, HAS_CLAMP)
+        state = _advance(state, decay, dt * x, enter, lower, upper, HAS_CLAMP and not COUNT)
+        if COUNT:
+            outside = changed_by(state, lower[:, None, :], upper[:, None, :]) & exists
+            changed += tl.sum(outside.to(tl.int32), 1)
+            state = clamped(state, lower[:, None, :], upper[:, None, :])
         read = state * leave[None, :, None]
         if not FULL:
             read = tl.where(exists, read, 0.0)  # what lies beside may be 0 * inf
         y = tl.sum(read, 1)
         if HAS_D:
             y += skip * x
+        if HAS_Z:
+            z = tl.load(z_ptr + t * heads * width + channel, mask=real, other=0.0)
+            y *= z * sigmoid(z)
         tl.store(y_ptr + t * heads * width + channel, y, mask=real)
     if segment == segments - 1:
         last = last_ptr + item * heads * width * states + _states_at(n, channel, 1, states)
         tl.store(last, state, mask=exists)
+    if COUNT:
+        tl.store(changed_ptr + item * heads * width + channel, changed, mask=real)  # a clamped scan is not cut
 
 
 @triton.jit
@@ -230,6 +250,7 @@ def ssd_scan_bwd_kernel(
     B_ptr,
     C_ptr,
     D_ptr,
+    z_ptr,
     lower_ptr,
     upper_ptr,
     chunk_ptr,
@@ -241,6 +262,7 @@ def ssd_scan_bwd_kernel(
     dB_ptr,  # (item, step, group, tile, state)
     dC_ptr,
     dD_ptr,  # (item, segment, channel)
+    dz_ptr,
     dstart_ptr,
     length,
     heads,
@@ -258,6 +280,7 @@ def ssd_scan_bwd_kernel(
     carry_n,
     carry_channel,
     HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
     HAS_CLAMP: tl.constexpr,
     HAS_CARRY: tl.constexpr,
     HAS_BACKWARD: tl.constexpr,
@@ -351,6 +374,11 @@ def ssd_scan_bwd_kernel(
                 dt = tl.load(dt_ptr + t * heads + head, mask=here, other=0.0)
                 x = tl.load(x_ptr + t * heads * width + channel, mask=here, other=0.0)
                 gy = tl.load(gy_ptr + t * heads * width + channel, mask=here, other=0.0)
+                if HAS_Z:
+                    z = tl.load(z_ptr + t * heads * width + channel, mask=here, other=0.0)
+                    open_share = sigmoid(z)
+                    by_gate = gy * (open_share * (1.0 + z * (1.0 - open_share)))
+                    gy *= z * open_share
                 vector = (t * groups + group) * states + n
                 enter = tl.load(B_ptr + vector, mask=some, other=0.0)
                 leave = tl.load(C_ptr + vector, mask=some, other=0.0)
@@ -373,6 +401,11 @@ def ssd_scan_bwd_kernel(
                 dx = dt * by_token
                 if HAS_D:
                     dx += skip * gy
+                if HAS_Z:
+                    y = tl.sum(after * leave[None, :, None], 1)
+                    if HAS_D:
+                        y += skip * x
+                    tl.store(dz_ptr + t * heads * width + channel, y * by_gate, mask=here)
                 ddt = tl.where(real, by_token * x + rate * by_decay, 0.0)
                 rate_of_chunk += dt * by_decay
                 skip_of_chunk += gy * x
@@ -471,7 +504,15 @@ class _Plan:
         return ways | {"STAGES": _STAGES, "P": self.P, "K": self.K, "N": self.N, "R": self.R, "num_warps": 1} | fusion
 
     def boundaries(
-        self, row: Tensor, dt: Tensor, decay: Tensor, vector: Tensor, first: Tensor | None, *, reverse: bool
+        self,
+        row: Tensor,
+        dt: Tensor,
+        decay: Tensor,
+        vector: Tensor,
+        z: Tensor | None,
+        first: Tensor | None,
+        *,
+        reverse: bool,
     ) -> Tensor | None:
         """What each segment starts from, (item, segment, state, channel); None for zeros."""
         channels = self.heads * self.width
@@ -482,7 +523,18 @@ class _Plan:
         factor = row.new_empty((self.batch, self.segments, 1, channels))
         term, start = (row.new_empty((self.batch, self.segments, self.states, channels)) for _ in range(2))
         ssd_scan_segment_kernel[(self.programs,)](
-            row, dt, decay, vector, factor, term, *self.sizes, *self.cut, REVERSE=reverse, **self.constants
+            row,
+            dt,
+            decay,
+            vector,
+            row if z is None else z,
+            factor,
+            term,
+            *self.sizes,
+            *self.cut,
+            HAS_Z=z is not None,
+            REVERSE=reverse,
+            **self.constants,
         )
         join(first, factor, term, start, reverse=reverse)
         return start
@@ -500,6 +552,7 @@ def ssd_scan_fwd(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
@@ -508,13 +561,18 @@ def ssd_scan_fwd(
     y: Tensor,
     last_state: Tensor,
     chunk_states: Tensor,
+    saturation: Tensor,
 ) -> None:
+    """`saturation` is empty where nothing is to be counted."""
     if x.numel() == 0:
+        saturation.zero_()
         last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
         return
     plan = _Plan.of(x, B, reverse_groups, _FORWARD_TILE, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
     decay = _decay(dt, A)
-    start = plan.boundaries(x, dt, decay, B, initial_state, reverse=False)
+    start = plan.boundaries(x, dt, decay, B, None, initial_state, reverse=False)
+    count = saturation.numel() > 0
+    changed = dt.new_empty(x.shape[:1] + x.shape[2:] if count else (1,), dtype=torch.int32)
     ssd_scan_fwd_kernel[(plan.programs,)](
         x,
         dt,
@@ -522,22 +580,29 @@ def ssd_scan_fwd(
         B,
         C,
         x if D is None else D,
+        x if z is None else z,
         x if lower is None else lower,
         x if upper is None else upper,
         x if start is None else start,
         y,
         last_state,
         chunk_states,
+        changed,
         *plan.sizes,
         chunk,
         *plan.cut,
         *((0, 0, 0, 0) if start is None else start.stride()),
         HAS_D=D is not None,
+        HAS_Z=z is not None,
         HAS_CLAMP=lower is not None,
+        COUNT=count,
         HAS_START=start is not None,
         FULL=plan.full,
+        maxnreg=ALL_REGISTERS if count else None,  # which needs a few more than the assembler takes by itself
         **plan.constants,
     )
+    if count:
+        torch.div(changed.sum(2), max(plan.length * plan.width * plan.states, 1), out=saturation)
 
 
 def ssd_scan_bwd(
@@ -549,6 +614,7 @@ def ssd_scan_bwd(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
@@ -560,6 +626,7 @@ def ssd_scan_bwd(
     grad_B: Tensor,
     grad_C: Tensor,
     grad_D: Tensor,
+    grad_z: Tensor,
     grad_initial_state: Tensor,
 ) -> None:
     if x.numel() == 0:
@@ -570,7 +637,7 @@ def ssd_scan_bwd(
     tiles = _BACKWARD_TILE if lower is None and not reverse_groups else _SMALL_BACKWARD_TILE
     plan = _Plan.of(x, B, reverse_groups, tiles, chunk, cut=lower is None)
     decay = _decay(dt, A)
-    carry = plan.boundaries(grad_y, dt, decay, C, grad_last_state, reverse=True)
+    carry = plan.boundaries(grad_y, dt, decay, C, z, grad_last_state, reverse=True)
     tiles_of_group = plan.head_tiles * plan.column_tiles
     parts = {
         "dt": x.new_empty((*dt.shape, plan.column_tiles)),
@@ -590,6 +657,7 @@ def ssd_scan_bwd(
         B,
         C,
         x if D is None else D,
+        x if z is None else z,
         x if lower is None else lower,
         x if upper is None else upper,
         chunk_states,
@@ -597,12 +665,14 @@ def ssd_scan_bwd(
         scratch,
         grad_x,
         *parts.values(),
+        grad_z,
         grad_initial_state,
         *plan.sizes,
         chunk,
         *plan.cut,
         *((0, 0, 0, 0) if carry is None else carry.stride()),
         HAS_D=D is not None,
+        HAS_Z=z is not None,
         HAS_CLAMP=lower is not None,
         HAS_CARRY=carry is not None,
         FULL=plan.full,

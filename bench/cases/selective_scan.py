@@ -73,6 +73,31 @@ def _general_case(shape: tuple[int, ...], *, constant: bool) -> Case:
     )  # fmt: skip
 
 
+def _both_ways(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    return stablekern.selective_scan(u, delta, A, B, C, D, bidirectional=True)
+
+
+def _by_flips(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    ahead, back = zip(*(M.chunk(2, 1 if M.dim() > 2 else 0) for M in (u, delta, A, B, C, D)), strict=True)
+    flipped = [M.flip(-1) if M.dim() > 2 else M for M in back]
+    return torch.cat((stablekern.selective_scan(*ahead), stablekern.selective_scan(*flipped).flip(-1)), 1)
+
+
+def _two_ways_case(shape: tuple[int, ...]) -> Case:
+    b, d, length, n = shape
+    one_way = _case(shape, "", _both_ways, {})
+
+    def inputs(device: str) -> tuple[Tensor, ...]:
+        u, delta, a, B, C, D = one_way.inputs(device)
+        return u, delta, a, *(torch.stack((M, M.flip(0)), 1) for M in (B, C)), D
+
+    return Case(
+        "selective_scan", f"{one_way.name}, both directions", inputs, _both_ways,
+        "two calls, one of them on flipped copies", _by_flips,
+        one_way.flops, one_way.bytes + 8.0 * b * length * n, one_way.backward, {},
+    )  # fmt: skip
+
+
 _STREAM, _SMALL, _MODEL = (8, 128, 960, 16), (2, 128, 960, 16), (1, 1536, 1024, 16)
 _SHORT = (8, 128, 16, 16)  # 32 steps of it compile for 40 s, and time grows with the length
 _COMPILED = "torch.compile of the sequential loop"
@@ -93,6 +118,7 @@ CASES = (
     _general_case(_SMALL, constant=False),
     _general_case(_SMALL, constant=True),
     _case(_MODEL, _PSCAN, baselines.selective_scan_pscan, {}),
+    _two_ways_case(_STREAM),
 )
 
 if baselines.has_mamba_ssm():

@@ -46,6 +46,41 @@ def _ssd_case(
     )  # fmt: skip
 
 
+def _activated_inputs(b: int, l: int, h: int, p: int, n: int) -> Callable[[str], tuple[Tensor, ...]]:  # noqa: E741
+    """As Mamba-2 calls it: steps before their softplus, a skip, a gate and a bias."""
+
+    def make(device: str) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(3)
+        x, _, *rest = _ssd_inputs(b, l, h, p, n)(device)
+        extra = (torch.randn(shape, generator=g).to(device) for shape in ((b, l, h), (h,), (b, l, h, p), (h,)))
+        dt, D, z, dt_bias = extra
+        return x, dt - 3, *rest, D, z, dt_bias
+
+    return make
+
+
+def _activated(*inputs: Tensor) -> Tensor:
+    x, dt, A, B, C, D, z, dt_bias = inputs
+    return stablekern.ssd_scan(x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=True)
+
+
+def _activated_by_torch(*inputs: Tensor) -> Tensor:
+    x, dt, A, B, C, D, z, dt_bias = inputs
+    y = stablekern.ssd_scan(x, torch.nn.functional.softplus(dt + dt_bias), A, B, C, D=D)
+    return y * torch.nn.functional.silu(z)
+
+
+def _activated_case(shape: tuple[int, ...]) -> Case:
+    b, length, h, p, n = shape
+    plain, rows = _ssd_case(shape, "", _activated, {}), float(b * length * h * p)
+    return Case(
+        "ssd_scan", f"{plain.name}, softplus and gate", _activated_inputs(*shape), _activated,
+        "itself with softplus and gate in torch around it", _activated_by_torch,
+        # An exponential and a division for each gate come on top, and the gate is read.
+        plain.flops + 25 * rows, plain.bytes + 4 * rows, plain.backward, {},
+    )  # fmt: skip
+
+
 _NODES, _EDGES = (76, 960, 16, 8, 16), (684, 960, 8, 4, 8)  # streams of the detector at batch size 4
 _SHORT = (76, 16, 16, 8, 16)  # 32 steps of it compile for 40 s, and time grows with the length
 _UNBOUND = "sequential torch loop over views unbound beforehand"
@@ -60,6 +95,8 @@ CASES = (
     _ssd_case(_SHORT, "torch.compile of the sequential loop", baselines.compiled(spine.reference), {}),
     _ssd_case(_NODES, _FREE, stablekern.ssd_scan, _CLAMP_GATES, clamp=0.5),
     _ssd_case(_NODES, _FREE, stablekern.ssd_scan, {}, clamp=0.1),
+    _activated_case(_NODES),
+    _activated_case(_EDGES),
 )
 
 if baselines.has_mamba_ssm():

@@ -47,13 +47,6 @@ Rows<T> describe(const Tensor& y, const Tensor& z, const Tensor& weight, double 
           static_cast<T>(eps)};
 }
 
-// 1 / (1 + e^-z) by an exponential that cannot overflow.
-template <class T>
-SK_INLINE Vec<T> open(Vec<T> z) {
-  const Vec<T> e = exp<T>(-abs(z)), one = splat<T>(1);
-  return select<T>(less(z, Vec<T>{}), e, one) / (one + e);
-}
-
 // `step(k, width)` over the features of a part in whole vectors, the last one shorter.
 template <class T, class Step>
 SK_INLINE void along(int64_t begin, int64_t end, const Step& step) {
@@ -79,7 +72,7 @@ void forward(const Rows<T>& p, T* out) {
         Vec<T> squares{};
         along<T>(first, first + p.part(), [&](int64_t k, int width) {
           const Vec<T> gate = load_first(z + k, width);
-          const Vec<T> u = load_first(y + k, width) * (gate * open<T>(gate));
+          const Vec<T> u = load_first(y + k, width) * (gate * sigmoid<T>(gate));
           squares = fma(u, u, squares);
           store_first(to + k, u, width);
         });
@@ -117,7 +110,7 @@ void backward(const Rows<T>& p, const Adjoint<T>& adjoint) {
         for (int64_t first = 0; first < p.width; first += p.part()) {
           Vec<T> squares{}, along_u{};
           along<T>(first, first + p.part(), [&](int64_t k, int width) {
-            const Vec<T> gate = load_first(z + k, width), share = open<T>(gate);
+            const Vec<T> gate = load_first(z + k, width), share = sigmoid<T>(gate);
             const Vec<T> u = load_first(y + k, width) * (gate * share);
             squares = fma(u, u, squares);
             along_u = fma(load_first(g + k, width) * load_first(p.weight + k, width), u, along_u);

@@ -17,7 +17,9 @@
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
+#include "stablekern/lanes.h"
 #include "stablekern/simd.h"
 #include "stablekern/tensor.h"
 
@@ -73,6 +75,8 @@ struct Real {
   static SK_INLINE Vec<T> clamp(Vec<T> y, const Bounds& b) {
     return min(b.upper, max(b.lower, y));  // NaN, the second operand, passes
   }
+  // Where the clamp changes y.
+  static SK_INLINE Mask<T> outside(Vec<T> y, const Bounds& b) { return less(y, b.lower) | less(b.upper, y); }
   static SK_INLINE Mask<T> may_be_clamped(Vec<T> h, const Bounds& b) { return !(less(b.lower, h) & less(h, b.upper)); }
   static SK_INLINE Vec<T> through_clamp(Vec<T> grad, Vec<T> y, const Bounds& b) {
     return select(less_equal(b.lower, y) & less_equal(y, b.upper), grad, Vec<T>{});
@@ -129,9 +133,10 @@ struct Complex {
     const Vec<T> length = sqrt(both(scaled * scaled));
     return {scaled / length, b.radius / largest / length};
   }
+  static SK_INLINE Mask<T> outside(Vec<T> y, const Bounds& b) { return greater(squared(y, b), splat<T>(1)); }
   static SK_INLINE Vec<T> clamp(Vec<T> y, const Bounds& b) {
-    const Mask<T> outside = greater(squared(y, b), splat<T>(1));
-    if (__builtin_expect(any(outside), false)) y = select(outside, polar(y, b).unit * b.radius, y);
+    const Mask<T> far = outside(y, b);
+    if (__builtin_expect(any(far), false)) y = select(far, polar(y, b).unit * b.radius, y);
     return y;
   }
   // The modulus of what was clamped is the radius to a few ulp.
@@ -140,10 +145,10 @@ struct Complex {
     return !less(squared(h, b), splat<T>(kAlmostOne));
   }
   static SK_INLINE Vec<T> through_clamp(Vec<T> grad, Vec<T> y, const Bounds& b) {
-    const Mask<T> outside = greater(squared(y, b), splat<T>(1));
-    if (!any(outside)) return grad;
+    const Mask<T> far = outside(y, b);
+    if (!any(far)) return grad;
     const Polar n = polar(y, b);
-    return select(outside, n.shrink * fma(-n.unit, both(n.unit * grad), grad), grad);
+    return select(far, n.shrink * fma(-n.unit, both(n.unit * grad), grad), grad);
   }
 };
 
@@ -264,33 +269,44 @@ struct Map {
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-template <class F, bool kReverse, bool kClamp>
+template <class F, bool kReverse, Clamp kClamp>
 struct Forward {
   using T = typename F::T;
   using Bounds = typename F::Bounds;
+  static constexpr bool kBounded = kClamp != Clamp::kNone;
   const Problem<T>& p;
   T* states;
   bool past_caches;
+  int64_t* changed;  // (rows in memory) how many states the clamp has changed, if that is counted
 
-  static SK_INLINE void advance(const Vec<T>* gate, Vec<T>* token, int width, Vec<T>& state, const Bounds& bounds) {
+  // A tile: `state` goes on, and `token` becomes what it was after each step.
+  static SK_INLINE void advance(const Vec<T>* gate, Vec<T>* token, int width, Vec<T>& state, const Bounds& bounds,
+                                IVec<T>& count) {
     each_step<F, kReverse>(width, [&](int k) {
       state = F::multiply_add(F::factor(gate[k]), state, token[k]);
-      if constexpr (kClamp) state = F::clamp(state, bounds);
+      if constexpr (kClamp == Clamp::kCount) count += select_int<T>(F::outside(state, bounds), IVec<T>{} + 1, IVec<T>{});
+      if constexpr (kBounded) state = F::clamp(state, bounds);
       token[k] = state;
     });
+  }
+  void add(const Rows<F>& rows, IVec<T> count) const {
+    if constexpr (kClamp == Clamp::kCount)
+      for (int i = 0; i < rows.count; ++i) changed[rows.row[i]] += count[i * F::kWords];
   }
 
   // Steps begin..end - 1 of all rows, step by step; the state after them.
   Vec<T> loop(const Rows<F>& rows, int64_t begin, int64_t end, Vec<T> state) const {
     if (begin == end) return state;
     const Bounds bounds = F::bounds(p, rows.row);
+    IVec<T> count{};
     each_tile<F, kReverse>(begin, end, [&](int64_t at, int width) {
       Vec<T> gate[F::kRows], token[F::kRows];
       load_tile<F>(p.gate, rows, at, width, gate);
       load_tile<F>(p.token, rows, at, width, token);
-      advance(gate, token, width, state, bounds);
+      advance(gate, token, width, state, bounds, count);
       store_tile<F>(token, rows, at, width, past_caches, states);
     });
+    add(rows, count);
     return state;
   }
 
@@ -300,7 +316,7 @@ struct Forward {
     const Rows<F> lanes = Rows<F>::stretches(p, row, begin, kStretch);
     const Bounds bounds = F::bounds(p, lanes.row);
     Vec<T> gate[kStretch], token[kStretch];
-    Map<F, kClamp> map(bounds);
+    Map<F, kBounded> map(bounds);
     each_tile<F, kReverse>(0, kStretch, [&](int64_t at, int width) {
       load_tile<F>(p.gate, lanes, at, width, gate + at);
       load_tile<F>(p.token, lanes, at, width, token + at);
@@ -308,10 +324,12 @@ struct Forward {
     });
     if (!map.usable()) return false;
     Vec<T> starts = map.template starts<kReverse>(state);
+    IVec<T> count{};
     each_tile<F, kReverse>(0, kStretch, [&](int64_t at, int width) {
-      advance(gate + at, token + at, width, starts, bounds);
+      advance(gate + at, token + at, width, starts, bounds, count);
       store_tile<F>(token + at, lanes, at, width, past_caches, states);
     });
+    add(lanes, count);
     return true;
   }
 };
@@ -492,10 +510,10 @@ void over_rows(const Pass& pass, int64_t first, int64_t last, const T* begin, T*
   });
 }
 
-template <class F, bool kReverse, bool kClamp>
-void forward(const Problem<typename F::T>& p, typename F::T* states, bool past_caches) {
-  constexpr bool kComposes = !kClamp || F::kClampComposes;
-  over_rows<F, kReverse, kComposes>(Forward<F, kReverse, kClamp>{p, states, past_caches}, 0, 0, p.initial_state,
+template <class F, bool kReverse, Clamp kClamp>
+void forward(const Problem<typename F::T>& p, typename F::T* states, bool past_caches, int64_t* changed) {
+  constexpr bool kComposes = kClamp == Clamp::kNone || F::kClampComposes;
+  over_rows<F, kReverse, kComposes>(Forward<F, kReverse, kClamp>{p, states, past_caches, changed}, 0, 0, p.initial_state,
                                     static_cast<typename F::T*>(nullptr));
 }
 
@@ -550,12 +568,25 @@ Problem<T> problem(const Tensor& gate, const std::optional<Tensor>& token, const
 }
 
 void linear_scan_fwd(const Tensor gate, const Tensor token, const std::optional<Tensor> initial_state,
-                     const std::optional<Tensor> lower, const std::optional<Tensor> upper, int64_t reverse_channels, Tensor states) {
+                     const std::optional<Tensor> lower, const std::optional<Tensor> upper, int64_t reverse_channels, bool count,
+                     Tensor states, Tensor saturation) {
+  std::vector<int64_t> changed(count ? gate.size(0) * gate.size(1) : 0);
   for_directions(gate, reverse_channels, upper.has_value(), [&]<class F>(F, auto clamp, auto backwards, int64_t first, int64_t some) {
     using T = typename F::T;
     T* to = mutable_data<T>(states);
-    forward<F, backwards.value, clamp.value>(problem<T>(gate, token, initial_state, lower, upper, first, some), to,
-                                             streams<F>(gate, {to}));
+    const auto p = problem<T>(gate, token, initial_state, lower, upper, first, some);
+    constexpr bool kBack = backwards.value;
+    if constexpr (clamp.value) {
+      const auto run = count ? forward<F, kBack, Clamp::kCount> : forward<F, kBack, Clamp::kApply>;
+      run(p, to, streams<F>(gate, {to}), changed.data());
+    } else {
+      forward<F, kBack, Clamp::kNone>(p, to, streams<F>(gate, {to}), nullptr);
+    }
+  });
+  const double length = static_cast<double>(std::max<int64_t>(1, gate.size(2)));
+  for_dtype(saturation, [&]<class T>(T) {
+    for (size_t row = 0; row < changed.size(); ++row)
+      mutable_data<T>(saturation)[row] = static_cast<T>(static_cast<double>(changed[row]) / length);
   });
 }
 
@@ -578,7 +609,7 @@ void linear_scan_bwd(const Tensor grad_states, const Tensor gate, const std::opt
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_channels,"
-      " Tensor(a!) states) -> ()");
+      " bool count, Tensor(a!) states, Tensor(b!) saturation) -> ()");
   m.def(
       "linear_scan_bwd(Tensor grad_states, Tensor gate, Tensor? token, Tensor states, Tensor? initial_state,"
       " Tensor? lower, Tensor? upper, int reverse_channels, Tensor(a!) grad_gate, Tensor(b!) grad_token,"

@@ -61,6 +61,7 @@ constexpr int64_t kSlabBlocks = 4;  // of no less than this many blocks of lanes
 template <class T>
 struct Problem {
   int64_t batch, channels, length, groups, states, chunk;
+  int64_t reverse_channels;  // so many, the last ones, begin with the last step in memory
   bool softplus;
   const T *u, *delta, *A, *B, *C;
   const T *D, *z, *bias;      // or null
@@ -90,6 +91,7 @@ struct Place {
   int64_t item, group, slab;
   int64_t channel;  // first one, among all groups
   int64_t count;    // channels
+  bool backwards;   // in memory
 
   Place(const Problem<T>& p, const Slabs<T>& slabs, int64_t task) {
     slab = task % slabs.count;
@@ -97,6 +99,11 @@ struct Place {
     item = task / slabs.count / p.groups;
     channel = group * slabs.group_channels + slab * slabs.size;
     count = std::min(slabs.size, slabs.group_channels - slab * slabs.size);
+    backwards = channel >= p.channels - p.reverse_channels;
+  }
+  // Where `steps` steps of the scan, from `start` on, begin in a row of memory.
+  int64_t place(const Problem<T>& p, int64_t start, int64_t steps) const {
+    return backwards ? p.length - start - steps : start;
   }
   int64_t blocks() const { return padded_to_lanes<T>(count) / kLanes<T>; }
   int64_t in_block(int64_t block) const { return std::min<int64_t>(kLanes<T>, count - block * kLanes<T>); }
@@ -127,13 +134,13 @@ struct Law {
 #endif
     return exp<T>(step * rate);
   }
-  // The next state; `inside`, unless null, tells which lanes the clamp leaves alone.
-  template <bool kClamp>
-  SK_INLINE Vec<T> advance(Vec<T> h, Vec<T> decay, Vec<T> entering, Mask<T>* inside) const {
+  // The next state. With a clamp, `note` gets to know what the state was before and after it.
+  template <bool kClamp, class Note>
+  SK_INLINE Vec<T> advance(Vec<T> h, Vec<T> decay, Vec<T> entering, const Note& note) const {
     h = fma(decay, h, entering);
     if constexpr (kClamp) {
       const Vec<T> clamped = min(upper, max(lower, h));  // NaN, the second operand, passes
-      if (inside) *inside = equal(clamped, h);           // lower <= h <= upper
+      note(h, clamped);
       h = clamped;
     }
     return h;
@@ -185,21 +192,21 @@ struct Projections {
   T *enter, *leave;
 
   void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps) const {
-    const int64_t first = (at.item * p.groups + at.group) * p.states;
+    const int64_t first = (at.item * p.groups + at.group) * p.states, place = at.place(p, start, steps);
     for (int64_t i = 0; i < p.states; i += kLanes<T>) {
-      const int64_t rows = std::min<int64_t>(kLanes<T>, p.states - i);
-      turn(p.B + (first + i) * p.length + start, p.length, rows, steps, enter + i);
-      turn(p.C + (first + i) * p.length + start, p.length, rows, steps, leave + i);
+      const int64_t rows = std::min<int64_t>(kLanes<T>, p.states - i), from = (first + i) * p.length + place;
+      turn(p.B + from, p.length, rows, steps, at.backwards, enter + i);
+      turn(p.C + from, p.length, rows, steps, at.backwards, leave + i);
     }
   }
 
  private:
-  void turn(const T* from, int64_t length, int64_t rows, int64_t steps, T* to) const {
+  void turn(const T* from, int64_t length, int64_t rows, int64_t steps, bool backwards, T* to) const {
     for (int64_t t = 0; t < steps; t += kLanes<T>) {
       Vec<T> turned[kLanes<T>];
       const int64_t here = std::min<int64_t>(kLanes<T>, steps - t);
       load_turned(from + t, length, rows, here, kLanes<T>, turned);
-      for (int64_t k = 0; k < here; ++k) store(to + (t + k) * stride, turned[k]);
+      for (int64_t k = 0; k < here; ++k) store(to + (backwards ? steps - 1 - t - k : t + k) * stride, turned[k]);
     }
   }
 };
@@ -217,26 +224,31 @@ struct Strip {
   int64_t steps, lanes;    // lanes: that are channels
   int64_t states, padded;  // from one block of lanes to the next among laws, among rows
   const Law<T>* laws;      // [states]
-  R* rows;                 // [steps]
+  R* rows;                 // [steps], in the order of the scan; see `rows_for`
+  bool backwards;          // in memory
   const T *enter, *leave;  // B and C of the first step,
   int64_t stride;          // which is the way to the next
 };
 
-template <class T>
-SK_INLINE Vec<T> sigmoid(Vec<T> x) {
-  // 1 / (1 + e^-x) with an exponential that cannot overflow.
-  const Vec<T> e = exp<T>(-abs(x)), one = splat<T>(1);
-  return select(less(x, Vec<T>{}), e, one) / (one + e);
+// The rows of a strip in `memory` for padded_to_lanes(steps) of them. What is turned comes in whole vectors, which leave
+// something behind the last step that they read: backwards that is before the first one of the scan.
+template <class T, class R>
+SK_INLINE R* rows_for(R* memory, int64_t steps, bool backwards) {
+  return memory + (backwards ? padded_to_lanes<T>(steps) - steps : 0);
 }
 
 // `of`, one member of each row of a strip, out of a row of `from` for each lane; and back.
 template <class T, class R>
 SK_INLINE void rows_in(const Strip<T, R>& s, const T* from, int64_t length, int64_t ahead, Vec<T> R::* of) {
-  load_turned(from, length, s.lanes, s.steps, ahead, &(s.rows->*of), sizeof(R) / sizeof(Vec<T>));
+  constexpr int64_t apart = sizeof(R) / sizeof(Vec<T>);
+  s.backwards ? load_turned(from, length, s.lanes, s.steps, -ahead, &(s.rows[s.steps - 1].*of), -apart)
+              : load_turned(from, length, s.lanes, s.steps, ahead, &(s.rows->*of), apart);
 }
 template <class T, class R>
 SK_INLINE void rows_out(const Strip<T, R>& s, Vec<T> R::* of, int64_t ahead, T* to, int64_t length) {
-  store_turned(&(s.rows->*of), s.lanes, s.steps, ahead, to, length, sizeof(R) / sizeof(Vec<T>));
+  constexpr int64_t apart = sizeof(R) / sizeof(Vec<T>);
+  s.backwards ? store_turned(&(s.rows[s.steps - 1].*of), s.lanes, s.steps, -ahead, to, length, -apart)
+              : store_turned(&(s.rows->*of), s.lanes, s.steps, ahead, to, length, apart);
 }
 
 // u, steps and tokens of a strip, and the steps' slopes where a row has them. Lowers `least` to the least step. True if no
@@ -251,10 +263,9 @@ SK_NOINLINE bool prepare(const Problem<T>& p, const Strip<T, R>& s, Vec<T> faste
   for (R* row = s.rows; row < s.rows + s.steps; ++row) {
     Vec<T> step = row->step + bias;
     if (p.softplus) {
-      const Vec<T> e = exp<T>(-abs(step));
-      if constexpr (requires { row->slope; })
-        row->slope = select(less(step, Vec<T>{}), e, splat<T>(1)) / (splat<T>(1) + e);
-      step = max(Vec<T>{}, step) + log1p_unit<T>(e);  // NaN, the second operand, passes
+      const Softplus<T> soft = softplus<T>(step);
+      step = soft.value;
+      if constexpr (requires { row->slope; }) row->slope = soft.slope;
     }
     row->step = step;
     row->token = step * row->u;
@@ -267,12 +278,13 @@ SK_NOINLINE bool prepare(const Problem<T>& p, const Strip<T, R>& s, Vec<T> faste
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-// Tile of N states: `state` goes on by the strip's steps, y += h C.
-template <class T, bool kClamp, bool kTame, int N>
-SK_NOINLINE void forward_tile(const Strip<T, Row<T>>& s, int64_t first, Vec<T>* state) {
+// Tile of N states: `state` goes on by the strip's steps, y += h C, and to `changed` is added how many states the clamp
+// changed, if that is counted.
+template <class T, Clamp kClamp, bool kTame, int N>
+SK_NOINLINE void forward_tile(const Strip<T, Row<T>>& s, int64_t first, Vec<T>* state, Vec<T>& changed) {
   const Law<T>* laws = s.laws + first;
   state += first;
-  Vec<T> h[N];
+  Vec<T> h[N], count{};
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) h[i] = state[i];
   const T *enter = s.enter + first, *leave = s.leave + first;
@@ -281,18 +293,25 @@ SK_NOINLINE void forward_tile(const Strip<T, Row<T>>& s, int64_t first, Vec<T>* 
     Vec<T> y = row->y;
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
-      h[i] = laws[i].template advance<kClamp>(h[i], laws[i].template decay<kTame>(step), token * splat(enter[i]), nullptr);
+      const Vec<T> decay = laws[i].template decay<kTame>(step), entering = token * splat(enter[i]);
+      h[i] = laws[i].template advance<kClamp != Clamp::kNone>(h[i], decay, entering, [&](Vec<T> free, Vec<T>) {
+        if constexpr (kClamp == Clamp::kCount)
+          count += select(less(free, laws[i].lower) | less(laws[i].upper, free), splat<T>(1), Vec<T>{});
+      });
       y = fma(h[i], splat(leave[i]), y);
     }
     row->y = y;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) state[i] = h[i];
+  if constexpr (kClamp == Clamp::kCount) changed += count;
 }
 
-// The least step, or 0, goes to `least_step`.
-template <class T, bool kClamp>
-void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states, T* least_step) {
+// The least step, or 0, goes to `least_step`; if states that the clamp changed are counted, their share to `saturation`
+// (batch, channels).
+template <class T, Clamp kClamp>
+void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states, T* least_step,
+             T* saturation) {
   const Slabs<T> slabs(p);
   const int64_t tasks = p.batch * p.groups * slabs.count;
   std::vector<T> least_of(tasks);
@@ -302,11 +321,13 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
     Law<T>* laws;
     Row<T>* rows;
     T *enter, *leave;
+    double* changed;  // how often, per channel
     Arena arena;
     const auto each = [&](const auto& visit) {
       visit(state, p.states * slabs.blocks()), visit(laws, p.states * slabs.blocks()), visit(fastest, slabs.blocks());
       visit(rows, padded_to_lanes<T>(kBlockSteps));
       visit(enter, segment * stride), visit(leave, segment * stride);
+      visit(changed, slabs.size);
     };
     each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
     arena.allocate();
@@ -317,6 +338,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
       const int64_t boundary = (at.item * p.channels + at.channel) * p.states;
       states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, state);
       laws_in(p, at, laws, fastest);
+      std::fill(changed, changed + slabs.size, 0.0);
       Vec<T> least{};
       // A segment's B and C stay in a cache, and a block's states and laws in the first level, while its steps go by.
       for (int64_t begun = 0; begun < p.length; begun += segment) {
@@ -328,9 +350,13 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
           Vec<T>* own = state + b * p.states;
           for (int64_t start = begun, steps; start < over; start += steps) {
             steps = std::min({kBlockSteps, over - start, p.chunk - start % p.chunk});
-            const int64_t offset = (at.item * p.channels + channel) * p.length + start, ahead = kBlockSteps;
-            const int64_t from = (start - begun) * stride;
-            const Strip<T, Row<T>> s{steps, lanes, p.states, 0, laws + b * p.states, rows, enter + from, leave + from, stride};
+            const int64_t offset = (at.item * p.channels + channel) * p.length + at.place(p, start, steps);
+            const int64_t ahead = kBlockSteps, from = (start - begun) * stride;
+            const Strip<T, Row<T>> s{steps,        lanes,        p.states,
+                                     0,            laws + b * p.states, rows_for<T>(rows, steps, at.backwards),
+                                     at.backwards, enter + from, leave + from,
+                                     stride};
+            Vec<T> count{};
             if (start % p.chunk == 0) {
               T* save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + channel;
               const bool past_caches = lanes == kLanes<T> && reinterpret_cast<uintptr_t>(save) % kVectorBytes == 0 &&
@@ -339,16 +365,18 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
                 past_caches ? stream(save + i * p.channels, own[i]) : store_block(save + i * p.channels, own[i], 0, lanes);
             }
             const bool tame = prepare(p, s, fastest[b], channel, offset, ahead, least);
-            for (Row<T>* row = rows; row < rows + steps; ++row) row->y = p.D ? skip * row->u : Vec<T>{};
+            for (Row<T>* row = s.rows; row < s.rows + steps; ++row) row->y = p.D ? skip * row->u : Vec<T>{};
             if (tame)
               for_tiles<kForwardTile>(p.states, [&](auto size, int64_t first) {
-                forward_tile<T, kClamp, true, decltype(size)::value>(s, first, own);
+                forward_tile<T, kClamp, true, decltype(size)::value>(s, first, own, count);
               });
             else
-              for (int64_t i = 0; i < p.states; ++i) forward_tile<T, kClamp, false, 1>(s, i, own);
+              for (int64_t i = 0; i < p.states; ++i) forward_tile<T, kClamp, false, 1>(s, i, own, count);
+            if constexpr (kClamp == Clamp::kCount)
+              for (int64_t k = 0; k < lanes; ++k) changed[b * kLanes<T> + k] += count[k];
             if (p.z) {
               rows_in<T, Row<T>>(s, p.z + offset, p.length, ahead, &Row<T>::u);
-              for (Row<T>* row = rows; row < rows + steps; ++row) row->y *= row->u * sigmoid<T>(row->u);
+              for (Row<T>* row = s.rows; row < s.rows + steps; ++row) row->y *= row->u * sigmoid<T>(row->u);
             }
             rows_out<T, Row<T>>(s, &Row<T>::y, ahead, y + offset, p.length);
           }
@@ -356,6 +384,10 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
       }
       states_out(state, at.count, p.states, last_state + boundary);
       stream_fence();
+      if constexpr (kClamp == Clamp::kCount)
+        for (int64_t k = 0; k < at.count; ++k)
+          saturation[at.item * p.channels + at.channel + k] =
+              static_cast<T>(changed[k] / static_cast<double>(std::max<int64_t>(1, p.length * p.states)));
       for (int k = 0; k < kLanes<T>; ++k) least_of[task] = std::min(least_of[task], least[k]);
     }
   });
@@ -442,7 +474,9 @@ SK_NOINLINE void recompute_tile(const Strip<T, RowBack<T>>& s, int64_t first, co
         const Law<T>& law = laws[w * s.states + i];
         const Vec<T> decay = law.template decay<kTame>(step[w]);
         past[i * W + w] = {h[i][w], decay};
-        h[i][w] = law.template advance<kClamp>(h[i][w], decay, token[w] * splat(enter[i]), kClamp ? inside + i * W + w : nullptr);
+        h[i][w] = law.template advance<kClamp>(h[i][w], decay, token[w] * splat(enter[i]), [&](Vec<T> free, Vec<T> clamped) {
+          inside[i * W + w] = equal(clamped, free);  // lower <= free <= upper, with one comparison
+        });
         sum = fma(grad_y[w], h[i][w], sum);
         if constexpr (kGate) y[w] = fma(h[i][w], splat(leave[i]), y[w]);
       }
@@ -576,6 +610,7 @@ template <class T>
 struct SumsOut {
   T *grad_B, *grad_C;  // of the first state at the first step; null before the last group
   int64_t length, steps, states;
+  bool backwards;      // in memory
   int64_t rest_lanes;  // that are channels, of an incomplete last block, or 0
 
   void operator()(const Scratch<T>& z, int64_t first, int64_t count) const {
@@ -589,11 +624,17 @@ struct SumsOut {
         add_rest<T>(z.rest_leave + i, channel, steps, states, z.grad_leave + i);
       }
       for (int64_t t = 0; t < steps; t += kLanes<T>) {
-        const int64_t from = t * states + i, into = i * length + t;
-        store_block(grad_B + into, take_sums<T>(z.grad_enter + from, states), 0, steps - t);
-        store_block(grad_C + into, take_sums<T>(z.grad_leave + from, states), 0, steps - t);
+        const int64_t from = t * states + i;
+        put(take_sums<T>(z.grad_enter + from, states), t, grad_B + i * length);
+        put(take_sums<T>(z.grad_leave + from, states), t, grad_C + i * length);
       }
     }
+  }
+
+ private:
+  SK_INLINE void put(Vec<T> sums, int64_t t, T* row) const {
+    const int64_t count = std::min<int64_t>(kLanes<T>, steps - t);
+    backwards ? store_block(row + steps - t - count, reversed<T>(sums, count), 0, count) : store_block(row + t, sums, 0, count);
   }
 };
 
@@ -607,11 +648,13 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
   const int64_t whole = std::min(blocks, (at.count - first_block * kLanes<T>) / kLanes<T>);
   const auto strip = [&](int64_t b) {
     return Strip<T, RowBack<T>>{steps,        at.in_block(first_block + b), p.states, z.padded, z.laws + (first_block + b) * p.states,
-                                z.rows + b * z.padded, shared.enter, shared.leave, shared.stride};
+                                rows_for<T>(z.rows + b * z.padded, steps, at.backwards), at.backwards, shared.enter, shared.leave,
+                                shared.stride};
   };
-  const auto offset = [&](int64_t b) { return (at.item * p.channels + first_channel + b * kLanes<T>) * p.length + start; };
+  const int64_t place = at.place(p, start, steps);
+  const auto offset = [&](int64_t b) { return (at.item * p.channels + first_channel + b * kLanes<T>) * p.length + place; };
   const bool last = first_block + blocks == at.blocks();
-  const SumsOut<T> sums_out{last ? grad_B : nullptr, grad_C, p.length, steps, p.states,
+  const SumsOut<T> sums_out{last ? grad_B : nullptr, grad_C, p.length, steps, p.states, at.backwards,
                             whole < blocks ? at.in_block(first_block + whole) : 0};
   bool tame = true;
   for (int64_t b = 0; b < blocks; ++b)
@@ -674,7 +717,7 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
       for (int64_t start = (p.chunks() - 1) * p.chunk; start >= 0; start -= p.chunk) {
         const int64_t steps = std::min(p.chunk, p.length - start);
         shared.fill(p, at, start, steps);
-        const int64_t to = (at.item * p.groups + at.group) * p.states * p.length + start;
+        const int64_t to = (at.item * p.groups + at.group) * p.states * p.length + at.place(p, start, steps);
         for (int64_t first = 0; first < at.blocks(); first += kGroup)
           backward_group<T, kClamp, kGate>(p, at, shared, z, first, start, steps, grad_out, chunk_states, out, grad_B + to,
                                            grad_C + to);
@@ -718,36 +761,38 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
 template <class T>
 Problem<T> problem(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                    const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, bool softplus, int64_t chunk) {
-  return {u.size(0),  u.size(1),  u.size(2),  B.size(1), A.size(1),  chunk,         softplus,      data<T>(u), data<T>(delta),
-          data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(z), data<T>(bias), data<T>(lower), data<T>(upper)};
+                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, int64_t reverse_channels,
+                   bool softplus, int64_t chunk) {
+  return {u.size(0),  u.size(1),      u.size(2),  B.size(1),  A.size(1),  chunk,      reverse_channels, softplus,
+          data<T>(u), data<T>(delta), data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(z),       data<T>(bias),
+          data<T>(lower), data<T>(upper)};
 }
 
 void selective_scan_fwd(const Tensor u, const Tensor delta, const Tensor A, const Tensor B, const Tensor C,
                         const std::optional<Tensor> D, const std::optional<Tensor> z, const std::optional<Tensor> bias,
                         const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
-                        const std::optional<Tensor> upper, bool softplus, int64_t chunk, Tensor y, Tensor last_state,
-                        Tensor chunk_states, Tensor least_step) {
+                        const std::optional<Tensor> upper, int64_t reverse_channels, bool softplus, int64_t chunk,
+                        bool count, Tensor y, Tensor last_state, Tensor chunk_states, Tensor saturation, Tensor least_step) {
   for_dtype(u, [&]<class T>(T) {
-    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, softplus, chunk);
+    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, reverse_channels, softplus, chunk);
     if (p.batch * p.channels == 0) {
       *mutable_data<T>(least_step) = T(0);
       return;
     }
-    const auto run = p.upper ? forward<T, true> : forward<T, false>;
+    const auto run = !p.upper ? forward<T, Clamp::kNone> : count ? forward<T, Clamp::kCount> : forward<T, Clamp::kApply>;
     run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states),
-        mutable_data<T>(least_step));
+        mutable_data<T>(least_step), mutable_data<T>(saturation));
   });
 }
 
 void selective_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_state, const Tensor u, const Tensor delta,
                         const Tensor A, const Tensor B, const Tensor C, const std::optional<Tensor> D,
                         const std::optional<Tensor> z, const std::optional<Tensor> bias, const std::optional<Tensor> lower,
-                        const std::optional<Tensor> upper, const Tensor chunk_states, bool softplus, int64_t chunk,
-                        Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,
+                        const std::optional<Tensor> upper, const Tensor chunk_states, int64_t reverse_channels,
+                        bool softplus, int64_t chunk, Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,
                         Tensor grad_z, Tensor grad_bias, Tensor grad_initial_state) {
   for_dtype(u, [&]<class T>(T) {
-    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, softplus, chunk);
+    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, reverse_channels, softplus, chunk);
     if (p.batch * p.channels == 0) {
       for (Tensor* empty_sum : {&grad_A, &grad_B, &grad_C, &grad_D, &grad_bias})
         std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
@@ -768,11 +813,13 @@ void selective_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_la
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias,"
-      " Tensor? initial_state, Tensor? lower, Tensor? upper, bool softplus, int chunk, Tensor(a!) y,"
-      " Tensor(b!) last_state, Tensor(c!) chunk_states, Tensor(d!) least_step) -> ()");
+      " Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_channels, bool softplus, int chunk, bool count,"
+      " Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states, Tensor(d!) saturation, Tensor(e!) least_step)"
+      " -> ()");
   m.def(
       "selective_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
-      " Tensor? D, Tensor? z, Tensor? bias, Tensor? lower, Tensor? upper, Tensor chunk_states, bool softplus, int chunk,"
+      " Tensor? D, Tensor? z, Tensor? bias, Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_channels,"
+      " bool softplus, int chunk,"
       " Tensor(a!) grad_u, Tensor(b!) grad_delta, Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C,"
       " Tensor(f!) grad_D, Tensor(g!) grad_z, Tensor(h!) grad_bias, Tensor(i!) grad_initial_state) -> ()");
 }

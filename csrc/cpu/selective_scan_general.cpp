@@ -35,6 +35,7 @@ constexpr int64_t kBlockSteps = 16;  // of the forward pass
 template <class T>
 struct Problem {
   int64_t batch, channels, length, groups, states, chunk;
+  int64_t reverse_channels;  // so many, the last ones, begin with the last step in memory
   bool softplus;
   const T *u, *delta, *A, *B, *C;
   bool enter_constant, leave_constant;  // B, C
@@ -121,6 +122,13 @@ struct Law {
       return min(upper, max(lower, free));  // NaN, the second operand, passes
     }
   }
+  // Where the clamp changes a state.
+  SK_INLINE Mask<T> outside(E free) const {
+    if constexpr (kIsComplex<S>)
+      return greater(size_of(free).outside, upper);
+    else
+      return less(free, lower) | less(upper, free);
+  }
   SK_INLINE E through_clamp(E grad, E free) const {
     if constexpr (kIsComplex<S>) {
       const Size size = size_of(free);
@@ -149,26 +157,33 @@ struct Strip {
   using T = RealOf<S>;
   using E = Element<S>;
   const Problem<T>& p;
-  int64_t channel, lanes, offset, steps;  // offset: of the first step, in rows (batch, channels, length)
-  const T *enter, *leave;                 // B and C of the group at the first step
-  Law<S>* laws;                           // [states]
-  Row<T>* rows;                           // [steps]
+  int64_t channel, lanes, steps;
+  bool backwards;          // in memory
+  int64_t place, offset;   // of the steps in memory: in a row, and in rows (batch, channels, length)
+  const T *enter, *leave;  // B and C of the group at the first step
+  Law<S>* laws;            // [states]
+  Row<T>* rows;            // [steps], in the order of the scan, in memory for padded_to_lanes(steps)
 
   Strip(const Problem<T>& problem, int64_t item, int64_t group, int64_t block, int64_t start, int64_t count, Law<S>* all_laws,
         Row<T>* first_row)
-      : p(problem), steps(count), laws(all_laws + block * p.states), rows(first_row) {
+      : p(problem), steps(count), laws(all_laws + block * p.states) {
     const int64_t own = p.channels / p.groups;
     channel = group * own + block * kLanes<T>;
     lanes = std::min<int64_t>(kLanes<T>, own - block * kLanes<T>);
-    offset = (item * p.channels + channel) * p.length + start;
-    const int64_t row = (item * p.groups + group) * p.states * p.length + start;
+    backwards = channel >= p.channels - p.reverse_channels;
+    place = backwards ? p.length - start - count : start;
+    offset = (item * p.channels + channel) * p.length + place;
+    // What is turned comes in whole vectors, which leave something behind the last step that they read.
+    rows = first_row + (backwards ? padded_to_lanes<T>(count) - count : 0);
+    const int64_t row = (item * p.groups + group) * p.states * p.length + in_memory(0);
     enter = p.B + row * kParts<S>, leave = p.C + row * kParts<S>;
   }
+  SK_INLINE int64_t in_memory(int64_t t) const { return place + (backwards ? steps - 1 - t : t); }
   SK_INLINE E enters(int64_t i, int64_t t) const {
-    return p.enter_constant ? laws[i].enter : everywhere<S>(enter + (i * p.length + t) * kParts<S>);
+    return p.enter_constant ? laws[i].enter : everywhere<S>(enter + (i * p.length + (backwards ? -t : t)) * kParts<S>);
   }
   SK_INLINE E leaves(int64_t i, int64_t t) const {
-    return p.leave_constant ? laws[i].leave : everywhere<S>(leave + (i * p.length + t) * kParts<S>);
+    return p.leave_constant ? laws[i].leave : everywhere<S>(leave + (i * p.length + (backwards ? -t : t)) * kParts<S>);
   }
   SK_INLINE Mask<T> channels() const {
     IVec<T> left;
@@ -177,11 +192,12 @@ struct Strip {
   }
   // `of`, one member of each row, from and to rows (channels, time).
   void in(const T* from, Vec<T> Row<T>::* of) const {
-    load_turned(from + offset, p.length, lanes, steps, 0, &(rows->*of), sizeof(Row<T>) / sizeof(Vec<T>));
+    load_turned(from + offset, p.length, lanes, steps, 0, &(rows[backwards ? steps - 1 : 0].*of), apart());
   }
   void out(Vec<T> Row<T>::* of, T* to) const {
-    store_turned(&(rows->*of), lanes, steps, 0, to + offset, p.length, sizeof(Row<T>) / sizeof(Vec<T>));
+    store_turned(&(rows[backwards ? steps - 1 : 0].*of), lanes, steps, 0, to + offset, p.length, apart());
   }
+  int64_t apart() const { return (backwards ? -1 : 1) * static_cast<int64_t>(sizeof(Row<T>) / sizeof(Vec<T>)); }
   Vec<T> per_channel(const T* from) const {
     return from ? load_first(from + channel, static_cast<int>(lanes)) : Vec<T>{};
   }
@@ -194,24 +210,18 @@ struct Strip {
       Vec<T> step = row->step + bias;
       row->slope = one;
       if (p.softplus) {
-        const Vec<T> e = exp<T>(-abs(step));
-        row->slope = select(less(step, Vec<T>{}), e, one) / (one + e);
+        const Softplus<T> soft = softplus<T>(step);
+        row->slope = soft.slope;
         // An error of the step turns a complex state and does not decay: double gets what its oracle has.
-        Vec<T> rest = log1p_unit<T>(e);
         if constexpr (sizeof(T) == 8)
-          for (int k = 0; k < kLanes<T>; ++k) rest[k] = std::log1p(std::exp(-std::abs(step[k])));
-        step = max(Vec<T>{}, step) + rest;  // NaN, the second operand, passes
+          for (int k = 0; k < kLanes<T>; ++k) step[k] = std::max(T(0), step[k]) + std::log1p(std::exp(-std::abs(step[k])));
+        else
+          step = soft.value;
       }
       row->step = step, row->token = step * row->u, row->y = p.D ? skip * row->u : Vec<T>{};
     }
   }
 };
-
-template <class T>
-SK_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> e = exp<T>(-abs(x)), one = splat<T>(1);  // cannot overflow
-  return select(less(x, Vec<T>{}), e, one) / (one + e);
-}
 
 template <class S>
 constexpr int kCounted = kIsComplex<S> ? 2 : 1;  // how often a state counts in y: a complex one is a conjugate pair
@@ -239,9 +249,10 @@ int64_t blocks_of(const Problem<RealOf<S>>& p) {
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-template <class S, bool kClamp>
+// If states that the clamp changed are counted, their share goes to `saturation` (batch, channels).
+template <class S, Clamp kClamp>
 void forward(const Problem<RealOf<S>>& p, const RealOf<S>* initial_state, RealOf<S>* y, RealOf<S>* last_state,
-             RealOf<S>* chunk_states) {
+             RealOf<S>* chunk_states, RealOf<S>* saturation) {
   using T = RealOf<S>;
   using E = Element<S>;
   torch::stable::parallel_for(0, p.batch * p.groups, 1, [&](int64_t begin, int64_t end) {
@@ -252,14 +263,15 @@ void forward(const Problem<RealOf<S>>& p, const RealOf<S>* initial_state, RealOf
     arena.allocate();
     auto* laws = arena.take<Law<S>>(blocks_of<S>(p) * p.states);
     auto* state = arena.take<E>(p.states);
-    auto* rows = arena.take<Row<T>>(kBlockSteps);
+    auto* memory = arena.take<Row<T>>(kBlockSteps);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t item = task / p.groups, group = task % p.groups;
       laws_in<S>(p, group, laws);
       for (int64_t b = 0; b < blocks_of<S>(p); ++b) {
+        double changed[kLanes<T>] = {};  // how often, per channel
         for (int64_t start = 0, steps; start < p.length || start == 0; start += steps) {
           steps = std::min({kBlockSteps, p.length - start, p.chunk - start % p.chunk});
-          const Strip<S> s(p, item, group, b, start, steps, laws, rows);
+          const Strip<S> s(p, item, group, b, start, steps, laws, memory);
           const int64_t boundary = (item * p.channels + s.channel) * p.states * kParts<S>;
           if (start == 0)
             for (int64_t i = 0; i < p.states; ++i)
@@ -267,26 +279,35 @@ void forward(const Problem<RealOf<S>>& p, const RealOf<S>* initial_state, RealOf
           if (p.length == 0) {
             for (int64_t i = 0; i < p.states; ++i)
               scatter<S>(state[i], p.states, s.lanes, last_state + boundary + i * kParts<S>);
+            if constexpr (kClamp == Clamp::kCount) std::fill_n(saturation + item * p.channels + s.channel, s.lanes, T(0));
             break;
           }
           s.prepare();
+          Vec<T> count{};
           T* save = chunk_states + ((item * p.chunks() + start / p.chunk) * p.states * p.channels + s.channel) * kParts<S>;
           for (int64_t i = 0; i < p.states; ++i) {
             const Law<S> law = s.laws[i];
             E h = state[i];
             if (start % p.chunk == 0) scatter<S>(h, 1, s.lanes, save + i * p.channels * kParts<S>);
             for (int64_t t = 0; t < steps; ++t) {
-              Row<T>& row = rows[t];
+              Row<T>& row = s.rows[t];
               h = fma(exponential<S>(law.rate * row.step), h, s.enters(i, t) * row.token);
-              if constexpr (kClamp) h = law.clamp(h);
+              if constexpr (kClamp == Clamp::kCount) count += select(law.outside(h), splat<T>(1), Vec<T>{});
+              if constexpr (kClamp != Clamp::kNone) h = law.clamp(h);
               row.y = fma(splat<T>(kCounted<S>), real_part(h * s.leaves(i, t)), row.y);
             }
             state[i] = h;
             if (start + steps == p.length) scatter<S>(h, p.states, s.lanes, last_state + boundary + i * kParts<S>);
           }
           if (p.z)
-            for (Row<T>* row = rows; row < rows + steps; ++row) row->y *= row->z * sigmoid<T>(row->z);
+            for (Row<T>* row = s.rows; row < s.rows + steps; ++row) row->y *= row->z * sigmoid<T>(row->z);
           s.out(&Row<T>::y, y);
+          if constexpr (kClamp == Clamp::kCount)
+            for (int64_t k = 0; k < s.lanes; ++k) {
+              changed[k] += count[k];
+              saturation[item * p.channels + s.channel + k] =
+                  static_cast<T>(changed[k] / static_cast<double>(std::max<int64_t>(1, p.length * p.states)));
+            }
         }
       }
     }
@@ -318,7 +339,7 @@ void backward(const Problem<RealOf<S>>& p, const RealOf<S>* grad_out, const Real
     E *carry, *grad_rate, *grad_enter, *grad_leave;  // [blocks][states]
     E *sum_enter, *sum_leave;                        // [steps][states], to be summed over lanes
     Vec<T> *grad_skip, *grad_bias;                   // [blocks]
-    Row<T>* rows;
+    Row<T>* memory;
     Past* past;
     Arena arena;
     const auto each = [&](const auto& visit) {
@@ -326,7 +347,7 @@ void backward(const Problem<RealOf<S>>& p, const RealOf<S>* grad_out, const Real
       for (auto* all : {&carry, &grad_rate, &grad_enter, &grad_leave}) visit(*all, blocks * p.states);
       for (auto* sum : {&sum_enter, &sum_leave}) visit(*sum, most * p.states);
       for (auto* all : {&grad_skip, &grad_bias}) visit(*all, blocks);
-      visit(rows, padded_to_lanes<T>(most)), visit(past, most);
+      visit(memory, padded_to_lanes<T>(most)), visit(past, most);
     };
     each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
     arena.allocate();
@@ -352,7 +373,8 @@ void backward(const Problem<RealOf<S>>& p, const RealOf<S>* grad_out, const Real
         const int64_t steps = std::min(p.chunk, p.length - start);
         for (auto* sum : {sum_enter, sum_leave}) std::fill_n(sum, most * p.states, E{});
         for (int64_t b = 0; b < blocks; ++b) {
-          const Strip<S> s(p, item, group, b, start, steps, laws, rows);
+          const Strip<S> s(p, item, group, b, start, steps, laws, memory);
+          Row<T>* const rows = s.rows;
           const Mask<T> channels = s.channels();
           s.prepare();
           s.in(grad_out, &Row<T>::grad_out);
@@ -409,10 +431,11 @@ void backward(const Problem<RealOf<S>>& p, const RealOf<S>* grad_out, const Real
           s.out(&Row<T>::by_token, out.u), s.out(&Row<T>::by_step, out.delta);
           if (p.z) s.out(&Row<T>::y, out.z);
         }
-        const int64_t to = (item * p.groups + group) * p.states * p.length + start;
+        const Strip<S> s(p, item, group, 0, start, steps, laws, memory);
+        const int64_t to = (item * p.groups + group) * p.states * p.length;
         for (int64_t i = 0; i < p.states; ++i)
           for (int64_t t = 0; t < steps; ++t) {
-            const int64_t at = (to + i * p.length + t) * kParts<S>, from = t * p.states + i;
+            const int64_t at = (to + i * p.length + s.in_memory(t)) * kParts<S>, from = t * p.states + i;
             if (!p.enter_constant) store_sum<S>(sum_enter[from], out.B + at);
             if (!p.leave_constant) store_sum<S>(sum_leave[from], out.C + at);
           }
@@ -449,11 +472,14 @@ void backward(const Problem<RealOf<S>>& p, const RealOf<S>* grad_out, const Real
 template <class T>
 Problem<T> problem(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                    const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, bool softplus, int64_t chunk) {
-  const int64_t groups = B.dim() == 4 ? B.size(1) : C.dim() == 4 ? C.size(1) : 1;
-  return {u.size(0),      u.size(1),      u.size(2),  groups,     A.size(1),     chunk,          softplus,       data<T>(u),
-          data<T>(delta), data<T>(A),     data<T>(B), data<T>(C), B.dim() == 2,  C.dim() == 2,   data<T>(D),     data<T>(z),
-          data<T>(bias),  data<T>(lower), data<T>(upper)};
+                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, int64_t reverse_channels,
+                   bool softplus, int64_t chunk) {
+  // Where B and C are constant, the channels of one direction are a group.
+  const int64_t directions = reverse_channels > 0 && reverse_channels < u.size(1) ? 2 : 1;
+  const int64_t groups = B.dim() == 4 ? B.size(1) : C.dim() == 4 ? C.size(1) : directions;
+  return {u.size(0),  u.size(1),      u.size(2),      groups,     A.size(1),  chunk,        reverse_channels, softplus,
+          data<T>(u), data<T>(delta), data<T>(A),     data<T>(B), data<T>(C), B.dim() == 2, C.dim() == 2,     data<T>(D),
+          data<T>(z), data<T>(bias),  data<T>(lower), data<T>(upper)};
 }
 
 // f(S{}) with the type of A's elements.
@@ -465,14 +491,15 @@ void for_element(const Tensor& u, const Tensor& A, const F& f) {
 void selective_scan_general_fwd(const Tensor u, const Tensor delta, const Tensor A, const Tensor B, const Tensor C,
                                 const std::optional<Tensor> D, const std::optional<Tensor> z, const std::optional<Tensor> bias,
                                 const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
-                                const std::optional<Tensor> upper, bool softplus, int64_t chunk, Tensor y, Tensor last_state,
-                                Tensor chunk_states) {
+                                const std::optional<Tensor> upper, int64_t reverse_channels, bool softplus, int64_t chunk,
+                                bool count, Tensor y, Tensor last_state, Tensor chunk_states, Tensor saturation) {
   for_element(u, A, [&]<class S>(S) {
     using T = RealOf<S>;
-    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, softplus, chunk);
+    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, reverse_channels, softplus, chunk);
     if (p.batch * p.channels == 0) return;
-    const auto run = p.upper ? forward<S, true> : forward<S, false>;
-    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states));
+    const auto run = !p.upper ? forward<S, Clamp::kNone> : count ? forward<S, Clamp::kCount> : forward<S, Clamp::kApply>;
+    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states),
+        mutable_data<T>(saturation));
   });
 }
 
@@ -480,11 +507,11 @@ void selective_scan_general_bwd(const Tensor grad_y, const std::optional<Tensor>
                                 const Tensor delta, const Tensor A, const Tensor B, const Tensor C,
                                 const std::optional<Tensor> D, const std::optional<Tensor> z, const std::optional<Tensor> bias,
                                 const std::optional<Tensor> lower, const std::optional<Tensor> upper, const Tensor chunk_states,
-                                bool softplus, int64_t chunk, Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B,
+                                int64_t reverse_channels, bool softplus, int64_t chunk, Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B,
                                 Tensor grad_C, Tensor grad_D, Tensor grad_z, Tensor grad_bias, Tensor grad_initial_state) {
   for_element(u, A, [&]<class S>(S) {
     using T = RealOf<S>;
-    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, softplus, chunk);
+    const auto p = problem<T>(u, delta, A, B, C, D, z, bias, lower, upper, reverse_channels, softplus, chunk);
     if (p.batch * p.channels == 0) {
       for (Tensor* empty_sum : {&grad_A, &grad_B, &grad_C})
         std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel() * kParts<S>, T(0));
@@ -505,11 +532,11 @@ void selective_scan_general_bwd(const Tensor grad_y, const std::optional<Tensor>
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "selective_scan_general_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias,"
-      " Tensor? initial_state, Tensor? lower, Tensor? upper, bool softplus, int chunk, Tensor(a!) y,"
-      " Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
+      " Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_channels, bool softplus, int chunk, bool count,"
+      " Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states, Tensor(d!) saturation) -> ()");
   m.def(
       "selective_scan_general_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B,"
-      " Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? lower, Tensor? upper, Tensor chunk_states, bool softplus,"
+      " Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_channels, bool softplus,"
       " int chunk, Tensor(a!) grad_u, Tensor(b!) grad_delta, Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C,"
       " Tensor(f!) grad_D, Tensor(g!) grad_z, Tensor(h!) grad_bias, Tensor(i!) grad_initial_state) -> ()");
 }

@@ -7,6 +7,8 @@
 //
 // Backward, per chunk from its saved start state: recompute and keep the states of one tile, then sweep back. The sums
 // over channels for dB and dC are kept as vectors until all blocks of lanes of the chunk have been added, and reduced once.
+// Step sizes are made of dt where a block of steps begins, once per head; the gate acts on rows that are in the cache, and
+// what it needs on the way back, y, is recomputed with the states.
 //
 // One task is one batch item, group and slab of channels. The split depends on sizes alone and slabs are added in their
 // order, so no result depends on the number of threads. Fused multiply-adds are written out as `fma` for the same reason.
@@ -47,6 +49,9 @@ struct Problem {
   int64_t reverse_groups;  // so many groups, the last ones, begin with the last step in memory
   const T *x, *dt, *A, *B, *C;
   const T *D, *lower, *upper;  // (heads, width) or null
+  const T *z, *bias;           // like x, (heads), or null
+  bool softplus;
+  T least, most;  // of a step
 
   int64_t channels() const { return heads * width; }
   int64_t chunks() const { return (length + chunk - 1) / chunk; }
@@ -110,18 +115,27 @@ SK_INLINE void for_tiles(int64_t states, const F& f) {
 template <class T>
 struct HeadSteps {
   int64_t stride;
-  T *dt, *decay;
+  T *step, *decay;
+  T* slope;  // of the step, or null
 
   static int64_t padded(int64_t heads) { return (heads + kLanes<T> - 1) / kLanes<T> * kLanes<T> + kLanes<T>; }
 
-  void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps) const {
+  // Lowers `smallest` to the least step, before it is limited.
+  void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps, Vec<T>& smallest) const {
+    const Vec<T> least = splat(p.least), most = splat(p.most), one = splat<T>(1);
     for (int64_t t = 0; t < steps; ++t) {
       const T* row = p.dt + at.place(start + t) * p.heads + at.head;
       for (int64_t head = 0; head < at.heads; head += kLanes<T>) {
         const int here = static_cast<int>(std::min<int64_t>(kLanes<T>, at.heads - head));
-        const Vec<T> step = load_first(row + head, here), rate = load_first(p.A + at.head + head, here);
-        store(dt + t * stride + head, step);
-        store(decay + t * stride + head, exp<T>(step * rate));
+        Softplus<T> of{load_first(row + head, here), one};
+        if (p.bias) of.value += load_first(p.bias + at.head + head, here);
+        if (p.softplus) of = softplus<T>(of.value);
+        smallest = min(of.value, smallest);
+        const Vec<T> limited = min(most, max(least, of.value));  // NaN, the second operand, passes
+        store(step + t * stride + head, limited);
+        store(decay + t * stride + head, exp<T>(limited * load_first(p.A + at.head + head, here)));
+        if (slope)
+          store(slope + t * stride + head, select(less(of.value, least) | less(most, of.value), Vec<T>{}, of.slope));
       }
     }
   }
@@ -168,17 +182,18 @@ struct Strip {
     for (int64_t t = 0; t < steps; ++t)
       for (int w = 0; w < W; ++w) {
         decay[t * W + w] = spread(per_head.decay + t * per_head.stride, w);
-        token[t * W + w] = spread(per_head.dt + t * per_head.stride, w) * load_block(x + t * row, w, count);
+        token[t * W + w] = spread(per_head.step + t * per_head.stride, w) * load_block(x + t * row, w, count);
       }
   }
 };
 
-template <class T, int W, bool kClamp>
-SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Vec<T> token, Vec<T> enter, Mask<T>* inside) {
+// The next state. With a clamp, `note` gets to know what the state was before and after it.
+template <class T, int W, bool kClamp, class Note>
+SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Vec<T> token, Vec<T> enter, const Note& note) {
   h = fma(decay, h, token * enter);
   if constexpr (kClamp) {
     const Vec<T> clamped = min(s.upper[w], max(s.lower[w], h));  // NaN, the second operand, passes
-    if (inside) *inside = equal(clamped, h);                      // lower <= h <= upper, with one comparison
+    note(h, clamped);
     h = clamped;
   }
   return h;
@@ -186,11 +201,12 @@ SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Ve
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-// Tile of N states: `state` [states][blocks], y += h C, and the start state to `save` unless null.
-template <class T, int W, bool kClamp, int N>
+// Tile of N states: `state` [states][blocks], y += h C, the start state to `save` unless null, and to `changed` [W] how
+// many states the clamp changed, if that is counted.
+template <class T, int W, Clamp kClamp, int N>
 void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t blocks, T* save, int64_t save_row, T* y,
-                  int64_t row) {
-  Vec<T> h[N][W];
+                  int64_t row, Vec<T>* changed) {
+  Vec<T> h[N][W], count[W] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 2
@@ -211,7 +227,10 @@ void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t bl
       const Vec<T> b = splat(enter[i]), c = splat(leave[i]);
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
-        h[i][w] = advance<T, W, kClamp>(s, w, h[i][w], decay[w], token[w], b, nullptr);
+        h[i][w] = advance<T, W, kClamp != Clamp::kNone>(s, w, h[i][w], decay[w], token[w], b, [&](Vec<T> free, Vec<T>) {
+          if constexpr (kClamp == Clamp::kCount)
+            count[w] += select(less(free, s.lower[w]) | less(s.upper[w], free), splat<T>(1), Vec<T>{});
+        });
         sum[w] = fma(h[i][w], c, sum[w]);
       }
     }
@@ -222,11 +241,13 @@ void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t bl
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) state[(first + i) * blocks + w] = h[i][w];
+  if constexpr (kClamp == Clamp::kCount)
+    for (int w = 0; w < W; ++w) changed[w] += count[w];
 }
 
-template <class T, int W, bool kClamp>
+template <class T, int W, Clamp kClamp>
 void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& per_head, int64_t channel, int64_t start,
-                   int64_t steps, Vec<T>* decay, Vec<T>* token, Vec<T>* state, T* y, T* chunk_states) {
+                   int64_t steps, Vec<T>* decay, Vec<T>* token, Vec<T>* state, T* y, T* chunk_states, double* changed) {
   const Strip<T, W> s(p, at, channel, start, steps, decay, token);
   const int64_t channels = p.channels(), row = at.direction * channels, everywhere = at.channel + channel;
   const int64_t offset = at.place(start) * channels + everywhere;
@@ -238,9 +259,18 @@ void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& 
   }
   T* save = nullptr;
   if (start % p.chunk == 0) save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
+  Vec<T> count[W] = {};
   for_tiles(p.states, [&](auto size, int64_t first) {
-    forward_tile<T, W, kClamp, decltype(size)::value>(s, first, state, at.blocks(), save, channels, y + offset, row);
+    forward_tile<T, W, kClamp, decltype(size)::value>(s, first, state, at.blocks(), save, channels, y + offset, row, count);
   });
+  if constexpr (kClamp == Clamp::kCount)
+    for (int64_t c = 0; c < s.count; ++c) changed[channel + c] += count[c / kLanes<T>][c % kLanes<T>];
+  if (p.z)
+    for (int64_t t = 0; t < steps; ++t)
+      for (int w = 0; w < W; ++w) {
+        const Vec<T> gate = load_block(p.z + offset + t * row, w, s.count);
+        store_block(y + offset + t * row, load_block(y + offset + t * row, w, s.count) * gate * sigmoid<T>(gate), w, s.count);
+      }
 }
 
 // Between (channels, states) at `outside` and [states][blocks] of vectors.
@@ -259,38 +289,55 @@ void states_out(const Vec<T>* state, int64_t count, int64_t states, int64_t bloc
     for (int64_t i = 0; i < states; ++i) outside[c * states + i] = lanes[i * blocks * kLanes<T> + c];
 }
 
-template <class T, bool kClamp>
-void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states) {
+// The least step, or 0, goes to `least_step`; if states that the clamp changed are counted, their share to `saturation`
+// (batch, heads).
+template <class T, Clamp kClamp>
+void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T* chunk_states, T* least_step,
+             T* saturation) {
   const Slabs<T> slabs(p);
-  torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = p.batch * p.groups * slabs.count;
+  std::vector<T> least_of(tasks);
+  torch::stable::parallel_for(0, tasks, slabs.grain, [&](int64_t begin, int64_t end) {
     const int64_t block = std::min<int64_t>(kBlockSteps, p.chunk), per_head = HeadSteps<T>::padded(slabs.size / p.width);
-    const int64_t all_states = p.states * (slabs.size / kLanes<T>);
+    T *step, *head_decay;
+    Vec<T> *decay, *token, *state;
+    double* changed;  // how often, per channel
     Arena arena;
-    arena.reserve<T>(block * per_head);
-    arena.reserve<T>(block * per_head);
-    arena.reserve<Vec<T>>(block * 2);
-    arena.reserve<Vec<T>>(block * 2);
-    arena.reserve<Vec<T>>(all_states);
+    const auto each = [&](const auto& visit) {
+      visit(step, block * per_head), visit(head_decay, block * per_head);
+      visit(decay, block * 2), visit(token, block * 2);
+      visit(state, p.states * (slabs.size / kLanes<T>));
+      visit(changed, slabs.size);
+    };
+    each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
     arena.allocate();
-    const HeadSteps<T> head_steps{per_head, arena.take<T>(block * per_head), arena.take<T>(block * per_head)};
-    auto* decay = arena.take<Vec<T>>(block * 2);
-    auto* token = arena.take<Vec<T>>(block * 2);
-    auto* state = arena.take<Vec<T>>(all_states);
+    each([&]<class V>(V*& pointer, int64_t count) { pointer = arena.take<V>(count); });
+    const HeadSteps<T> head_steps{per_head, step, head_decay, nullptr};
     for (int64_t task = begin; task < end; ++task) {
       const Place<T> at(p, slabs, task);
       const int64_t boundary = (at.item * p.channels() + at.channel) * p.states;
       states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, at.blocks(), state);
+      std::fill(changed, changed + slabs.size, 0.0);
+      Vec<T> least{};
       for (int64_t start = 0, steps; start < p.length; start += steps) {
         steps = std::min({block, p.length - start, p.chunk - start % p.chunk});
-        head_steps.fill(p, at, start, steps);
+        head_steps.fill(p, at, start, steps, least);
         for (int64_t b = 0; b < at.blocks(); b += 2) {
           const auto strip = b + 1 < at.blocks() ? forward_strip<T, 2, kClamp> : forward_strip<T, 1, kClamp>;
-          strip(p, at, head_steps, b * kLanes<T>, start, steps, decay, token, state + b, y, chunk_states);
+          strip(p, at, head_steps, b * kLanes<T>, start, steps, decay, token, state + b, y, chunk_states, changed);
         }
       }
       states_out(state, at.count, p.states, at.blocks(), last_state + boundary);
+      for (int k = 0; k < kLanes<T>; ++k) least_of[task] = std::min(least_of[task], least[k]);
+      const double all = static_cast<double>(std::max<int64_t>(1, p.length * p.width * p.states));
+      if constexpr (kClamp == Clamp::kCount)
+        for (int64_t head = 0; head < at.heads; ++head)
+          saturation[at.item * p.heads + at.head + head] =
+              static_cast<T>(std::accumulate(changed + head * p.width, changed + (head + 1) * p.width, 0.0) / all);
     }
   });
+  *least_step = T(0);
+  for (const T least : least_of) *least_step = std::min(*least_step, least);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------
@@ -298,7 +345,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
 template <class T>
 struct Scratch {
   HeadSteps<T> per_head;
-  Vec<T> *decay, *token, *grad_y;      // [steps][W]
+  Vec<T> *decay, *token, *grad_y, *y;  // [steps][W]; y before the gate, if there is one
   Vec<T> *by_token, *by_decay;         // [steps][W]: G B, and sum over states of a G h
   Vec<T>* trail;                       // [steps + 1][tile][W], the states of one tile
   Mask<T>* inside;                     // [steps][tile][W]
@@ -306,6 +353,7 @@ struct Scratch {
   Vec<T>* carry;                       // [states][blocks]
   T* head_sums;                        // [heads][padded steps]
   double *rate, *skip;                 // [channels]: of A and of D, over all chunks
+  double* bias;                        // [heads], likewise
   T* sums;                             // [steps * states, padded]
   Vec<T>* zeros;                       // [tile], where a sum begins
 
@@ -316,9 +364,8 @@ struct Scratch {
   void each(int64_t steps, int64_t states, const Slabs<T>& slabs, int64_t width, const Visit& visit) {
     const int64_t heads = slabs.size / width;
     per_head.stride = HeadSteps<T>::padded(heads);
-    visit(per_head.dt, steps * per_head.stride);
-    visit(per_head.decay, steps * per_head.stride);
-    for (auto* strip : {&decay, &token, &grad_y, &by_token, &by_decay}) visit(*strip, padded(steps) * 2);
+    for (auto* row : {&per_head.step, &per_head.decay, &per_head.slope}) visit(*row, steps * per_head.stride);
+    for (auto* strip : {&decay, &token, &grad_y, &y, &by_token, &by_decay}) visit(*strip, padded(steps) * 2);
     visit(trail, (steps + 1) * kTile * 2);
     visit(inside, steps * kTile * 2);
     visit(grad_enter, padded(steps * states));
@@ -327,13 +374,14 @@ struct Scratch {
     visit(head_sums, heads * padded(steps));
     visit(rate, slabs.size);
     visit(skip, slabs.size);
+    visit(bias, heads);
     visit(sums, padded(steps * states));
     visit(zeros, kTile);
   }
 };
 
-// The states of a tile from the chunk's start on, and sum of grad_y h.
-template <class T, int W, bool kClamp, int N>
+// The states of a tile from the chunk's start on, sum of grad_y h and, with a gate, of h C.
+template <class T, int W, bool kClamp, bool kGate, int N>
 void recompute_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int64_t states, const T* saved, int64_t row,
                     bool fresh) {
   Vec<T> h[N][W];
@@ -342,27 +390,33 @@ void recompute_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, in
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) z.trail[i * W + w] = h[i][w] = load_block(saved + (first + i) * row, w, s.count);
   for (int64_t t = 0; t < s.steps; ++t) {
-    const T* enter = s.enter + t * s.stride + first;
+    const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
     Vec<T>* trail = z.trail + (t + 1) * N * W;
     Vec<T>* grad_leave = z.grad_leave + t * states + first;
     const Vec<T>* sums = fresh ? z.zeros : grad_leave;
-    Vec<T> decay[W], token[W], grad_y[W];
+    Vec<T> decay[W], token[W], grad_y[W], y[W];
 #pragma GCC unroll 2
-    for (int w = 0; w < W; ++w)
+    for (int w = 0; w < W; ++w) {
       decay[w] = s.decay[t * W + w], token[w] = s.token[t * W + w], grad_y[w] = z.grad_y[t * W + w];
+      if constexpr (kGate) y[w] = z.y[t * W + w];
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       const Vec<T> b = splat(enter[i]);
       Vec<T> sum = sums[i];
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
-        Mask<T>* inside = kClamp ? z.inside + (t * N + i) * W + w : nullptr;
-        h[i][w] = advance<T, W, kClamp>(s, w, h[i][w], decay[w], token[w], b, inside);
+        h[i][w] = advance<T, W, kClamp>(s, w, h[i][w], decay[w], token[w], b, [&](Vec<T> free, Vec<T> clamped) {
+          z.inside[(t * N + i) * W + w] = equal(clamped, free);  // lower <= free <= upper, with one comparison
+        });
         trail[i * W + w] = h[i][w];
         sum = fma(grad_y[w], h[i][w], sum);
+        if constexpr (kGate) y[w] = fma(h[i][w], splat(leave[i]), y[w]);
       }
       grad_leave[i] = sum;
     }
+    if constexpr (kGate)
+      for (int w = 0; w < W; ++w) z.y[t * W + w] = y[w];
   }
 }
 
@@ -432,21 +486,31 @@ void add_per_head(const Strip<T, W>& s, Vec<T>* v, int64_t channel, int64_t widt
     }
 }
 
-template <class T, int W, bool kClamp>
+template <class T, int W, bool kClamp, bool kGate>
 void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z, int64_t channel, int64_t start,
-                    int64_t steps, const T* grad_y, const T* chunk_states, T* grad_x) {
+                    int64_t steps, const T* grad_out, const T* chunk_states, T* grad_x, T* grad_z) {
   const Strip<T, W> s(p, at, channel, start, steps, z.decay, z.token);
   const int64_t channels = p.channels(), row = at.direction * channels, everywhere = at.channel + channel;
   const int64_t offset = at.place(start) * channels + everywhere;
   const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
   s.prepare(z.per_head, p.x + offset, row);
-  for (int64_t t = 0; t < steps; ++t)
-    for (int w = 0; w < W; ++w) z.grad_y[t * W + w] = load_block(grad_y + offset + t * row, w, s.count);
+  for (int w = 0; w < W; ++w) {
+    const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
+    for (int64_t t = 0; t < steps; ++t) {
+      Vec<T> grad = load_block(grad_out + offset + t * row, w, s.count);
+      if constexpr (kGate) {
+        const Vec<T> gate = load_block(p.z + offset + t * row, w, s.count);
+        grad *= gate * sigmoid<T>(gate);
+        z.y[t * W + w] = p.D ? skip * load_block(p.x + offset + t * row, w, s.count) : Vec<T>{};
+      }
+      z.grad_y[t * W + w] = grad;
+    }
+  }
   if (p.states == 0) std::fill_n(z.by_token, 2 * steps, Vec<T>{}), std::fill_n(z.by_decay, 2 * steps, Vec<T>{});
   Vec<T>* carry = z.carry + channel / kLanes<T>;
   for_tiles(p.states, [&](auto size, int64_t first) {
     constexpr int N = decltype(size)::value;
-    recompute_tile<T, W, kClamp, N>(s, z, first, p.states, saved, channels, channel == 0);
+    recompute_tile<T, W, kClamp, kGate, N>(s, z, first, p.states, saved, channels, channel == 0);
     adjoint_tile<T, W, kClamp, N>(s, z, first, p.states, carry, at.blocks(), channel == 0);
   });
   for (int w = 0; w < W; ++w) {
@@ -455,14 +519,19 @@ void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z
     for (int lane = 0; lane < kLanes<T>; ++lane)
       rates[lane] = p.A[std::min(at.head + s.heads[w] + s.to_head[w][lane], p.heads - 1)];
     for (int64_t t = 0; t < steps; ++t) {
-      const Vec<T> dt = s.spread(z.per_head.dt + t * z.per_head.stride, w), x = load_block(p.x + offset + t * row, w, s.count);
+      const Vec<T> dt = s.spread(z.per_head.step + t * z.per_head.stride, w), x = load_block(p.x + offset + t * row, w, s.count);
       const Vec<T> gy = z.grad_y[t * W + w], by_token = z.by_token[t * W + w], by_decay = z.by_decay[t * W + w];
       Vec<T> gx = dt * by_token;
       if (p.D) gx = fma(skip, gy, gx);
       store_block(grad_x + offset + t * row, gx, w, s.count);
       by_skip = fma(gy, x, by_skip);
       by_rate = fma(dt, by_decay, by_rate);
-      z.by_token[t * W + w] = fma(by_token, x, rates * by_decay);  // now the lanes of grad_dt
+      z.by_token[t * W + w] = fma(by_token, x, rates * by_decay);  // now the lanes of the gradient of the step
+      if constexpr (kGate) {
+        const Vec<T> gate = load_block(p.z + offset + t * row, w, s.count), open = sigmoid<T>(gate), one = splat<T>(1);
+        const Vec<T> grad = load_block(grad_out + offset + t * row, w, s.count) * (open * fma(gate, one - open, one));
+        store_block(grad_z + offset + t * row, z.y[t * W + w] * grad, w, s.count);
+      }
     }
     for (int lane = 0; lane < kLanes<T>; ++lane) {
       z.rate[channel + w * kLanes<T> + lane] += by_rate[lane];
@@ -481,16 +550,16 @@ void reduce_lanes(const Vec<T>* v, int64_t steps, int64_t states, T* sums, T* ou
 
 template <class T>
 struct Gradients {
-  T *x, *dt, *A, *B, *C, *D, *initial_state;
+  T *x, *dt, *A, *B, *C, *D, *z, *bias, *initial_state;
 };
 
-template <class T, bool kClamp>
-void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, const T* chunk_states, const Gradients<T>& out) {
+template <class T, bool kClamp, bool kGate>
+void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, const T* chunk_states, const Gradients<T>& out) {
   const Slabs<T> slabs(p);
   const int64_t projections = p.batch * p.length * p.groups * p.states;
   // With one slab dB and dC are complete as they are; with more, the slabs' parts wait here to be added in order.
   std::vector<T> parts(slabs.count > 1 ? 2 * slabs.count * projections : 0);
-  std::vector<double> rates(p.batch * p.heads), skips(p.batch * p.channels());
+  std::vector<double> rates(p.batch * p.heads), biases(p.batch * p.heads), skips(p.batch * p.channels());
 
   torch::stable::parallel_for(0, p.batch * p.groups * slabs.count, slabs.grain, [&](int64_t begin, int64_t end) {
     const int64_t most = std::min(p.chunk, p.length);
@@ -508,13 +577,15 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
       states_in(grad_last_state ? grad_last_state + boundary : nullptr, at.count, p.states, at.blocks(), z.carry);
       std::fill(z.rate, z.rate + slabs.size, 0.0);
       std::fill(z.skip, z.skip + slabs.size, 0.0);
+      std::fill(z.bias, z.bias + at.heads, 0.0);
+      Vec<T> least{};
       for (int64_t start = (p.chunks() - 1) * p.chunk; start >= 0; start -= p.chunk) {
         const int64_t steps = std::min(p.chunk, p.length - start), padded = Scratch<T>::padded(steps);
         std::fill(z.head_sums, z.head_sums + at.heads * padded, T(0));
-        z.per_head.fill(p, at, start, steps);
+        z.per_head.fill(p, at, start, steps, least);
         for (int64_t b = 0; b < at.blocks(); b += 2) {
-          const auto strip = b + 1 < at.blocks() ? backward_strip<T, 2, kClamp> : backward_strip<T, 1, kClamp>;
-          strip(p, at, z, b * kLanes<T>, start, steps, grad_y, chunk_states, out.x);
+          const auto strip = b + 1 < at.blocks() ? backward_strip<T, 2, kClamp, kGate> : backward_strip<T, 1, kClamp, kGate>;
+          strip(p, at, z, b * kLanes<T>, start, steps, grad_out, chunk_states, out.x, out.z);
         }
         const int64_t first = at.place(start), row = first * p.groups + at.group;
         const int64_t to_next = at.direction * p.groups * p.states;
@@ -522,11 +593,16 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
         reduce_lanes(z.grad_leave, steps, p.states, z.sums, grad_C + row * p.states, to_next);
         T* grad_dt = out.dt + first * p.heads + at.head;
         for (int64_t t = 0; t < steps; ++t)
-          for (int64_t head = 0; head < at.heads; ++head)
-            grad_dt[at.direction * t * p.heads + head] = z.head_sums[head * padded + t];
+          for (int64_t head = 0; head < at.heads; ++head) {
+            const T slope = z.per_head.slope[t * z.per_head.stride + head];
+            const T grad = slope == 0 ? T(0) : slope * z.head_sums[head * padded + t];  // a limited step: not 0 * inf
+            grad_dt[at.direction * t * p.heads + head] = grad;
+            z.bias[head] += grad;
+          }
       }
       states_out(z.carry, at.count, p.states, at.blocks(), out.initial_state + boundary);
       for (int64_t c = 0; c < at.count; ++c) rates[at.item * p.heads + at.head + c / p.width] += z.rate[c];
+      std::copy(z.bias, z.bias + at.heads, biases.data() + at.item * p.heads + at.head);
       std::copy(z.skip, z.skip + at.count, skips.data() + at.item * p.channels() + at.channel);
     }
   });
@@ -551,6 +627,7 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
     }
   };
   over_batch(rates, p.heads, out.A);
+  over_batch(biases, p.heads, out.bias);
   over_batch(skips, p.channels(), out.D);
 }
 
@@ -558,40 +635,52 @@ void backward(const Problem<T>& p, const T* grad_y, const T* grad_last_state, co
 
 template <class T>
 Problem<T> problem(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                   const std::optional<Tensor>& D, const std::optional<Tensor>& lower, const std::optional<Tensor>& upper,
-                   int64_t reverse_groups, int64_t chunk) {
-  return {x.size(0),   x.size(1),  x.size(2),  x.size(3),  B.size(2),  B.size(3),      chunk, reverse_groups, data<T>(x),
-          data<T>(dt), data<T>(A), data<T>(B), data<T>(C), data<T>(D), data<T>(lower), data<T>(upper)};
+                   const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& lower, const std::optional<Tensor>& upper, int64_t reverse_groups,
+                   bool softplus, double least, double most, int64_t chunk) {
+  return {x.size(0),  x.size(1),  x.size(2),      x.size(3),      B.size(2),  B.size(3),     chunk,    reverse_groups,
+          data<T>(x), data<T>(dt), data<T>(A),    data<T>(B),     data<T>(C), data<T>(D),    data<T>(lower),
+          data<T>(upper), data<T>(z), data<T>(bias), softplus, static_cast<T>(least), static_cast<T>(most)};
 }
 
 void ssd_scan_fwd(const Tensor x, const Tensor dt, const Tensor A, const Tensor B, const Tensor C,
-                  const std::optional<Tensor> D, const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
-                  const std::optional<Tensor> upper, int64_t reverse_groups, int64_t chunk, Tensor y, Tensor last_state,
-                  Tensor chunk_states) {
+                  const std::optional<Tensor> D, const std::optional<Tensor> z, const std::optional<Tensor> bias,
+                  const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
+                  const std::optional<Tensor> upper, int64_t reverse_groups, bool softplus, double least, double most,
+                  int64_t chunk, bool count, Tensor y, Tensor last_state, Tensor chunk_states, Tensor saturation,
+                  Tensor least_step) {
   for_dtype(x, [&]<class T>(T) {
-    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse_groups, chunk);
-    if (p.batch * p.channels() == 0) return;
-    const auto run = p.lower ? forward<T, true> : forward<T, false>;
-    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states));
+    const auto p = problem<T>(x, dt, A, B, C, D, z, bias, lower, upper, reverse_groups, softplus, least, most, chunk);
+    if (p.batch * p.channels() == 0) {
+      std::fill_n(mutable_data<T>(saturation), saturation.numel(), T(0));
+      *mutable_data<T>(least_step) = T(0);
+      return;
+    }
+    const auto run = !p.lower ? forward<T, Clamp::kNone> : count ? forward<T, Clamp::kCount> : forward<T, Clamp::kApply>;
+    run(p, data<T>(initial_state), mutable_data<T>(y), mutable_data<T>(last_state), mutable_data<T>(chunk_states),
+        mutable_data<T>(least_step), mutable_data<T>(saturation));
   });
 }
 
 void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_state, const Tensor x, const Tensor dt,
                   const Tensor A, const Tensor B, const Tensor C, const std::optional<Tensor> D,
-                  const std::optional<Tensor> lower, const std::optional<Tensor> upper, const Tensor chunk_states,
-                  int64_t reverse_groups, int64_t chunk, Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B,
-                  Tensor grad_C, Tensor grad_D, Tensor grad_initial_state) {
+                  const std::optional<Tensor> z, const std::optional<Tensor> bias, const std::optional<Tensor> lower,
+                  const std::optional<Tensor> upper, const Tensor chunk_states, int64_t reverse_groups, bool softplus,
+                  double least, double most, int64_t chunk, Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B,
+                  Tensor grad_C, Tensor grad_D, Tensor grad_z, Tensor grad_bias, Tensor grad_initial_state) {
   for_dtype(x, [&]<class T>(T) {
-    const auto p = problem<T>(x, dt, A, B, C, D, lower, upper, reverse_groups, chunk);
+    const auto p = problem<T>(x, dt, A, B, C, D, z, bias, lower, upper, reverse_groups, softplus, least, most, chunk);
     if (p.batch * p.channels() == 0) {
-      for (Tensor* empty_sum : {&grad_dt, &grad_A, &grad_B, &grad_C, &grad_D})
+      for (Tensor* empty_sum : {&grad_dt, &grad_A, &grad_B, &grad_C, &grad_D, &grad_bias})
         std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
       return;
     }
-    const auto run = p.lower ? backward<T, true> : backward<T, false>;
+    const auto run = p.lower ? (p.z ? backward<T, true, true> : backward<T, true, false>)
+                             : (p.z ? backward<T, false, true> : backward<T, false, false>);
     run(p, data<T>(grad_y), data<T>(grad_last_state), data<T>(chunk_states),
         Gradients<T>{mutable_data<T>(grad_x), mutable_data<T>(grad_dt), mutable_data<T>(grad_A), mutable_data<T>(grad_B),
-                     mutable_data<T>(grad_C), mutable_data<T>(grad_D), mutable_data<T>(grad_initial_state)});
+                     mutable_data<T>(grad_C), mutable_data<T>(grad_D), mutable_data<T>(grad_z), mutable_data<T>(grad_bias),
+                     mutable_data<T>(grad_initial_state)});
   });
 }
 
@@ -600,13 +689,16 @@ void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_sta
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
-      "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
-      " Tensor? upper, int reverse_groups, int chunk, Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states) -> ()");
+      "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor?"
+      " initial_state, Tensor? lower, Tensor? upper, int reverse_groups, bool softplus, float least, float most, int chunk,"
+      " bool count, Tensor(a!) y, Tensor(b!) last_state, Tensor(c!) chunk_states, Tensor(d!) saturation,"
+      " Tensor(e!) least_step) -> ()");
   m.def(
       "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
-      " Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_groups, int chunk, Tensor(a!) grad_x,"
-      " Tensor(b!) grad_dt, Tensor(c!) grad_A, Tensor(d!) grad_B, Tensor(e!) grad_C, Tensor(f!) grad_D,"
-      " Tensor(g!) grad_initial_state) -> ()");
+      " Tensor? z, Tensor? bias, Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_groups, bool softplus,"
+      " float least, float most, int chunk, Tensor(a!) grad_x, Tensor(b!) grad_dt, Tensor(c!) grad_A, Tensor(d!) grad_B,"
+      " Tensor(e!) grad_C, Tensor(f!) grad_D, Tensor(g!) grad_z, Tensor(h!) grad_bias, Tensor(i!) grad_initial_state)"
+      " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

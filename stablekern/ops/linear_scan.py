@@ -99,8 +99,10 @@ def _fake_fwd(
     lower: Tensor | None,
     upper: Tensor | None,
     reverse_channels: int,
-) -> Tensor:
-    return empty(token.shape, token)
+    count: bool,
+) -> tuple[Tensor, Tensor]:
+    real = token.dtype.to_real() if token.is_complex() else token.dtype
+    return empty(token.shape, token), token.new_empty(token.shape[:2] if count else (0,), dtype=real)
 
 
 def _fake_bwd(
@@ -117,10 +119,11 @@ def _fake_bwd(
 
 
 # The last `reverse_channels` go from the last step to the first. Bounds are real, (d); complex scans have `upper`, the
-# largest modulus, alone. `token` goes into the backward pass only where there are bounds.
+# largest modulus, alone. `token` goes into the backward pass only where there are bounds. With `count`, `saturation` is
+# the share of a row's states that the clamp changed, (b, d).
 _fwd = define(
     "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper,"
-    " int reverse_channels) -> Tensor",
+    " int reverse_channels, bool count) -> (Tensor states, Tensor saturation)",
     fake=_fake_fwd,
 )
 _bwd = define(
@@ -138,9 +141,9 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
 
 @launcher("linear_scan_fwd", device="cpu", backend="native")
 def _(*arguments):
-    states = _fake_fwd(*arguments)
-    _load.native().linear_scan_fwd(*_dense(*arguments[:-1]), arguments[-1], states)
-    return states
+    outputs = _fake_fwd(*arguments)
+    _load.native().linear_scan_fwd(*_dense(*arguments[:-2]), *arguments[-2:], *outputs)
+    return outputs
 
 
 @launcher("linear_scan_bwd", device="cpu", backend="native")
@@ -159,9 +162,9 @@ def _real_only(gate: Tensor, *others: object) -> str | None:
 def _(*arguments):
     from stablekern.triton_kernels.linear_scan import linear_scan_fwd
 
-    states = _fake_fwd(*arguments)
-    linear_scan_fwd(*_dense(*arguments[:-1]), arguments[-1], states)
-    return states
+    outputs = _fake_fwd(*arguments)
+    linear_scan_fwd(*_dense(*arguments[:-2]), arguments[-2], *outputs)
+    return outputs
 
 
 @launcher("linear_scan_bwd", device="cuda", backend="triton", supports=_real_only)
@@ -201,14 +204,21 @@ def _through_clamp(grad: Tensor, free: Tensor, lower: Tensor | None, upper: Tens
 
 @launcher("linear_scan_fwd", device="cuda", backend="torch")
 @launcher("linear_scan_fwd", device="cpu", backend="torch")
-def _(gate, token, initial_state, lower, upper, reverse_channels):
+def _(gate, token, initial_state, lower, upper, reverse_channels, count):
+    _, saturation = _fake_fwd(gate, token, initial_state, lower, upper, reverse_channels, count)
     gate, token = _turned(gate, reverse_channels), _turned(token, reverse_channels)
     states = torch.empty_like(token)
     state = token.new_zeros(token.shape[:2]) if initial_state is None else initial_state
+    changed = saturation.new_zeros(token.shape[:2])
     for t in range(token.shape[2]):
-        state = _clamped(gate[..., t] * state + token[..., t], lower, upper)
+        free = gate[..., t] * state + token[..., t]
+        if count:
+            changed += _state_clamp.changed(free, lower, upper)
+        state = _clamped(free, lower, upper)
         states[..., t] = state
-    return _turned(states, reverse_channels)
+    if count:
+        torch.div(changed, max(token.shape[2], 1), out=saturation)
+    return _turned(states, reverse_channels), saturation
 
 
 @launcher("linear_scan_bwd", device="cuda", backend="torch")
@@ -230,41 +240,24 @@ def _(grad_states, gate, token, states, initial_state, lower, upper, reverse_cha
     return _turned(grad_gate, reverse_channels), _turned(grad_token, reverse_channels), carry
 
 
-@torch.no_grad()
-def _saturation(
-    gate: Tensor,
-    token: Tensor,
-    states: Tensor,
-    initial_state: Tensor | None,
-    lower: Tensor | None,
-    upper: Tensor,
-    reverse_channels: int,
-) -> Tensor:
-    """Which share of a channel's states the clamp changed, (b, d): every step again, from the states that came out."""
-    length, ahead = states.shape[-1], states.shape[1] - reverse_channels
-    first = torch.zeros_like(token[..., :1]) if initial_state is None else initial_state[..., None]
-    later, earlier = torch.cat((states[..., 1:], first), -1), torch.cat((first, states[..., :-1]), -1)
-    before = torch.cat((earlier[:, :ahead], later[:, ahead:]), 1)
-    each = (None if bound is None else bound[:, None] for bound in (lower, upper))
-    return _state_clamp.changed(gate * before[..., :length] + token, *each).to(upper.dtype).sum(-1) / max(length, 1)  # type: ignore[arg-type]
-
-
 class _LinearScan(torch.autograd.Function):
     @staticmethod
-    def forward(gate, token, initial_state, lower, upper, reverse_channels):
-        return _fwd(gate, token, initial_state, lower, upper, reverse_channels)
+    def forward(gate, token, initial_state, lower, upper, reverse_channels, count):
+        return _fwd(gate, token, initial_state, lower, upper, reverse_channels, count)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        gate, token, initial_state, lower, upper, ctx.reverse_channels = inputs
-        ctx.save_for_backward(gate, None if upper is None else token, output, initial_state, lower, upper)
+        gate, token, initial_state, lower, upper, ctx.reverse_channels, _ = inputs
+        states, saturation = output
+        ctx.mark_non_differentiable(saturation)
+        ctx.save_for_backward(gate, None if upper is None else token, states, initial_state, lower, upper)
 
     @staticmethod
-    def backward(ctx, grad_states):
+    def backward(ctx, grad_states, _):
         _check.first_order(_OP)
         grads = _bwd(grad_states, *ctx.saved_tensors, ctx.reverse_channels)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
-        return *wanted, None, None, None
+        return *wanted, None, None, None, None
 
 
 def linear_scan(
@@ -293,8 +286,8 @@ def linear_scan(
     - `reverse`: from the last step to the first, $h_t = \mathrm{clamp}(a_t h_{t+1} + b_t)$; nothing is flipped.
     - `bidirectional`: both directions in one call: the first half of the channels, whose number must be even, as
         without `reverse`, the second half as with it.
-    - `return_saturation`: a diagnostic: also return which share of a channel's states the clamp has changed; (b, d),
-        in [0, 1], without a gradient; found from the states, to an ulp of the bound. Needs `state_clamp`.
+    - `return_saturation`: a diagnostic, counted on the way: also return which share of a channel's states the clamp has
+        changed; (b, d), in [0, 1], without a gradient. Needs `state_clamp`.
 
     **Returns:** all states $h$, a new contiguous tensor like `token`; the last state is `h[..., -1]` (`h[..., 0]` if
     `reverse`). Half precision is computed in float32 and rounded once.
@@ -334,7 +327,6 @@ def linear_scan(
         lower, upper = None, _state_clamp.bounds(_OP, state_clamp, token.real, d=sizes["d"])[1]
     if return_saturation and upper is None:
         raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
-    states = apply(_LinearScan, gate, token, initial_state, lower, upper, reverse_channels)
-    if not return_saturation:
-        return states.to(dtype)
-    return states.to(dtype), _saturation(gate, token, states, initial_state, lower, upper, reverse_channels)  # type: ignore[arg-type]
+    arguments = gate, token, initial_state, lower, upper, reverse_channels, return_saturation
+    states, saturation = apply(_LinearScan, *arguments)
+    return (states.to(dtype), saturation) if return_saturation else states.to(dtype)

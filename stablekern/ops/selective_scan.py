@@ -33,6 +33,8 @@ a decay, which may have underflowed to 0. For $\mathrm{Re} A < 0$ every exponent
 The op (`selective_scan_fwd`, `selective_scan_bwd`) does all of it, activations and gate included. Its `u`, `delta`,
 `B`, `C` and `z` may be in half precision, all else has the dtype of the state. Complex `B` and `C` are complex tensors
 there; those with a time axis have a group axis, (b, g, n, l), constant ones are (d, n). `upper` alone is a modulus.
+The last `reverse_channels` run backwards in time, whole groups: all of them, or half of them where both directions are
+scanned, in one launch. With `count` the op also gives the share of a channel's states that the clamp changed.
 
 Sources: Gu & Dao 2023, arXiv:2312.00752, sec. 3.2 and algorithm 2 (the recurrence, and its names); the adjoint of a
 linear recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the derivative of $c$.
@@ -40,6 +42,7 @@ linear recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -58,7 +61,6 @@ _OP = "selective_scan"
 # Steps between two saved states: they cost 1/_CHUNK of (b, d, l, n) in memory, and the recomputed states of one chunk,
 # with their decays, are what the native backward keeps in its first-level cache. Half of it where states are pairs.
 _CHUNK, _GENERAL_CHUNK = 32, 16
-_STRETCH = 64  # steps whose states the diagnostic has in memory at once
 
 
 def reference(
@@ -75,9 +77,20 @@ def reference(
     *,
     state_clamp: StateClamp = None,
     initial_state: Tensor | None = None,
+    reverse: bool = False,
+    bidirectional: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition: a loop over time in plain torch, differentiable, in the dtype of its arguments."""
     batch, channels, length = u.shape
+
+    def turned(M: Tensor) -> Tensor:
+        """With the time of what runs backwards flipped; what has no time axis is the same both ways."""
+        if M.dim() == 2 or not (reverse or bidirectional):
+            return M
+        ahead, back = M.tensor_split([0 if reverse else M.shape[1] // 2], dim=1)
+        return torch.cat((ahead, back.flip(-1)), 1)
+
+    u, delta, z = turned(u), turned(delta), None if z is None else turned(z)
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]
     if delta_softplus:
@@ -90,7 +103,8 @@ def reference(
         if A.is_complex() and not M.is_complex():
             M = torch.view_as_complex(M.to(A.real.dtype).unflatten(-1, (length, 2)).contiguous())
         if M.dim() == 3:
-            return M[:, None].unbind(-1)
+            M = M[:, None]
+        M = turned(M)
         return M.repeat_interleave(channels // M.shape[1] if M.shape[1] else 1, dim=1).unbind(-1)
 
     enter, leave = steps(B), steps(C)
@@ -117,8 +131,12 @@ def reference(
         y = y + D[:, None] * u
     if z is not None:
         y = y * (z * torch.sigmoid(z))
-    y = y.to(u.dtype)  # a complex A is float32 or better where u is not
+    y = turned(y).to(u.dtype)  # a complex A is float32 or better where u is not
     return (y, state) if return_last_state else y
+
+
+def _real(A: Tensor) -> torch.dtype:
+    return A.dtype.to_real() if A.is_complex() else A.dtype
 
 
 def _fake_fwd(
@@ -133,15 +151,18 @@ def _fake_fwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
+    reverse_channels: int,
     delta_softplus: bool,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    count: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, length = u.shape
     states = A.shape[1]
     return (
         empty(u.shape, u),
         empty((batch, channels, states), A),
         empty((batch, (length + chunk - 1) // chunk, states, channels), A),
+        u.new_empty((batch, channels) if count else (0,), dtype=_real(A)),
     )
 
 
@@ -159,11 +180,12 @@ def _fake_bwd(
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
+    reverse_channels: int,
     delta_softplus: bool,
     chunk: int,
 ) -> tuple[Tensor, ...]:
     batch, channels, _ = u.shape
-    real = A.real.dtype if A.is_complex() else A.dtype
+    real = _real(A)
     return (
         *(empty(like.shape, like) for like in (u, delta, A, B, C)),
         u.new_empty((channels,), dtype=real),
@@ -175,22 +197,22 @@ def _fake_bwd(
 
 _fwd = define(
     "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
-    " Tensor? initial_state, Tensor? lower, Tensor? upper, bool delta_softplus, int chunk)"
-    " -> (Tensor y, Tensor last_state, Tensor chunk_states)",
+    " Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_channels, bool delta_softplus, int chunk,"
+    " bool count) -> (Tensor y, Tensor last_state, Tensor chunk_states, Tensor saturation)",
     fake=_fake_fwd,
 )
 _bwd = define(
     "selective_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
-    " Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? lower, Tensor? upper, Tensor chunk_states, bool delta_softplus,"
-    " int chunk) -> (Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,"
-    " Tensor grad_z, Tensor grad_delta_bias, Tensor grad_initial_state)",
+    " Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? lower, Tensor? upper, Tensor chunk_states,"
+    " int reverse_channels, bool delta_softplus, int chunk) -> (Tensor grad_u, Tensor grad_delta, Tensor grad_A,"
+    " Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_z, Tensor grad_delta_bias, Tensor grad_initial_state)",
     fake=_fake_bwd,
 )
 
 
 def _widened(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Half precision to float32; float32, float64 and complex tensors as they are."""
-    wide = A.real.dtype if A.is_complex() else A.dtype
+    wide = _real(A)
     return [t.to(wide) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
@@ -214,7 +236,7 @@ def _check_steps(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool)
 
 def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Memory of the scan's dtypes that holds the values themselves, not their conjugates or negatives."""
-    ready = A.dtype, A.real.dtype if A.is_complex() else A.dtype
+    ready = A.dtype, _real(A)
 
     def plain(M: Tensor) -> Tensor:
         if M.dtype in ready and M.is_contiguous() and not M.is_conj() and not M.is_neg():
@@ -226,7 +248,7 @@ def _contiguous(A: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 
 def _wide_outputs(A: Tensor, *outputs: Tensor) -> list[Tensor]:
     """`outputs`, or where those are in half precision others for the kernel to write into."""
-    real = A.real.dtype if A.is_complex() else A.dtype
+    real = _real(A)
     return [out if out.dtype in (A.dtype, real) else out.new_empty(out.shape, dtype=real) for out in outputs]
 
 
@@ -234,12 +256,13 @@ def _wide_outputs(A: Tensor, *outputs: Tensor) -> list[Tensor]:
 def _(*arguments):
     outputs, A = _fake_fwd(*arguments), arguments[2]
     wide, native = _wide_outputs(A, *outputs), _load.native()
+    ready = *_contiguous(A, *arguments[:11]), *arguments[11:], *wide
     if _is_general(*arguments[2:5]):
-        _check_steps(arguments[1], arguments[7], arguments[-2])
-        native.selective_scan_general_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
+        _check_steps(arguments[1], arguments[7], arguments[12])
+        native.selective_scan_general_fwd(*ready)
     else:
         least_step = A.new_empty(())  # found on the way, which spares a pass over the steps
-        native.selective_scan_fwd(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide, least_step)
+        native.selective_scan_fwd(*ready, least_step)
         _require_steps(least_step.item())
     return tuple(ours.to(out.dtype) for ours, out in zip(wide, outputs, strict=True))
 
@@ -249,7 +272,7 @@ def _(*arguments):
     grads, A = _fake_bwd(*arguments), arguments[4]
     wide, native = _wide_outputs(A, *grads), _load.native()
     run = native.selective_scan_general_bwd if _is_general(*arguments[4:7]) else native.selective_scan_bwd
-    run(*_contiguous(A, *arguments[:-2]), *arguments[-2:], *wide)
+    run(*_contiguous(A, *arguments[:13]), *arguments[13:], *wide)
     return tuple(ours.to(grad.dtype) for ours, grad in zip(wide, grads, strict=True))
 
 
@@ -262,9 +285,9 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
 def _(*arguments):
     from stablekern.triton_kernels.selective_scan import selective_scan_fwd
 
-    _check_steps(arguments[1], arguments[7], arguments[-2])
+    _check_steps(arguments[1], arguments[7], arguments[12])
     outputs = _fake_fwd(*arguments)
-    selective_scan_fwd(*_dense(*arguments[:-2]), *arguments[-2:], *outputs)
+    selective_scan_fwd(*_dense(*arguments[:11]), *arguments[11:14], *outputs)
     return outputs
 
 
@@ -274,8 +297,37 @@ def _(*arguments):
     from stablekern.triton_kernels.selective_scan import selective_scan_bwd
 
     grads = _fake_bwd(*arguments)
-    selective_scan_bwd(*_dense(*arguments[:-2]), *arguments[-2:], *grads)
+    selective_scan_bwd(*_dense(*arguments[:13]), *arguments[13:], *grads)
     return grads
+
+
+def _turned(M: Tensor, share: float) -> Tensor:
+    """(b, d or g, ..., l) with the last `share` of its channels or groups flipped in time."""
+    ahead, back = M.tensor_split([M.shape[1] - round(share * M.shape[1])], dim=1)
+    return torch.cat((ahead, back.flip(-1)), 1)
+
+
+def _flipped(function, steps: tuple[int, ...], results: tuple[int, ...], way: int):
+    """A launcher for both directions, by one that only knows the forward one: it gets (and returns) copies in which the
+    channels or groups that run backwards are flipped.
+
+    `steps` and `results` are the positions of the arguments and outputs that may have a time axis, `u` first; `way` is
+    that of the number of channels that run backwards.
+    """
+
+    def both(*arguments):
+        channels, reverse_channels = arguments[steps[0]].shape[1], arguments[way]
+
+        def turned(tensors, those):
+            """Those of `tensors` that are there and have a time axis."""
+            in_time = (i in those and t is not None and t.dim() > 2 for i, t in enumerate(tensors))
+            share = reverse_channels / max(channels, 1)
+            return [_turned(t, share) if has and share else t for t, has in zip(tensors, in_time, strict=True)]
+
+        outputs = function(*turned(arguments[:way], steps), *arguments[way + 1 :])
+        return tuple(turned(outputs, results))
+
+    return both
 
 
 def _step(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> tuple[Tensor, Tensor | None]:
@@ -295,11 +347,6 @@ def _of_channels(M: Tensor, channels: int) -> Tensor:
     """(b, g, ...) to (b, d, ...)."""
     groups = M.shape[1]
     return M.repeat_interleave(channels // groups if groups else 1, dim=1)
-
-
-def _each_step(*bounds: Tensor | None) -> list[Tensor | None]:
-    """(d, n) to what broadcasts to (b, d, l, n)."""
-    return [None if bound is None else bound[:, None] for bound in bounds]
 
 
 def _advance(
@@ -334,36 +381,43 @@ def _read(state: Tensor, leave: Tensor) -> Tensor:
 
 @launcher("selective_scan_fwd", device="cuda", backend="torch")
 @launcher("selective_scan_fwd", device="cpu", backend="torch")
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk):
+@functools.partial(_flipped, steps=(0, 1, 3, 4, 6), results=(0,), way=11)  # u, delta, B, C, z; y
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk, count):
     _check_steps(delta, delta_bias, delta_softplus)
-    outputs = _fake_fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk)
-    y, last_state, chunk_states = outputs
+    settings = 0, delta_softplus, chunk, count
+    outputs = _fake_fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, *settings)
+    y, last_state, chunk_states, saturation = outputs
     u, delta, B, C, z = _widened(A, u, delta, B, C, z)
     channels, length = u.shape[1:]
     step, _ = _step(delta, delta_bias, delta_softplus)
     token = step * u
     state = torch.zeros_like(last_state) if initial_state is None else initial_state
+    changed = saturation.new_zeros(u.shape[:2])
     for t in range(length):
         if t % chunk == 0:
             chunk_states[:, t // chunk] = state.mT
         decay, enter = torch.exp(step[..., t, None] * A), token[..., t, None] * _at(B, t, channels)
-        state, _ = _advance(state, decay, enter, lower, upper)
+        state, free = _advance(state, decay, enter, lower, upper)
+        if count:
+            changed += _state_clamp.changed(free, lower, upper).sum(-1)
         out = _read(state, _at(C, t, channels))
         if D is not None:
             out = out + D * u[..., t]
         y[..., t] = out if z is None else out * torch.nn.functional.silu(z[..., t])
+    if count:
+        torch.div(changed, max(length * A.shape[1], 1), out=saturation)
     last_state.copy_(state)
     return outputs
 
 
 @launcher("selective_scan_bwd", device="cuda", backend="torch")
 @launcher("selective_scan_bwd", device="cpu", backend="torch")
+@functools.partial(_flipped, steps=(2, 0, 3, 5, 6, 8), results=(0, 1, 3, 4, 6), way=13)  # u, grad_y, delta, B, C, z
 def _(
     grad_y, grad_last_state, u, delta, A, B, C, D, z, delta_bias, lower, upper, chunk_states, delta_softplus, chunk
 ):  # fmt: skip
-    grads = _fake_bwd(
-        grad_y, grad_last_state, u, delta, A, B, C, D, z, delta_bias, lower, upper, chunk_states, delta_softplus, chunk
-    )
+    inputs = grad_y, grad_last_state, u, delta, A, B, C, D, z, delta_bias, lower, upper, chunk_states
+    grads = _fake_bwd(*inputs, 0, delta_softplus, chunk)
     into_u, into_delta, grad_A, into_B, into_C, grad_D, into_z, grad_delta_bias, grad_initial_state = grads
     grad_y, u, delta, B, C, z = _widened(A, grad_y, u, delta, B, C, z)
     channels, length = u.shape[1:]
@@ -428,59 +482,30 @@ def _(
     return grads
 
 
-@torch.no_grad()
-def _saturation(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    lower: Tensor | None,
-    upper: Tensor,
-    delta_softplus: bool,
-) -> Tensor:
-    """Which share of a channel's states the clamp changed, (b, d): the scan once more, a stretch of time after another,
-    with the state before every step kept."""
-    batch, channels, length = u.shape
-    state, changed = initial_state, upper.new_zeros((batch, channels))
-    for start in range(0, length, _STRETCH):
-        tokens, steps = (M[..., start : start + _STRETCH] for M in (u, delta))
-        enter = B if B.dim() == 2 else B[..., start : start + _STRETCH]
-        _, state, before = _fwd(
-            tokens, steps, A, enter, enter, None, None, delta_bias, state, lower, upper, delta_softplus, 1
-        )
-        tokens, steps, enter = _widened(A, tokens, steps, enter)  # type: ignore[assignment]
-        steps, _ = _step(steps, delta_bias, delta_softplus)
-        enter = enter[:, None] if enter.dim() == 2 else _of_channels(enter, channels).mT
-        decay = torch.exp(steps[..., None] * A[:, None])
-        _, free = _advance(before.permute(0, 3, 1, 2), decay, (steps * tokens)[..., None] * enter, None, None)
-        changed += _state_clamp.changed(free, *_each_step(lower, upper)).sum((-2, -1))  # type: ignore[arg-type]
-    return changed / max(length * A.shape[1], 1)
-
-
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk):
-        return _fwd(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, delta_softplus, chunk)
+    def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper, way, delta_softplus, chunk, count):
+        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, lower, upper)
+        return _fwd(*tensors, way, delta_softplus, chunk, count)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        *tensors, initial_state, lower, upper, ctx.delta_softplus, ctx.chunk = inputs
-        ctx.mark_non_differentiable(output[2])
+        *tensors, _, lower, upper, way, delta_softplus, chunk, _ = inputs
+        ctx.settings = way, delta_softplus, chunk
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, lower, upper, output[2])
 
     @staticmethod
-    def backward(ctx, grad_y, grad_last_state, _):
+    def backward(ctx, grad_y, grad_last_state, *_):
         _check.first_order(_OP)
         if grad_y is None and grad_last_state is None:
-            return (None,) * 13
+            return (None,) * 15
         if grad_y is None:
             grad_y = torch.zeros_like(ctx.saved_tensors[0])
-        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.delta_softplus, ctx.chunk)
+        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, *ctx.settings)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
-        return *wanted, None, None, None, None
+        return *wanted, *(None,) * 6
 
 
 def _projection(name: str, M: Tensor, A: Tensor, length: int) -> tuple[Tensor, str]:
@@ -515,6 +540,8 @@ def selective_scan(
     *,
     state_clamp: StateClamp = None,
     initial_state: Tensor | None = None,  # (b, d, n)
+    reverse: bool = False,
+    bidirectional: bool = False,
     return_saturation: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:  # (b, d, l), (b, d, n), (b, d)
     r"""The Mamba-1 scan, linear in the length, with gradients to every tensor and an optional exact state clamp.
@@ -539,9 +566,12 @@ def selective_scan(
         at every step, exactly as a loop would; the gradient is that of `torch.clamp`: 0 outside, 1 on a bound. The
         bounds themselves get no gradient and must not ask for one.
     - `initial_state`: the state before the first step, (b, d, n); zero if None. It is not clamped.
-
-    - `return_saturation`: a diagnostic, at the cost of several scans: also return which share of a channel's states,
-        over all steps, the clamp has changed; (b, d), in [0, 1], without a gradient. Needs `state_clamp`.
+    - `reverse`: from the last step to the first, so that $h_t$ comes from $h_{t+1}$; the initial state stands after
+        step l - 1, and the last one is that of step 0. The kernels walk backwards, without flipped copies.
+    - `bidirectional`: both directions in one call: the first half of the channels (and of the groups of `B` and `C`,
+        where they have a time axis; the numbers must be even) as without `reverse`, the second half as with it.
+    - `return_saturation`: a diagnostic, counted on the way: also return which share of a channel's states, over all
+        steps, the clamp has changed; (b, d), in [0, 1], without a gradient. Needs `state_clamp`.
 
     **Complex `A`:** the states are complex, and $y_t = 2\,\mathrm{Re}(C_t \cdot h_t) + D u_t$: each state stands for a
     conjugate pair. `B` and `C` are complex, or real with l pairs (re, im) as their last axis of size 2 l, as in
@@ -561,7 +591,7 @@ def selective_scan(
     """
     _check.required(_OP, u=u, delta=delta, A=A, B=B, C=C)
     _check.flag(_OP, delta_softplus=delta_softplus, return_last_state=return_last_state)
-    _check.flag(_OP, return_saturation=return_saturation)
+    _check.flag(_OP, reverse=reverse, bidirectional=bidirectional, return_saturation=return_saturation)
     _check.shapes(_OP, u=(u, "b d l"), A=(A, "d n"))
     dtype = _check.dtypes(_OP, _check.HALF + _check.REAL, u=u)
     wide = torch.promote_types(dtype, torch.float32)
@@ -593,6 +623,12 @@ def selective_scan(
     if "g" in sizes and (sizes["d"] % sizes["g"] if sizes["g"] else sizes["d"]):
         rule = "the groups of `B` and `C` must divide the channels of `u`"
         raise ValueError(message(_OP, rule, sizes["g"], sizes["d"]))
+    if reverse and bidirectional:
+        raise ValueError(message(_OP, "`reverse` and `bidirectional` exclude each other", "both"))
+    for name, size in (("channels of `u`", sizes["d"]), ("groups of `B` and `C`", sizes.get("g", 0))):
+        if bidirectional and size % 2:
+            raise ValueError(message(_OP, f"`bidirectional` needs an even number of {name}", size))
+    reverse_channels = sizes["d"] if reverse else sizes["d"] // 2 if bidirectional else 0
     bound = _state_clamp.radius if is_complex else _state_clamp.bounds
     lower, upper = bound(_OP, state_clamp, u.new_empty((), dtype=wide), d=sizes["d"], n=sizes["n"])
 
@@ -612,10 +648,9 @@ def selective_scan(
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
     steps = _GENERAL_CHUNK if _is_general(A, enter, leave) else _CHUNK
     chunk = steps if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
-    y, last_state, _ = apply(_SelectiveScan, *tracked, lower, upper, delta_softplus, chunk)
+    settings = reverse_channels, delta_softplus, chunk, return_saturation
+    y, last_state, _, saturation = apply(_SelectiveScan, *tracked, lower, upper, *settings)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
-        parts: Any = (u, delta, A, enter, delta_bias, initial_state)
-        parts = (None if part is None else part.detach() for part in parts)
-        outputs += (_saturation(*parts, lower, upper, delta_softplus),)  # type: ignore[call-arg]
+        outputs += (saturation,)
     return outputs if len(outputs) > 1 else y

@@ -1,29 +1,33 @@
 r"""The scan of Mamba-2 (state-space duality): one decay per head, a state of p x n numbers per head.
 
-For every batch item and head, with $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + bias))$, the decay
+For every batch item and head, with $\Delta_t = \mathrm{clip}(\mathrm{softplus}(dt_t + bias), low, high)$, the decay
 $a_t = e^{\Delta_t A}$, and $c = \mathrm{clamp}(\cdot, lo, hi)$ where bounds are given (else the identity),
 
 $$v_t = a_t h_{t-1} + \Delta_t\, x_t B_t^\top, \qquad h_t = c(v_t), \qquad
 y_t = h_t C_t + D x_t, \qquad out_t = y_t\, \mathrm{silu}(z_t).$$
 
-**Adjoint.** Let $\bar y_t$ be the gradient with respect to $y_t$ and $\bar h_{l-1}$ that of the last state, and let
-$m_t = 1[lo \le v_t \le hi]$, elementwise and inclusive as in `torch.clamp`. With $r_t$ the part of
-$\partial L / \partial h_t$ that comes from later steps ($r_{l-1} = \bar h_{l-1}$),
+**Adjoint.** Let $\bar y_t = \overline{out}_t\, \mathrm{silu}(z_t)$ be the gradient with respect to $y_t$ and
+$\bar h_{l-1}$ that of the last state, and let $m_t = 1[lo \le v_t \le hi]$, elementwise and inclusive as in
+`torch.clamp`. With $r_t$ the part of $\partial L / \partial h_t$ that comes from later steps
+($r_{l-1} = \bar h_{l-1}$),
 
 $$G_t = m_t \odot (r_t + \bar y_t C_t^\top), \qquad r_{t-1} = a_t G_t,$$
 $$\bar B_t = \sum_{h, p} G_t \Delta_t x_t, \quad \bar C_t = \sum_{h, p} \bar y_t h_t, \quad
 s_t = G_t B_t, \quad \bar x_t = \Delta_t s_t + D \bar y_t, \quad q_t = \sum_{p, n} a_t G_t \odot h_{t-1},$$
 $$\bar\Delta_t = \sum_p s_t x_t + A q_t, \quad \bar A = \sum_t \Delta_t q_t, \quad \bar D = \sum_t \bar y_t x_t, \quad
-\bar h_{-1} = a_0 G_0.$$
+\bar h_{-1} = a_0 G_0,$$
+$$\bar z_t = \overline{out}_t\, y_t\, \mathrm{silu}'(z_t), \quad
+\overline{dt}_t = \bar\Delta_t\, \sigma(dt_t + bias)\, 1[low \le \mathrm{softplus}(dt_t + bias) \le high].$$
 
 $q_t$ needs the true $h_{t-1}$: taking $a_t h_{t-1}$ as $v_t - \Delta_t x_t B_t^\top$ cancels, and is wrong once a state
 has been clamped. The forward pass keeps the state at the start of every chunk of `_CHUNK` steps, and the backward pass
-recomputes the others a chunk at a time: memory and time are linear in the length, and nothing is divided by a decay,
-which may have underflowed to 0. For $A < 0$ the argument of every exponential is $\le 0$.
+recomputes the others, and $y_t$ where there is a gate, a chunk at a time: memory and time are linear in the length,
+and nothing is divided by a decay, which may have underflowed to 0. For $A < 0$ the argument of every exponential is
+$\le 0$.
 
-The op (`ssd_scan_fwd`, `ssd_scan_bwd`) takes $\Delta$, ready and positive, and `D` and the bounds as (h, p); softplus,
-limits and gate are plain torch around it. The last `reverse_groups` of its groups run backwards in time: all of
-them, or half of them where both directions are scanned, in one launch.
+The op (`ssd_scan_fwd`, `ssd_scan_bwd`) does all of it, in the dtype of the state, with `D` and the bounds as (h, p).
+The last `reverse_groups` of its groups run backwards in time: all of them, or half of them where both directions are
+scanned, in one launch. With `count` it also gives the share of a head's states that the clamp changed.
 
 Sources: Dao & Gu 2024, arXiv:2405.21060, sec. 2 and 6 (the recurrence, and its names); the adjoint of a linear
 recurrence: Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2; the mask is the derivative of $c$.
@@ -49,7 +53,6 @@ _OP = "ssd_scan"
 # Steps between two saved states. They cost 1/_CHUNK of the states' size in memory; one chunk of recomputed states is
 # what the native backward keeps in its cache.
 _CHUNK = 32
-_STRETCH = 64  # steps whose states the diagnostic has in memory at once
 
 
 def reference(
@@ -114,12 +117,18 @@ def _fake_fwd(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
     reverse_groups: int,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    count: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, width = x.shape
     states = B.shape[3]
     chunks = (length + chunk - 1) // chunk
@@ -127,6 +136,7 @@ def _fake_fwd(
         empty(x.shape, x),
         empty((batch, heads, width, states), x),
         empty((batch, chunks, states, heads, width), x),
+        x.new_empty((batch, heads) if count else (0,)),
     )
 
 
@@ -139,28 +149,66 @@ def _fake_bwd(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
     reverse_groups: int,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
     chunk: int,
 ) -> tuple[Tensor, ...]:
     batch, _, heads, width = x.shape
-    shapes = (x.shape, dt.shape, A.shape, B.shape, C.shape, (heads, width), (batch, heads, width, B.shape[3]))
-    return tuple(empty(shape, x) for shape in shapes)
+    return (
+        *(empty(like.shape, like) for like in (x, dt, A, B, C)),
+        x.new_empty((heads, width)),
+        x.new_empty((0,)) if z is None else empty(z.shape, z),
+        x.new_empty((heads,)),
+        empty((batch, heads, width, B.shape[3]), x),
+    )
 
 
 _fwd = define(
-    "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? lower,"
-    " Tensor? upper, int reverse_groups, int chunk) -> (Tensor y, Tensor last_state, Tensor chunk_states)",
+    "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias,"
+    " Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_groups, bool dt_softplus, float dt_low,"
+    " float dt_high, int chunk, bool count)"
+    " -> (Tensor y, Tensor last_state, Tensor chunk_states, Tensor saturation)",
     fake=_fake_fwd,
 )
 _bwd = define(
     "ssd_scan_bwd(Tensor grad_y, Tensor? grad_last_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
-    " Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_groups, int chunk) -> (Tensor grad_x,"
-    " Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_initial_state)",
+    " Tensor? z, Tensor? dt_bias, Tensor? lower, Tensor? upper, Tensor chunk_states, int reverse_groups,"
+    " bool dt_softplus, float dt_low, float dt_high, int chunk) -> (Tensor grad_x, Tensor grad_dt, Tensor grad_A,"
+    " Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_z, Tensor grad_dt_bias, Tensor grad_initial_state)",
     fake=_fake_bwd,
 )
+
+
+def _require_steps(least: float) -> None:
+    if least < 0:
+        raise ValueError(message(_OP, "`dt` + `dt_bias` must be >= 0 without `dt_softplus`", f"{least:g}"))
+
+
+def _steps(dt: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float) -> tuple[Tensor, Tensor | None]:
+    """The step sizes, and their derivative with respect to `dt` (None: 1)."""
+    step = dt if dt_bias is None else dt + dt_bias
+    slope = None
+    if softplus:
+        step, slope = torch.logaddexp(step, step.new_zeros(())), torch.sigmoid(step)
+    elif _check.readable(step) and step.numel():
+        _require_steps(step.amin().item())
+    if low > 0 or high < torch.inf:
+        limited = (step < low) | (step > high)
+        slope = torch.where(limited, 0.0, torch.ones_like(step) if slope is None else slope)
+        step = step.clamp(low, high)
+    return step, slope
+
+
+def _through_steps(grad_step: Tensor, slope: Tensor | None) -> Tensor:
+    """The gradient of `dt` from that of the steps; a limited step has none, whatever comes back to it."""
+    return grad_step if slope is None else torch.where(slope == 0, 0.0, slope * grad_step)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -170,14 +218,16 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 @launcher("ssd_scan_fwd", device="cpu", backend="native")
 def _(*arguments):
     outputs = _fake_fwd(*arguments)
-    _load.native().ssd_scan_fwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
+    least_step = outputs[0].new_empty(())  # found on the way, which spares a pass over the steps
+    _load.native().ssd_scan_fwd(*_contiguous(*arguments[:11]), *arguments[11:], *outputs, least_step)
+    _require_steps(least_step.item())
     return outputs
 
 
 @launcher("ssd_scan_bwd", device="cpu", backend="native")
 def _(*arguments):
     outputs = _fake_bwd(*arguments)
-    _load.native().ssd_scan_bwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
+    _load.native().ssd_scan_bwd(*_contiguous(*arguments[:13]), *arguments[13:], *outputs)
     return outputs
 
 
@@ -189,19 +239,24 @@ def _turned(M: Tensor, groups: int, reverse_groups: int) -> Tensor:
     return torch.cat((ahead, back.flip(1)), 2)
 
 
-def _flipped(function, steps: tuple[int, ...], results: tuple[int, ...]):
+def _flipped(function, steps: tuple[int, ...], results: tuple[int, ...], way: int):
     """A launcher for both directions, by one that only knows the forward one: it gets (and returns) copies in which the
     heads or groups that run backwards are flipped.
 
-    `steps` and `results` are the positions of the arguments and outputs that have a time axis.
+    `steps` and `results` are the positions of the arguments and outputs that have a time axis, `way` that of the number
+    of groups that run backwards.
     """
 
     def both(*arguments):
-        *tensors, reverse_groups, chunk = arguments
-        groups = tensors[steps[-1]].shape[2]
-        tensors = [_turned(t, groups, reverse_groups) if i in steps else t for i, t in enumerate(tensors)]
-        outputs = function(*tensors, chunk)
-        return tuple(_turned(t, groups, reverse_groups) if i in results else t for i, t in enumerate(outputs))
+        groups, reverse_groups = arguments[steps[-1]].shape[2], arguments[way]
+
+        def turned(tensors, those):
+            """Those of `tensors` that are there: without a gate, its gradient has no time axis."""
+            in_time = (i in those and t is not None and t.dim() > 2 for i, t in enumerate(tensors))
+            return [_turned(t, groups, reverse_groups) if has else t for t, has in zip(tensors, in_time, strict=True)]
+
+        outputs = function(*turned(arguments[:way], steps), *arguments[way + 1 :])
+        return tuple(turned(outputs, results))
 
     return both
 
@@ -212,7 +267,9 @@ def _(*arguments):
     from stablekern.triton_kernels.ssd_scan import ssd_scan_fwd
 
     outputs = _fake_fwd(*arguments)
-    ssd_scan_fwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
+    x, dt, A, B, C, D, z, dt_bias, *bounds, reverse_groups, softplus, low, high, chunk, _ = arguments
+    step, _ = _steps(dt, dt_bias, softplus, low, high)  # one number a head: by torch, as its decay
+    ssd_scan_fwd(*_contiguous(x, step, A, B, C, D, z, *bounds), reverse_groups, chunk, *outputs)
     return outputs
 
 
@@ -221,8 +278,14 @@ def _(*arguments):
 def _(*arguments):
     from stablekern.triton_kernels.ssd_scan import ssd_scan_bwd
 
-    outputs = _fake_bwd(*arguments)
-    ssd_scan_bwd(*_contiguous(*arguments[:-2]), *arguments[-2:], *outputs)
+    outputs = _, grad_dt, *_, grad_bias, _ = _fake_bwd(*arguments)
+    *into, x, dt, A, B, C, D, z, dt_bias, lower, upper, chunk_states = arguments[:13]
+    reverse_groups, softplus, low, high, chunk = arguments[13:]
+    step, slope = _steps(dt, dt_bias, softplus, low, high)
+    inputs = _contiguous(*into, x, step, A, B, C, D, z, lower, upper, chunk_states)
+    ssd_scan_bwd(*inputs, reverse_groups, chunk, *(grad for grad in outputs if grad is not grad_bias))
+    grad_dt.copy_(_through_steps(grad_dt, slope))
+    torch.sum(grad_dt, (0, 1), out=grad_bias)
     return outputs
 
 
@@ -234,126 +297,123 @@ def _per_head(M: Tensor, heads: int) -> Tensor:
 
 def _advance(
     state: Tensor, decay: Tensor, token: Tensor, enter: Tensor, lower: Tensor | None, upper: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The next state (b, h, p, n), and where it passed the clamp (None: there is no clamp)."""
+) -> tuple[Tensor, Tensor]:
+    """The next state (b, h, p, n), and what it was before the clamp."""
     free = decay[..., None, None] * state + token[..., None] * enter
     if lower is None or upper is None:
-        return free, None
-    low, high = lower[..., None], upper[..., None]
-    return torch.clamp(free, low, high), (free >= low) & (free <= high)
+        return free, free
+    return torch.clamp(free, lower[..., None], upper[..., None]), free
 
 
 @launcher("ssd_scan_fwd", device="cuda", backend="torch")
 @launcher("ssd_scan_fwd", device="cpu", backend="torch")
-@functools.partial(_flipped, steps=(0, 1, 3, 4), results=(0,))  # x, dt, B, C; y
-def _(x, dt, A, B, C, D, initial_state, lower, upper, chunk):
-    outputs = y, last_state, chunk_states = _fake_fwd(x, dt, A, B, C, D, initial_state, lower, upper, 0, chunk)
+@functools.partial(_flipped, steps=(0, 1, 6, 3, 4), results=(0,), way=11)  # x, dt, z, B, C; y
+def _(x, dt, A, B, C, D, z, dt_bias, initial_state, lower, upper, softplus, low, high, chunk, count):
+    settings = 0, softplus, low, high, chunk, count
+    outputs = _fake_fwd(x, dt, A, B, C, D, z, dt_bias, initial_state, lower, upper, *settings)
+    y, last_state, chunk_states, saturation = outputs
     heads = x.shape[2]
-    decay, token = torch.exp(dt * A), dt[..., None] * x
+    step, _ = _steps(dt, dt_bias, softplus, low, high)
+    decay, token = torch.exp(step * A), step[..., None] * x
     enter, leave = _per_head(B, heads), _per_head(C, heads)
     state = torch.zeros_like(last_state) if initial_state is None else initial_state
+    changed = x.new_zeros((x.shape[0], heads))
     for t in range(x.shape[1]):
         if t % chunk == 0:
             chunk_states[:, t // chunk] = state.permute(0, 3, 1, 2)
-        state, _ = _advance(state, decay[:, t], token[:, t], enter[:, t], lower, upper)
+        state, free = _advance(state, decay[:, t], token[:, t], enter[:, t], lower, upper)
+        if count:
+            changed += _state_clamp.changed(free, lower[..., None], upper[..., None]).sum((2, 3))
         y[:, t] = (state * leave[:, t]).sum(-1)
     if D is not None:
         y += D * x
+    if z is not None:
+        y *= torch.nn.functional.silu(z)
+    if count:
+        torch.div(changed, max(x.shape[1] * x.shape[3] * B.shape[3], 1), out=saturation)
     last_state.copy_(state)
     return outputs
 
 
 @launcher("ssd_scan_bwd", device="cuda", backend="torch")
 @launcher("ssd_scan_bwd", device="cpu", backend="torch")
-@functools.partial(_flipped, steps=(0, 2, 3, 5, 6), results=(0, 1, 3, 4))  # grad_y, x, dt, B, C; of x, dt, B, C
-def _(grad_y, grad_last_state, x, dt, A, B, C, D, lower, upper, chunk_states, chunk):
+@functools.partial(_flipped, steps=(0, 2, 3, 8, 5, 6), results=(0, 1, 3, 4, 6), way=13)  # grad_y, x, dt, z, B, C
+def _(grad_y, grad_last_state, x, dt, A, B, C, D, z, dt_bias, lower, upper, chunk_states, softplus, low, high, chunk):
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
-    decay, token = torch.exp(dt * A), dt[..., None] * x
+    step, slope = _steps(dt, dt_bias, softplus, low, high)
+    decay, token = torch.exp(step * A), step[..., None] * x
     enter, leave = _per_head(B, heads), _per_head(C, heads)
+    grad_out, grad_y = grad_y, grad_y if z is None else grad_y * torch.nn.functional.silu(z)
+    y = torch.empty_like(x)
     grad_token, grad_rate = torch.empty_like(token), torch.empty_like(dt)
     grad_enter, grad_leave = (x.new_empty(batch, length, heads, states) for _ in range(2))
     carry = x.new_zeros(batch, heads, width, states) if grad_last_state is None else grad_last_state
     for index in reversed(range(chunk_states.shape[1])):
         start, stop = index * chunk, min((index + 1) * chunk, length)
-        trail, inside = [chunk_states[:, index].permute(0, 2, 3, 1)], []
+        trail, before_clamp = [chunk_states[:, index].permute(0, 2, 3, 1)], []
         for t in range(start, stop):
-            state, passed = _advance(trail[-1], decay[:, t], token[:, t], enter[:, t], lower, upper)
+            state, free = _advance(trail[-1], decay[:, t], token[:, t], enter[:, t], lower, upper)
             trail.append(state)
-            inside.append(passed)
+            before_clamp.append(free)
         for t in reversed(range(start, stop)):
+            y[:, t] = (trail[t - start + 1] * leave[:, t]).sum(-1)
             grad_leave[:, t] = (grad_y[:, t, ..., None] * trail[t - start + 1]).sum(2)
             grad = carry + grad_y[:, t, ..., None] * leave[:, t]
-            if inside[t - start] is not None:
-                grad = torch.where(inside[t - start], grad, 0.0)
+            if lower is not None:
+                free = before_clamp[t - start]
+                grad = torch.where((free >= lower[..., None]) & (free <= upper[..., None]), grad, 0.0)
             grad_enter[:, t] = (grad * token[:, t, ..., None]).sum(2)
             grad_token[:, t] = (grad * enter[:, t]).sum(-1)
             carry = decay[:, t, :, None, None] * grad
             grad_rate[:, t] = (carry * trail[t - start]).sum((2, 3))
-    grad_x = dt[..., None] * grad_token
+    grad_x = step[..., None] * grad_token
     if D is not None:
-        grad_x = grad_x + D * grad_y
+        grad_x, y = grad_x + D * grad_y, y + D * x
+    grad_z = x.new_empty((0,))
+    if z is not None:
+        sigmoid = torch.sigmoid(z)
+        grad_z = grad_out * y * (sigmoid * (1 + z * (1 - sigmoid)))
+    grad_dt = _through_steps((grad_token * x).sum(-1) + A * grad_rate, slope)
     grouped = (batch, length, groups, heads // groups if groups else 1, states)
     grad_B, grad_C = (M.reshape(grouped).sum(3) for M in (grad_enter, grad_leave))
     return (
         grad_x,
-        (grad_token * x).sum(-1) + A * grad_rate,
-        (grad_rate * dt).sum((0, 1)),
+        grad_dt,
+        (grad_rate * step).sum((0, 1)),
         grad_B,
         grad_C,
         (grad_y * x).sum((0, 1)),
+        grad_z,
+        grad_dt.sum((0, 1)),
         carry.clone(memory_format=torch.contiguous_format),
     )
 
 
-@torch.no_grad()
-def _saturation(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    initial_state: Tensor | None,
-    lower: Tensor,
-    upper: Tensor,
-    reverse_groups: int,
-) -> Tensor:
-    """Which share of a head's states the clamp changed, (b, h): the scan once more, a stretch of time after another,
-    with the state before every step kept."""
-    batch, length, heads, width = x.shape
-    groups, states = B.shape[2:]
-    state, changed = initial_state, x.new_zeros((batch, heads))
-    x, dt, B = (_turned(M, groups, reverse_groups) for M in (x, dt, B))
-    for start in range(0, length, _STRETCH):
-        tokens, steps, enter = (M[:, start : start + _STRETCH] for M in (x, dt, B))
-        _, state, before = _fwd(tokens, steps, A, enter, enter, None, state, lower, upper, 0, 1)
-        decay, tokens, enter = torch.exp(steps * A), steps[..., None] * tokens, _per_head(enter, heads)
-        free, _ = _advance(before.permute(0, 1, 3, 4, 2), decay, tokens, enter, None, None)
-        changed += _state_clamp.changed(free, lower[..., None], upper[..., None]).sum((1, 3, 4))
-    return changed / max(length * width * states, 1)
-
-
 class _SsdScan(torch.autograd.Function):
     @staticmethod
-    def forward(x, dt, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk):
-        return _fwd(x, dt, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk)
+    def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, lower, upper, way, softplus, low, high, chunk, count):
+        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, lower, upper)
+        return _fwd(*tensors, way, softplus, low, high, chunk, count)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, dt, A, B, C, D, initial_state, lower, upper, ctx.reverse_groups, ctx.chunk = inputs
-        ctx.mark_non_differentiable(output[2])
+        *tensors, _, lower, upper, way, softplus, low, high, chunk, _ = inputs
+        ctx.settings = way, softplus, low, high, chunk
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, dt, A, B, C, D, lower, upper, output[2])
+        ctx.save_for_backward(*tensors, lower, upper, output[2])
 
     @staticmethod
-    def backward(ctx, grad_y, grad_last_state, _):
+    def backward(ctx, grad_y, grad_last_state, *_):
         _check.first_order(_OP)
         if grad_y is None and grad_last_state is None:
-            return (None,) * 11
+            return (None,) * 17
         if grad_y is None:
             grad_y = torch.zeros_like(ctx.saved_tensors[0])
-        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, ctx.reverse_groups, ctx.chunk)
+        grads = _bwd(grad_y, grad_last_state, *ctx.saved_tensors, *ctx.settings)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
-        return *wanted, None, None, None, None
+        return *wanted, *(None,) * 8
 
 
 def ssd_scan(
@@ -401,8 +461,8 @@ def ssd_scan(
     - `bidirectional`: both directions in one call: the first half of the heads (and of the groups, whose number must be
         even) as without `reverse`, the second half as with it. Two blocks that read one input, each with parameters of
         its own, lie side by side as heads.
-    - `return_saturation`: a diagnostic, at the cost of several scans: also return which share of a head's states, over
-        all steps, the clamp has changed; (b, h), in [0, 1], without a gradient. Needs `state_clamp`.
+    - `return_saturation`: a diagnostic, counted on the way: also return which share of a head's states, over all steps,
+        the clamp has changed; (b, h), in [0, 1], without a gradient. Needs `state_clamp`.
 
     **Returns:** $y$, a new contiguous tensor like `x`; with `return_last_state` also $h_{l-1}$, (b, h, p, n), in
     float32 for half precision; differentiable like $y$. States, sums and gates are computed in float32 or float64.
@@ -449,34 +509,22 @@ def ssd_scan(
         raise TypeError(message(_OP, "`dt_limit` must be (low, high)", type(dt_limit).__name__))
     low = _check.number(_OP, "dt_limit", dt_limit[0], low=0.0)
     high = _check.number(_OP, "dt_limit", dt_limit[1], low=low)
-    x_wide, step, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
-    lower, upper = _state_clamp.bounds(_OP, state_clamp, x_wide, h=sizes["h"], p=sizes["p"])
-
+    lower, upper = _state_clamp.bounds(_OP, state_clamp, x.new_empty((), dtype=wide), h=sizes["h"], p=sizes["p"])
     if return_saturation and upper is None:
         raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
-    if dt_bias is not None:
-        step = step + dt_bias.to(wide)
-    if dt_softplus:
-        step = torch.logaddexp(step, step.new_zeros(()))  # max(x, 0) + log1p(exp(-|x|))
-    elif _check.readable(step) and step.numel() and bool(step.detach().amin() < 0):
-        raise ValueError(message(_OP, "`dt` + `dt_bias` must be >= 0 without `dt_softplus`", f"{step.min():g}"))
-    if low > 0 or high < torch.inf or not dt_softplus:
-        step = step.clamp(low, high)
+    if D is not None:
+        D = (D[:, None] if D.dim() == 1 else D).expand(sizes["h"], sizes["p"])
+    given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    tracked = tuple(None if tensor is None else tensor.to(wide) for tensor in given)
     if lower is None and _check.readable(A) and A.numel() and bool(A.detach().amax() >= 0):
         rule = "`A` >= 0 does not decay: exp(dt * A) >= 1, the state grows until it overflows to inf"
         warnings.warn(message(_OP, rule, f"{A.max():g}"), RuntimeWarning, stacklevel=2)
-    if D is not None:
-        D = (D[:, None] if D.dim() == 1 else D).to(wide).expand(sizes["h"], sizes["p"])
-    if initial_state is not None:
-        initial_state = initial_state.to(wide)
-    tracked = (x, dt, A, B, C, D, dt_bias, initial_state)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tracked)
     chunk = _CHUNK if differentiates else max(sizes["l"], 1)  # no gradient: no states are kept but the first
-    y, last_state, _ = apply(_SsdScan, x_wide, step, A, B, C, D, initial_state, lower, upper, reverse_groups, chunk)
-    if z is not None:
-        y = y * torch.nn.functional.silu(z.to(wide))
+    settings = reverse_groups, dt_softplus, low, high, chunk, return_saturation
+    y, last_state, _, saturation = apply(_SsdScan, *tracked, lower, upper, *settings)
     y = y.to(dtype)
     outputs = (y, last_state) if return_last_state else (y,)
     if return_saturation:
-        outputs += (_saturation(x_wide, step, A, B, initial_state, lower, upper, reverse_groups),)  # type: ignore[arg-type]
+        outputs += (saturation,)
     return outputs if len(outputs) > 1 else y

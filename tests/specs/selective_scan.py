@@ -55,6 +55,7 @@ def samples(g: torch.Generator) -> list[Sample]:
 
     softplus = {"delta_softplus": lambda *_: True}
     clamped = {"state_clamp": lambda *_: 0.6}
+    reverse, both = {"reverse": lambda *_: True}, {"bidirectional": lambda *_: True}
     (u, delta, A, B, C), _ = inputs(g, 2, 3, 70, 1, 5)
     graded = torch.logspace(-30, 30, 70, dtype=torch.float64)
     extreme = (u * graded, delta, A * torch.tensor([[1e4], [1.0], [1e-4]]), B, C)
@@ -89,6 +90,14 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("permuted", permuted, optional),
         Sample("strided", strided, optional | {"z": optional["z"][..., ::2]}),
         Sample("extreme", extreme, dtypes=FLOATS),
+        sample("reverse", 2, 4, 7, 2, 5, changes=softplus | reverse, gradcheck=True),
+        sample("reverse-clamped", 2, 35, 71, 1, 7, changes=clamped | reverse),
+        sample("bidirectional", 2, 4, 7, 2, 5, changes=softplus | both, gradcheck=True),
+        sample("bidirectional-odd", 2, 70, 67, 2, 9, changes=clamped | both),
+        sample("bidirectional-constant", 2, 6, 5, 2, 4, swap=constant, changes=both, gradcheck=True),
+        sample("bidirectional-all-constant", 2, 6, 37, 1, 4, swap=all_constant, changes=clamped | both),
+        sample("bidirectional-complex", 2, 4, 7, 2, 3, is_complex=True, changes=softplus | both, gradcheck=True),
+        sample("bidirectional-complex-clamped", 2, 38, 37, 2, 5, is_complex=True, changes=clamped | both),
     ]
 
 
@@ -116,6 +125,11 @@ def _three(named):
     return named["B"][:, :1].expand(-1, 3, -1, -1)
 
 
+def _constant(channels: int):
+    u, A = torch.ones(2, channels, 5), -torch.ones(channels, 4)
+    return u, u, A, A, A
+
+
 SPECS = (
     OpSpec(
         "selective_scan",
@@ -127,7 +141,8 @@ SPECS = (
         interpreted=(
             *("typical", "plain", "gated", "clamped", "clamped-odd", "one-lane", "constant"),
             *("constant-enter", "complex", "complex-constant", "complex-clamped-small", "length-1", "empty"),
-            *("empty-batch", "no-states", "no-channels", "permuted"),
+            *("empty-batch", "no-states", "no-channels", "permuted", "reverse", "bidirectional", "bidirectional-odd"),
+            *("bidirectional-constant", "bidirectional-all-constant", "bidirectional-complex"),
         ),
         errors=(
             (_call(u=lambda a: a["u"][0]), ValueError, r"`u` must have the shape \(b, d, l\): got \(4, 5\)"),
@@ -148,6 +163,17 @@ SPECS = (
             (_call(state_clamp=torch.ones(3)), ValueError, r"one of the shapes \(\), \(d\), \(d n\): got \(3,\)"),
             (_call(state_clamp=torch.ones(4, requires_grad=True)), ValueError, "`state_clamp` is not differentiable"),
             (_call(initial_state=lambda a: a["initial_state"].mT), ValueError, "`initial_state` and `u` disagree on"),
+            (_call(bidirectional=True, reverse=True), ValueError, "`reverse` and `bidirectional` exclude each other"),
+            (
+                _call(bidirectional=True, B=lambda a: a["B"][:, :1], C=lambda a: a["C"][:, :1]),
+                ValueError,
+                "`bidirectional` needs an even number of groups of `B` and `C`: got 1",
+            ),
+            (
+                lambda: selective_scan(*_constant(3), bidirectional=True),
+                ValueError,
+                "`bidirectional` needs an even number of channels of `u`: got 3",
+            ),
             (_call(True, state_clamp=(-1.0, 1.0)), ValueError, "`state_clamp` of complex states is one bound on the m"),
             (_call(True, B=lambda a: a["B"].real), ValueError, "real `B` with complex `A` holds pairs, its last axis"),
             (_call(True, A=lambda a: a["A"].to(torch.complex64)), TypeError, "`A` must be one of complex128: got comp"),

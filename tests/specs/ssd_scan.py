@@ -74,6 +74,9 @@ def samples(g: torch.Generator) -> list[Sample]:
         sample("reverse-clamped", 2, 71, 3, 11, 1, 7, changes={"state_clamp": lambda *_: 0.6, "reverse": yes}),
         sample("bidirectional", 2, 6, 4, 3, 2, 5, changes=softplus | {"bidirectional": yes}, gradcheck=True),
         sample("bidirectional-odd", 2, 67, 6, 7, 2, 9, changes={"state_clamp": lambda *_: 0.6, "bidirectional": yes}),
+        sample("limited-odd", 2, 67, 21, 3, 1, 5, changes=softplus | {"dt_limit": lambda *_: (0.5, 2.0)}),
+        sample("gated", 1, 5, 3, 3, 1, 2, only=("z",), gradcheck=True),
+        sample("gated-odd", 2, 67, 3, 11, 1, 7, only=("z", "D"), changes={"state_clamp": lambda *_: 0.6}),
     ]
 
 
@@ -108,7 +111,8 @@ SPECS = (
         view=_view,
         floor_ulps=16.0,  # the gradient of A sums terms of every item and step, which cancel; as in tests/soak.py
         interpreted=(
-            *("typical", "plain", "clamped", "clamped-odd", "one-lane", "length-1", "empty", "empty-batch"),
+            *("typical", "plain", "limited", "gated", "clamped", "clamped-odd", "one-lane", "length-1", "empty"),
+            "empty-batch",
             *("no-states", "permuted", "reverse", "bidirectional", "bidirectional-odd"),
         ),
         errors=(

@@ -9,6 +9,8 @@
 
 namespace stablekern {
 
+enum class Clamp { kNone, kApply, kCount };  // of a scan's states; kCount: and tell how often it changed one
+
 // `count` rounded up to whole vectors.
 template <class T>
 constexpr int64_t padded_to_lanes(int64_t count) {
@@ -53,9 +55,18 @@ SK_INLINE void store_block(T* p, Vec<T> v, int w, int64_t count) {
   left >= kLanes<T> ? store(p + w * kLanes<T>, v) : store_first(p + w * kLanes<T>, v, static_cast<int>(left));
 }
 
+// The first `count` lanes the other way round.
+template <class T>
+SK_INLINE Vec<T> reversed(Vec<T> v, int64_t count) {
+  IVec<T> from;
+  for (int k = 0; k < kLanes<T>; ++k) from[k] = static_cast<typename VecTypes<T>::integer>(std::max<int64_t>(0, count - 1 - k));
+  return permute<T>(v, from);
+}
+
 // `rows` <= kLanes rows of `columns` numbers, `stride` apart, to one vector a column, whose lanes are the rows (0 where
-// there is none). `out` holds whole vectors: padded_to_lanes(columns). What lies `ahead` of each row will be wanted next:
-// rows are far apart, and the machine's own prefetch does not see a sequence in them.
+// there is none). `out` holds whole vectors: padded_to_lanes(columns), `apart` vectors from one to the next (negative: the
+// first column is the last one there). What lies `ahead` of each row will be wanted next: rows are far apart, and the
+// machine's own prefetch does not see a sequence in them.
 template <class T>
 SK_NOINLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, Vec<T>* out,
                              int64_t apart = 1) {

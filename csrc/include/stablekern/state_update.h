@@ -26,10 +26,10 @@ struct StateUpdate {
   T* y;
 };
 
-// dt, or log(1 + e^dt). NaN, the second operand of `max`, passes.
+// dt, or log(1 + e^dt).
 template <class T>
-SK_INLINE Vec<T> step_size(Vec<T> dt, bool softplus) {
-  return softplus ? max(Vec<T>{}, dt) + log1p_unit<T>(exp<T>(-abs(dt))) : dt;
+SK_INLINE Vec<T> step_size(Vec<T> dt, bool with_softplus) {
+  return with_softplus ? softplus<T>(dt).value : dt;
 }
 
 // `count` channels of one batch item and group, from `row` on (a row is a channel of one batch item). `block` knows what
@@ -56,8 +56,8 @@ SK_INLINE void update_rows(const StateUpdate<T>& p, int64_t row, int64_t group, 
   Vec<T> y = horizontal_sums<T>(sums);
   if (p.D) y = fma(load_first(p.D + row % p.channels, count), x, y);
   if (p.z) {
-    const Vec<T> z = load_first(p.z + row, count), e = exp<T>(-abs(z)), one = splat<T>(1);
-    y *= z * (select(less(z, Vec<T>{}), e, one) / (one + e));
+    const Vec<T> z = load_first(p.z + row, count);
+    y *= z * sigmoid<T>(z);
   }
   store_first(p.y + row, y, count);
 }

@@ -104,6 +104,25 @@ SK_INLINE Vec<T> log1p_unit(Vec<T> e) {
   return s * series;
 }
 
+// 1 / (1 + e^-x), by an exponential that cannot overflow.
+template <class T>
+SK_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> e = exp<T>(-abs(x)), one = splat<T>(1);
+  return select(less(x, Vec<T>{}), e, one) / (one + e);
+}
+
+template <class T>
+struct Softplus {
+  Vec<T> value, slope;
+};
+// log(1 + e^x), and its derivative.
+template <class T>
+SK_INLINE Softplus<T> softplus(Vec<T> x) {
+  const Vec<T> e = exp<T>(-abs(x)), one = splat<T>(1);
+  // NaN, the second operand of `max`, passes.
+  return {max(Vec<T>{}, x) + log1p_unit<T>(e), select(less(x, Vec<T>{}), e, one) / (one + e)};
+}
+
 template <class T>
 struct SineCosine {
   Vec<T> sine, cosine;
