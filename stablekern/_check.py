@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -121,6 +122,9 @@ def number(
     """`value` must be a real number in [low, high], or in (low, high] with `strict`; NaN never is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message(op, f"`{name}` must be a number", type(value).__name__))
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        got = f"an integer of {value.bit_length()} bits"
+        raise ValueError(message(op, f"`{name}` must be a number that a float can hold", got))
     too_low = low is not None and not (value > low if strict else value >= low)
     if value != value or too_low or (high is not None and not value <= high):
         rule = f"`{name}` must be a number"

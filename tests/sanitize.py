@@ -41,8 +41,12 @@ PLANTED = {
         }""",
 }
 FINDS = {"address": "insufficient space for an object", "thread": "WARNING: ThreadSanitizer: data race"}
-# Every native kernel on every sample of its spec. Gradcheck calls the same kernels a thousand times.
-TESTS = ("tests/test_ops.py", "-k", "cpu-native and matches")
+# Every native kernel on every sample of its spec (gradcheck calls the same kernels a thousand times), and those without
+# a spec: the optimizer's step, its noise, the guard's norms and products.
+TESTS = (
+    *("tests/test_ops.py", "tests/test_optim.py", "tests/test_grad_guard.py", "-k"),
+    "cpu-native and matches or native and (equals or long_stream or half_precision or policy or underflows)",
+)
 
 
 def compiler() -> str:

@@ -88,7 +88,36 @@ def test_the_measured_covariance_gets_no_gradient_and_the_weights_do():
     assert single.dtype == torch.complex64
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_which_traces_count_as_none(backend, dtype):
+    """Up to n eps times the sum of the moduli, n = 4: 16 eps here; and what float32 cannot hold is not finite."""
+    eps, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
+    R = torch.diag_embed(torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 4, dtype=dtype))
+    R[0, 3, 3] += 15 * eps
+    R[1, 3, 3] += 17 * eps
+    R[2, 0, 1] = torch.nan  # and no trace
+    R[3] = torch.eye(4) * (largest / 2)
+    with stablekern.use_backend(backend):
+        blend, info = covariance_blend_ex(R)
+    assert info.tolist() == [1, 0, 3, 2]
+    assert torch.isfinite(blend[1]).all() and blend[[0, 2, 3]].isnan().all()
+
+
 # sample_covariance, mvdr_denominator
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("target", [None, 4.0])
+def test_snapshots_that_are_not_finite_stay_alone(backend, target):
+    X = torch.randn(4, 9, 4, dtype=COMPLEX)
+    with stablekern.use_backend(backend):
+        clean = sample_covariance(X, target_trace=target)
+        X[1, 3, 2], X[2, 8, 0] = complex(0, torch.nan), torch.inf
+        R = sample_covariance(X.requires_grad_(), target_trace=target)
+        grad = torch.autograd.grad(R, X, torch.ones_like(R))[0]
+    assert R[1:3].isnan().all() and torch.equal(R[[0, 3]], clean[[0, 3]])
+    assert torch.isfinite(grad).all() and grad[[0, 3]].any() and not grad[1:3].any()
 
 
 def test_a_point_source_peaks_at_itself_and_not_at_its_mirror():

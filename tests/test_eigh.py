@@ -148,6 +148,74 @@ def test_rotation_inside_a_cluster_changes_nothing(backend, grad):
     torch.testing.assert_close(*results, rtol=0, atol=1e-5 * results[0].abs().max().item())
 
 
+def pairs_at_the_limits(n: int, dtype: torch.dtype, floor: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues with gaps at, above and far below the floor, the largest modulus at the negative end; and M whose
+    longest column has the length 5 exactly (its longest row is longer, its largest entry smaller), with differences
+    M_ij - conj(M_ji) below, above and between such limits."""
+    eps = torch.finfo(dtype).eps
+    width = 3 * floor
+    w = torch.linspace(2.1, 2.9, n, dtype=torch.float64)
+    low = [-3, -3 + width, -3 + 2 * width + 2**-10, 0.25, 0.5, 0.5 + eps / 2, 0.625, 2]
+    w[:8] = torch.tensor(low, dtype=torch.float64)
+    M = torch.zeros(n, n, dtype=torch.complex128)
+    M[0, 0], M[1, 0], M[0, 1] = 3, 4, -4
+    M[2, 3] = M[2, 6] = M[2, 7] = 4
+    M[1, 2], M[4, 5] = 1, 0.5
+    limit = 8 * eps * 5
+    M[4, 7], M[3, 7], M[3, 6] = limit * (1 - 2**-6), limit * (1 + 2**-6), limit * 0.9
+    if dtype.is_complex:
+        M *= torch.where(torch.eye(n) == 1, 1, 0.6 - 0.8j)
+        M[1, 1] = 2 + 1j  # its imaginary part is the phase of the vector, which the gauge fixes
+    return w, M
+
+
+@pytest.mark.parametrize("values_too", [False, True])
+@pytest.mark.parametrize("grad", spine._MODES)
+@pytest.mark.parametrize("n", [8, 40])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128])
+def test_the_rule_of_each_pair_at_its_limits(backend, dtype, n, grad, values_too):
+    """With V = I the gradient is S itself: every entry by the formulas of the module's text, to a few ulp."""
+    floor, eps = 2.0**-4, torch.finfo(dtype).eps
+    w, M = pairs_at_the_limits(n, dtype, floor)
+    grad_w = torch.arange(1, n + 1, dtype=torch.float64)
+    real, rows = dtype.to_real(), torch.eye(n, dtype=dtype)[None]
+    M_in = M.to(dtype) if dtype.is_complex else M.real.to(dtype)
+    mode = spine._MODES.index(grad)
+    given = grad_w.to(real)[None] if values_too else None
+    found = spine.backward_of(w.to(real)[None], rows, given, M_in.mT.contiguous()[None], mode, floor)[0]
+    M = M_in.to(M.dtype)
+    expected = torch.diag(grad_w * values_too).to(M.dtype)
+    for i in range(n):
+        for j in range(n):
+            difference, gap = complex(M[i, j] - M[j, i].conj()), float(w[j] - w[i])
+            if i == j or difference == 0 or (grad == "auto" and abs(difference) <= 8 * eps * 5):
+                continue
+            lorentzian = gap / (gap**2 + (floor * 3) ** 2)
+            inverse = {"mask": 1 / gap if abs(gap) > floor * 3 else 0.0, "raw": 1 / gap}.get(grad, lorentzian)
+            expected[i, j] = difference * inverse / 2
+    torch.testing.assert_close(found.to(M.dtype), expected, rtol=8 * eps, atol=0)
+
+
+@pytest.mark.parametrize("grad", FINITE_MODES)
+@pytest.mark.parametrize("n", [4, 36])
+def test_a_floor_whose_square_underflows_is_none(backend, n, grad):
+    """Finite at repeated eigenvalues whatever the floor: pairs of one eigenvalue pass nothing."""
+    A = torch.eye(n).expand(2, n, n) * torch.tensor([1.0, 0.0])[:, None, None]
+    weights = random(2, n, dtype=torch.float32), random(2, n, n, dtype=torch.float32)
+    found = gradients(A, weights, grad=grad, gap_floor=1e-30)
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    assert torch.equal(found, torch.diag_embed(diagonal))
+    assert torch.equal(diagonal.sort().values, weights[0].sort().values)
+
+
+def test_documented_widths():
+    """What `gap_floor=None` stands for, by the docstring."""
+    for dtype in FLOATS:
+        eps = torch.finfo(dtype).eps
+        widths = [spine.gap_rule("eigh", grad, None, dtype)[1] for grad in spine._MODES]
+        assert widths == [4 * eps, 1e-3, 16 * eps, 0.0]
+
+
 def test_auto_keeps_the_gradient_of_close_separated_eigenvalues(backend):
     """A small gap that the loss sees is no noise: the projector of one of two eigenvalues 1e-3 apart, float32."""
     Q = torch.linalg.qr(random(8, 8))[0]
@@ -246,24 +314,26 @@ def test_lapack_failure_is_reported_per_matrix(monkeypatch):
     torch.testing.assert_close(found.eigenvectors[::2], clean.eigenvectors[::2])
 
 
+@pytest.mark.parametrize("n", [12, 36])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128])
-def test_gauge(backend, dtype):
+def test_gauge(backend, dtype, n):
     """The first of the largest components of each column is real and positive, and columns are contiguous."""
-    V = eigh(symmetric(7, 12, 12, dtype=dtype)).eigenvectors
+    V = eigh(symmetric(7, n, n, dtype=dtype)).eigenvectors
     pivot = V.gather(-2, V.abs().argmax(-2, keepdim=True))
     assert (pivot.real > 0).all() and (pivot.is_complex() is False or (pivot.imag == 0).all())
-    assert V.stride() == torch.linalg.eigh(symmetric(7, 12, 12, dtype=dtype)).eigenvectors.stride()
+    assert V.stride() == torch.linalg.eigh(symmetric(7, n, n, dtype=dtype)).eigenvectors.stride()
 
 
-def test_complex_gradient_knows_the_gauge(backend):
+@pytest.mark.parametrize("n", [4, 34])
+def test_complex_gradient_knows_the_gauge(backend, n):
     """Raw complex vectors, phase and all: finite differences see the pivot's phase, and so does the backward."""
-    A = separated(torch.Generator().manual_seed(3), (2,), 4, dtype=torch.complex128).requires_grad_()
-    assert torch.autograd.gradcheck(lambda A: tuple(eigh((A + A.mH) / 2)), A)
+    A = separated(torch.Generator().manual_seed(3), (2,), n, dtype=torch.complex128).requires_grad_()
+    assert torch.autograd.gradcheck(lambda A: tuple(eigh((A + A.mH) / 2)), A, fast_mode=n > 4)
 
 
-def test_complex_gradient_where_all_components_have_the_same_modulus(backend):
+@pytest.mark.parametrize("n", [16, 36])
+def test_complex_gradient_where_all_components_have_the_same_modulus(backend, n):
     """A circulant's eigenvectors are waves: rounding chooses the pivot, and the backward must take the same one."""
-    n = 16
     shift = torch.roll(torch.eye(n, dtype=torch.complex128), 1, 0) * (0.3 + 1j)
     A = (shift + shift.mH).requires_grad_()
     w, V = eigh(A)

@@ -127,6 +127,21 @@ def test_extreme_scales(dtype):
         assert ((A @ V - V * (w * 2.0**-power)[:, None]).abs() <= 5 * 36 * eps * top).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_equal_components_the_first_is_positive(dtype):
+    """Pairs of nodes: the vectors are (1, 1) and (1, -1) on a pair, components of one modulus to the last bit."""
+    A = torch.zeros(1, 36, 36, dtype=dtype)
+    even = torch.arange(0, 36, 2)
+    A[0, even, even + 1] = A[0, even + 1, even] = 1 + torch.arange(18).to(dtype)
+    V = stablekern.eigh(A).eigenvectors[0]
+    largest = V.abs().amax(0)
+    tied = (V.abs() == largest).sum(0) > 1
+    first = (V.abs() == largest).int().argmax(0)
+    assert tied.sum() > 9
+    pivot = V[first, torch.arange(36)]
+    assert (pivot.real > 0).all() and not (dtype.is_complex and pivot.imag.any())
+
+
 def test_a_torch_without_lapack_takes_its_own_path(monkeypatch):
     monkeypatch.setattr(_load, "native_module", lambda: SimpleNamespace(lapack=False))
     A = hermitian(2, 33, torch.float32)

@@ -41,6 +41,9 @@ FOUND = (
     ("linear_scan", "2a8728e8371fa6895c80e8788bbb66f421867dd8c647ae16c9788e8551"),
     ("focal_loss", "5b91546cd763c1cfef828e8833fda4eb268b326c193c40e649b2d63fdd"),
     ("ssd_state_update", "5d004e8087786e5d8e35aa64fad7d88bfaa84e5b8ba8a1b5e954825539"),
+    ("assemble_adjacency", "306eac6174697665271a"),
+    ("cg", "fef92480000000ffff7e"),
+    ("cg", "4c1b015b27463c64ff" + 83 * "8c" + "01"),
 )
 
 
@@ -66,6 +69,11 @@ def test_seeded_inputs(number):
 @pytest.mark.parametrize(("name", "data"), FOUND)
 def test_what_was_found_once(name, data):
     fuzz_arguments.changed_call(name, bytes.fromhex(data))
+
+
+def test_a_number_that_no_float_can_hold_is_refused():
+    with pytest.raises(ValueError, match="^stablekern.mvdr_denominator: `loading` .* got an integer of 1329 bits"):
+        stablekern.mvdr_denominator(torch.eye(3), torch.ones(3, 2), 10**400)
 
 
 def test_an_error_from_the_inside_is_a_finding(monkeypatch):

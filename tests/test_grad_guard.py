@@ -121,6 +121,33 @@ def test_float64_norm_neither_overflows_nor_underflows(size):
     assert float(guard()) == pytest.approx(4 * size, rel=1e-12) and float(guard.found_inf) == 0
 
 
+def test_float64_norms_of_either_sign_and_of_nan_alone():
+    """Where squares leave the range each tensor is measured in units of its largest modulus."""
+    params = leaves(torch.tensor([-3e200, 1.0], dtype=torch.float64), torch.full((2,), -2e-200, dtype=torch.float64))
+    assert float(GradGuard(params, INF)()) == pytest.approx(3e200, rel=1e-15)
+    guard = GradGuard(leaves(torch.ones(3, dtype=torch.float64), torch.full((5,), NAN, dtype=torch.float64)), INF)
+    assert math.isnan(float(guard())) and guard.first_bad() == "parameter 1"
+
+
+def test_squares_that_are_subnormal_keep_their_digits():
+    """Each square has 30 to 40 bits, and 2^14 of them add up to a normal number."""
+    for x in (1.1, 1.3, 1.7, 1.9):
+        params = leaves(torch.full((2**14,), x * 2.0**-518, dtype=torch.float64))
+        assert float(GradGuard(params, INF)()) == pytest.approx(x * 2.0**-511, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.bfloat16])
+def test_every_block_of_a_large_tensor_counts(dtype):
+    """Blocks of 16 384 numbers: the norm of all of them, and the factor for all of them."""
+    for size in (16_384, 16_385, 50_000):
+        params = leaves(torch.full((size,), 2.0, dtype=dtype), torch.full((3,), 2.0, dtype=dtype))
+        norm = float(GradGuard(params, 1.0)())
+        assert norm == pytest.approx(2 * math.sqrt(size + 3), rel=1e-12)
+        each = 2 / (norm + 1e-6)
+        for p in params:
+            torch.testing.assert_close(p.grad.real, torch.full_like(p.grad.real, each))
+
+
 def test_no_gradients():
     for params in ([], leaves(None, None)):
         guard = GradGuard(params, 1.0)

@@ -340,6 +340,28 @@ def test_isolated_nodes_and_graphs_without_edges(backend):
         assert (grad[:, 1] == 0).all() and (grad[:, :, 2] == 0).all() and (grad[..., 2] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_an_eigenvalue_just_above_rounding_is_none_of_the_null_space(backend, dtype):
+    """One component hangs together by a link of 10^4 eps: its eigenvalue of some 10^3 eps is no 0, and the other two
+    have the natural basis, whatever the scale of the weights."""
+    blocks = (dense_graphs(generator(i), (), 5) for i in range(3))
+    A = torch.block_diag(*blocks).to(dtype)[None, None]
+    A[..., 6, 13] = A[..., 13, 6] = 1e4 * torch.finfo(dtype).eps
+    pe, w, _ = laplacian_pe_ex(A, 15)
+    assert (w[..., :2] == 0).all() and w[..., 2] > 100 * torch.finfo(dtype).eps
+    assert ((pe[0, 0, :, :2] != 0).sum(0) == torch.tensor([5, 10])).all()
+    exponent = 120 if dtype == torch.float32 else 1000
+    for scale in (2.0**exponent, 2.0**-exponent):
+        assert torch.equal(laplacian_pe(A * scale, 2), pe[..., :2])
+
+
+def test_without_alignment_the_null_space_is_left_as_eigh_gives_it(backend):
+    A = torch.block_diag(*(dense_graphs(generator(i), (), 5) for i in range(3)))[None, None]
+    pe, w, _ = laplacian_pe_ex(A, 15, align="none")
+    assert (w[..., :3].abs() < 1e-14).all() and not (w[..., :3] == 0).all()
+    assert not torch.equal(pe, laplacian_pe(A, 15))
+
+
 def two_triangles(weight: float = 1.0) -> Tensor:
     A = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).double() * (1 - torch.eye(6, dtype=torch.float64))
     A[3:, 3:] *= weight
@@ -457,6 +479,26 @@ def test_a_bad_graph_marks_only_itself(name, align):
     assert (gradient(spoiled, weights, align=align)[:, bad] == 0).all()
 
 
+def test_the_eigenvalues_of_a_bad_graph_alone_decide_its_gradient(backend):
+    """A loss of eigenvalues and not of vectors: NaN for the bad graph, or 0 where the loss leaves it out."""
+    A = walk(3, 5)
+    A[0, 1, 2, 3] = torch.inf
+    A.requires_grad_()
+    w = laplacian_pe_ex(A, 4).eigenvalues
+    found = torch.autograd.grad(w, A, torch.ones_like(w), retain_graph=True)[0]
+    assert found[0, 1].isnan().all() and torch.isfinite(found[0, ::2]).all()
+    assert (torch.autograd.grad(w[:, ::2].sum(), A)[0][0, 1] == 0).all()
+
+
+def test_the_window_before_is_a_constant():
+    A, previous = walk(4, 5), torch.randn(1, 5, 3, generator=generator(3), dtype=torch.float64)
+    weights = torch.randn(1, 4, 5, 3, generator=generator(4), dtype=torch.float64)
+    expected = gradient(A, weights, align="temporal", previous=previous)
+    previous.requires_grad_()
+    assert torch.equal(gradient(A, weights, align="temporal", previous=previous), expected)
+    assert not laplacian_pe(A, 3, align="temporal", previous=previous).requires_grad
+
+
 def test_a_sequence_of_bad_graphs():
     A = torch.full((2, 4, 5, 5), torch.nan)
     A[1, 3] = dense_graphs(generator(0), (), 5)
@@ -494,12 +536,29 @@ def test_laplacian_is_finite_for_every_finite_adjacency(dtype):
     N = torch.eye(7, dtype=dtype) - L
     slack = 8 * torch.finfo(dtype).eps
     assert torch.isfinite(L).all() and torch.equal(L, L.mT) and (N.abs() <= 1 + slack).all()
+    assert ((torch.eye(7, dtype=dtype) - normalized_laplacian(-A)) + N).abs().max() <= slack  # N is odd
     w = torch.linalg.eigvalsh(L.double())
     assert (w >= -7 * slack).all() and (w <= 2 + 7 * slack).all()
     for scale in (2.0**-60, 2.0**60):
         assert torch.equal(normalized_laplacian(A[:8] * scale), L[:8])
     A = A[:8].requires_grad_()
     assert torch.isfinite(torch.autograd.grad(normalized_laplacian(A * 1e-18).square().sum(), A)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradients_at_the_largest_weights(backend, dtype):
+    """In units of the weights they are the same bits, although products of two inverse roots of degrees underflow."""
+    A = torch.rand(6, 7, 7, generator=generator(17), dtype=dtype) + 0.5
+    up = 2.0 ** (126 if dtype == torch.float32 else 1022)
+    weights = torch.randn(6, 7, 7, generator=generator(18), dtype=dtype)
+
+    def laplacian_gradient(adjacency: Tensor, weights: Tensor) -> Tensor:
+        adjacency = adjacency.detach().requires_grad_()
+        with use_backend(None):
+            return torch.autograd.grad(normalized_laplacian(adjacency), adjacency, weights)[0]
+
+    for function in (gradient, laplacian_gradient):
+        assert torch.equal(function(A * up, weights * up**0.5) * up**0.5, function(A, weights))
 
 
 def test_laplacian_of_a_bad_graph_is_nan_alone():
@@ -509,3 +568,7 @@ def test_laplacian_of_a_bad_graph_is_nan_alone():
     L = normalized_laplacian(spoiled)
     assert L[1:3].isnan().all() and torch.equal(L[[0, 3]], normalized_laplacian(A)[[0, 3]])
     assert normalized_laplacian(torch.zeros(2, 0, 0)).shape == (2, 0, 0)
+    L = normalized_laplacian(spoiled.requires_grad_())
+    grad = torch.autograd.grad(L, spoiled, torch.ones_like(L), retain_graph=True)[0]
+    assert grad[1:3].isnan().all() and torch.isfinite(grad[[0, 3]]).all()
+    assert not torch.autograd.grad(L[[0, 3]].sum(), spoiled)[0][1:3].any()  # the loss leaves them out

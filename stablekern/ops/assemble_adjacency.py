@@ -219,6 +219,6 @@ def assemble_adjacency(
     if sizes["e"] != n * (n - 1) // 2:
         rule = f"`edge_weights` must have {n * (n - 1) // 2} pairs for {n} nodes"
         raise ValueError(_check.message(_OP, rule, tuple(edge_weights.shape)))
-    k = n if top_k is None else _check.integer(_OP, "top_k", top_k, low=1)
+    k = n if top_k is None else min(_check.integer(_OP, "top_k", top_k, low=1), n)
     threshold = _check.number(_OP, "threshold", threshold, low=0.0)
     return apply(_AssembleAdjacency, edge_weights, n, k, threshold)[0]

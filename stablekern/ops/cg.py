@@ -423,7 +423,8 @@ class _Callable(NamedTuple):
         given = self.preconditioner
 
         def preconditioner(r: Tensor) -> Tensor:
-            return _krylov.times_power(r if given is None else given(r), exponent)
+            z = r if given is None else _like_its_argument("preconditioner", given(r), r)
+            return _krylov.times_power(z, exponent)
 
         forward: Callable[[Tensor], Tensor] = product
         adjoint: Callable[[Tensor], Tensor] | None = None
@@ -457,15 +458,21 @@ class _Callable(NamedTuple):
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
+def _like_its_argument(name: str, out: Any, v: Tensor) -> Tensor:
+    """What the caller's function `name` made of `v`: a tensor of the same shape and dtype."""
+    if not isinstance(out, Tensor) or out.shape != v.shape or out.dtype != v.dtype:
+        got = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(message(_OP, f"`{name}` must map {tuple(v.shape)} {v.dtype} to its like", got))
+    return out
+
+
 def _probed(A: Callable[..., Tensor], b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
     """|A u| / |u| (..., 1) for one vector u that no structure is likely to know."""
     index = torch.arange(b.shape[-1], device=b.device, dtype=torch.float64)
     u = torch.cos(index.square()).to(b.dtype).expand(b.shape).contiguous()
     with torch.enable_grad():
         out = A(u, *(p.detach() for p in params))
-    if not isinstance(out, Tensor) or out.shape != b.shape or out.dtype != b.dtype:
-        got = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(message(_OP, f"`A` must map {tuple(b.shape)} {b.dtype} to its like", got))
+    _like_its_argument("A", out, b)
     if out.requires_grad:
         rule = "`A` must take what it is differentiated for through `params`: of what it holds itself no gradient comes"
         raise ValueError(message(_OP, rule, "a result that requires grad"))
@@ -589,6 +596,8 @@ def _report(result: CgResult, b: Tensor, rtol: float | Tensor | None, atol: floa
         raise ValueError(message(_OP, rule, f"{count} of {result.info.numel()} systems that are not"))
     dim = -1 if result.info.dim() == 0 or result.x.shape[:-1] == result.info.shape else -2
     rtol = _default_rtol(b.dtype) if rtol is None else rtol
+    # As floats: torch takes no integer beyond 64 bits.
+    rtol, atol = (value if isinstance(value, Tensor) else float(value) for value in (rtol, atol))
     limit = torch.maximum(
         rtol * torch.linalg.vector_norm(b, dim=dim), torch.as_tensor(atol, dtype=_systems.REAL_OF[b.dtype])
     )

@@ -395,7 +395,9 @@ def _weighed(w: Tensor, M: Tensor, mode: str, gap_floor: float, noise: float) ->
     if mode == "auto":
         numerator = torch.where(numerator.abs() <= noise * _longest_column(M), 0.0, numerator)
     if mode in ("auto", "lorentz"):
-        weighed = numerator * (gap / (gap.square() + width.square()))
+        # The smallest number keeps 0/0 away: an implicit floor of its root, far below any gap that rounding leaves.
+        square = (gap.square() + width.square()).clamp_min(torch.finfo(w.dtype).tiny)
+        weighed = numerator * (gap / square)
     elif mode == "mask":
         weighed = torch.where(gap.abs() <= width, 0.0, numerator / gap)
     else:

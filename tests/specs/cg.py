@@ -208,6 +208,7 @@ SPECS = (
             (_call((PATTERN[0], PATTERN[1] + 1, PATTERN[2]), torch.ones(2)), ValueError, r"`col` .* lie in \[0, 2\)"),
             (_call(lambda v: v[..., :2]), ValueError, r"`A` must map \(3,\) torch.float32 to its like: got \(2,\)"),
             (_call(params=(torch.ones(1),)), ValueError, "`params` are those of a callable `A`: got Tensor"),
+            (_call(lambda v: v, preconditioner=len), ValueError, r"`preconditioner` must map \(3,\) .*: got int"),
             (_call(lambda v: v, preconditioner="jacobi"), TypeError, "of a callable `A` must be None or a callable"),
         ),
     ),

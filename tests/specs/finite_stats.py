@@ -29,6 +29,10 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("integers", ([torch.tensor([3, -7, 5]), torch.tensor([True, False])],)),
         Sample("length-1", ([random(1)],)),
         Sample("empty", ([random(0, 3), random(2)],)),
+        # Several blocks of 16 384 numbers, with what counts in the first, in the last or in each of them.
+        Sample("blocks", ([torch.cat([poor.flatten(), random(40_000).abs(), poor.flatten()]), random(16_384).abs()],)),
+        Sample("falling", ([torch.linspace(7, 1, 40_000, dtype=torch.float64)],)),
+        Sample("complex-large", ([1e200 * torch.complex(random(7), random(7))],), dtypes=(torch.float64,)),
         Sample("permuted", ([random(4, 3).t(), poor.t()],)),
         Sample("largest", ([torch.full((3, 4), 6e4, dtype=torch.float64)],)),
     ]
