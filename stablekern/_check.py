@@ -14,6 +14,7 @@ from stablekern.errors import message
 REAL = (torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 HALF = (torch.float16, torch.bfloat16)
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
@@ -122,7 +123,7 @@ def number(
     """`value` must be a real number in [low, high], or in (low, high] with `strict`; NaN never is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message(op, f"`{name}` must be a number", type(value).__name__))
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
+    if isinstance(value, int) and abs(value) > _LARGEST_FLOAT:
         got = f"an integer of {value.bit_length()} bits"
         raise ValueError(message(op, f"`{name}` must be a number that a float can hold", got))
     too_low = low is not None and not (value > low if strict else value >= low)

@@ -145,6 +145,26 @@ def test_the_stand_in_is_the_documented_one(n, top):
         assert int(info) == (4 if relative <= width else 0)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("n", [8, 40])
+def test_the_stand_in_of_half_of_the_vectors(backend, n):
+    """As above where the few are many, the largest modulus at the negative end; a diagonal matrix is solved exactly."""
+    width, top = 4 * n**0.5 * torch.finfo(torch.float64).eps, 3.0
+    k = n // 2
+    pair = torch.zeros(n, n, dtype=torch.float64)
+    pair[k - 1, k] = pair[k, k - 1] = 1.0
+    low, high = torch.linspace(-1, -0.5, k - 1), torch.linspace(0.3, 0.5, n - k - 1)
+    for gap in (0.0, width / 8, width / 2, 2 * width, 8 * width, 1e3 * width):
+        w = top * torch.cat([low, torch.tensor([0.25 - gap, 0.25], dtype=torch.float64), high])
+        relative = (w[k] - w[k - 1]) / top
+        expected = -pair * relative / (relative**2 + width**2) / top
+        with use_backend(backend):
+            actual = gradient(torch.diag(w), k, pair)
+            _, at_cut, info = eigenprojector_ex(torch.diag(w), k)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+        assert at_cut == w[k] - w[k - 1] and int(info) == (4 if relative <= width else 0)
+
+
 def test_a_failed_matrix_stays_alone():
     A = separated(torch.Generator().manual_seed(1), (4,), 5).requires_grad_()
     broken = A.detach().clone()

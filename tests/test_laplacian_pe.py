@@ -12,6 +12,7 @@ from specs.eigh import repeated
 from specs.laplacian_pe import separated_graphs
 from specs.normalized_laplacian import dense_graphs, top_graphs
 from stablekern import available_backends, use_backend
+from stablekern.ops import laplacian_pe as spine
 from stablekern.ops import normalized_laplacian as laplacian_spine
 from stablekern.ops.eigh import eigh
 from stablekern.ops.laplacian_pe import laplacian_pe, laplacian_pe_ex
@@ -324,6 +325,25 @@ def test_alignment_goes_on_from_the_natural_null_space(backend):
     assert near[..., 2:].all() and near[~cut[1:]].all() and not near.all()
 
 
+@pytest.mark.parametrize("name", ["copies", "walk"])
+def test_no_window_before_turns_the_natural_null_space(name):
+    """Beside repeated eigenvalues, which are rotated, and without any."""
+    A = SEQUENCES["copies"]() if name == "copies" else torch.block_diag(walk(1, 4)[0, 0], walk(1, 5)[0, 0])[None, None]
+    count = 3 if name == "copies" else 2
+    expected = laplacian_pe(A, 5, align="temporal")
+    assert (expected[..., :count] >= 0).all()
+    found = laplacian_pe(A, 5, align="temporal", previous=-expected[:, 0])
+    assert torch.equal(found[..., :count], expected[..., :count])
+    assert ((found[:, 0] * expected[:, 0]).sum(-2)[..., count:] < 0).all()
+
+
+def test_loops_alone_are_components_too(backend):
+    """As many as nodes: then no eigenvalue is left above 0, and each node has its own column, whatever came before."""
+    A = torch.cat([walk(1, 5), torch.diag(torch.arange(1, 6)).double()[None, None]], 1)
+    pe, w, _ = laplacian_pe_ex(A, 5, align="temporal")
+    assert torch.equal(pe[0, 1], torch.eye(5, dtype=torch.float64)) and (w[0, 1] == 0).all()
+
+
 def test_isolated_nodes_and_graphs_without_edges(backend):
     """Each isolated node is an eigenvector with the eigenvalue 1, and has no gradient; never a NaN."""
     A = dense_graphs(generator(0), (1, 3), 6)
@@ -350,8 +370,8 @@ def test_an_eigenvalue_just_above_rounding_is_none_of_the_null_space(backend, dt
     pe, w, _ = laplacian_pe_ex(A, 15)
     assert (w[..., :2] == 0).all() and w[..., 2] > 100 * torch.finfo(dtype).eps
     assert ((pe[0, 0, :, :2] != 0).sum(0) == torch.tensor([5, 10])).all()
-    exponent = 120 if dtype == torch.float32 else 1000
-    for scale in (2.0**exponent, 2.0**-exponent):
+    for exponent in (126, -120) if dtype == torch.float32 else (1022, -1000):  # up to degrees that are out of range
+        scale = 2.0**exponent
         assert torch.equal(laplacian_pe(A * scale, 2), pe[..., :2])
 
 
@@ -381,6 +401,11 @@ def test_only_weights_of_one_sign_have_a_natural_null_space(backend):
     directed = two_triangles()
     directed[0, 0, 5], directed[0, 5, 0] = 0.5, -0.5
     assert torch.equal(laplacian_pe(directed, 2)[0], laplacian_pe(two_triangles(), 2)[0])
+    balanced = two_triangles()  # by the signs of node 2 the first triangle has the eigenvalue 0 all the same
+    balanced[0, 2, :2] = balanced[0, :2, 2] = -1.0
+    pe, w, _ = laplacian_pe_ex(balanced, 6)
+    torch.testing.assert_close(laplacian(balanced) @ pe, pe * w[..., None, :], rtol=0, atol=1e-14)
+    assert (w[0, :2].abs() < 1e-14).all()
     alone = two_triangles(0.0)
     assert (laplacian_pe_ex(alone, 6)[1][0, 1:] > 0.5).all()
 
@@ -445,11 +470,12 @@ def test_neighbours_in_the_batch_do_not_matter(dtype, n):
 def test_encodings_of_every_finite_adjacency(backend, dtype):
     """As `test_laplacian_is_finite_for_every_finite_adjacency`: no scale of the weights matters."""
     A = extreme_graphs(dtype)[None]
-    pe, w, info = laplacian_pe_ex(A, 7)
-    assert not info.any()
-    L = laplacian(A).double()
-    residual = L @ pe.double() - pe.double() * w.double()[..., None, :]
-    assert (residual.abs() <= 2 * 5 * 7 * torch.finfo(dtype).eps).all()
+    for graphs in (-A, A):
+        pe, w, info = laplacian_pe_ex(graphs, 7)
+        assert not info.any()
+        L = laplacian(graphs).double()
+        residual = L @ pe.double() - pe.double() * w.double()[..., None, :]
+        assert (residual.abs() <= 2 * 5 * 7 * torch.finfo(dtype).eps).all()
     weights = torch.randn(1, 8, 7, 5, generator=generator(13), dtype=dtype)
     for scale in (2.0**-60, 2.0**60):
         assert torch.equal(laplacian_pe(A[:, :8] * scale, 7), pe[:, :8])
@@ -477,6 +503,35 @@ def test_a_bad_graph_marks_only_itself(name, align):
     assert torch.equal(found[:, ~bad], gradient(A[:, ~bad], weights[:, ~bad], align=align))
     weights[:, bad] = 0  # the loss leaves them out
     assert (gradient(spoiled, weights, align=align)[:, bad] == 0).all()
+
+
+def test_signs_go_on_over_bad_graphs():
+    """A bad graph wherever the sign of `eigh` flips: the steps after it are turned as if it were not there."""
+    A = walk(60, 9, step=0.05)
+    pe = laplacian_pe(A, 6)[0]
+    flips = ((pe[1:] * pe[:-1]).sum(-2) < 0).any(-1)
+    assert flips.sum() > 3
+    repeats = torch.cat([torch.zeros(1, dtype=torch.bool), flips]).int() + 1
+    spoiled = A[0].repeat_interleave(repeats, 0)
+    last = repeats.cumsum(0) - 1  # of the copies of a step; those before it become bad ones
+    good = torch.zeros(len(spoiled), dtype=torch.bool).index_fill(0, last, True)
+    spoiled[~good, 2, 3] = torch.nan
+    found = laplacian_pe(spoiled[None], 6, align="temporal")[0]
+    assert found[~good].isnan().all()
+    assert torch.equal(found[good], laplacian_pe(A, 6, align="temporal")[0])
+
+
+def test_rotations_are_found_down_to_an_overlap_of_a_600th():
+    """The polar factor U W^T of U S W^T, S from 1 to 1/600; of one without overlap it says that there is none."""
+    for dtype in FLOATS:
+        U, W = (torch.linalg.qr(torch.randn(4, 4, generator=generator(i), dtype=torch.float64))[0] for i in (1, 2))
+        S = torch.tensor([[1, 0.3, 0.02, 1 / 600], [1, 0.5, 0.1, 0]], dtype=torch.float64)
+        Y = (U * S[:, None]) @ W.mT
+        eps = torch.finfo(dtype).eps
+        polar, close = spine._polar(Y.to(dtype), 64 * eps, True)
+        assert close[0].all() and not close[1].all()
+        # Rounding of Y over its smallest singular value, which is 1/600.
+        torch.testing.assert_close(polar[0].double(), U @ W.mT, rtol=0, atol=4 * 600 * eps)
 
 
 def test_the_eigenvalues_of_a_bad_graph_alone_decide_its_gradient(backend):
