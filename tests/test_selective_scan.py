@@ -202,23 +202,27 @@ def test_a_saturated_step_forgets_its_past(backend):
 
 @pytest.mark.parametrize("direction", [{}, {"reverse": True}, {"bidirectional": True}], ids=["", "reverse", "both"])
 @pytest.mark.parametrize("form", FORMS)
-def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_interpreter, form, direction):
-    args, optional = case(2, 4, 37, 2, 5, is_complex=form.startswith("complex"))
+@pytest.mark.parametrize(("channels", "dtype"), [(4, torch.float32), (60, torch.float64)])
+def test_saturation_is_the_share_of_states_that_the_clamp_changed(
+    backend_or_interpreter, channels, dtype, form, direction
+):
+    args, optional = case(2, channels, 37, 2, 5, dtype=dtype, is_complex=form.startswith("complex"))
     u, delta, A, B, _ = args = in_form(args, form)
     optional |= {"return_last_state": False, "state_clamp": 0.5} | direction
     y, share = selective_scan(*args, **optional, return_saturation=True)
     torch.testing.assert_close(y, selective_scan(*args, **optional), rtol=0, atol=0)
-    backwards = torch.tensor(["reverse" in direction] * 2 + [bool(direction)] * 2)
+    each, half = torch.arange(channels), channels // 2
+    backwards = torch.tensor(["reverse" in direction] * half + [bool(direction)] * half)
     step, state, changed = delta + optional["delta_bias"][:, None], optional["initial_state"], 0
     for t in range(37):
         place = torch.where(backwards, 36 - t, t)
-        enter = B if B.dim() == 2 else B.repeat_interleave(2, dim=1).mT[:, [0, 1, 2, 3], place]
-        now, token = ((M[:, [0, 1, 2, 3], place, None]) for M in (step, step * u))
+        enter = B if B.dim() == 2 else B.repeat_interleave(half, dim=1).mT[:, each, place]
+        now, token = (M[:, each, place, None] for M in (step, step * u))
         free = torch.exp(now * A) * state + token * enter
         over = free.abs() > 0.5
         state, changed = torch.where(over, 0.5 * torch.sgn(free), free), changed + over.sum(-1)
-    assert 0 < share.min() < share.max() < 1
-    torch.testing.assert_close(share, changed / (37 * 5))
+    assert share.min() < share.max() < 1
+    torch.testing.assert_close(share, changed.to(dtype) / (37 * 5))
     with pytest.raises(ValueError, match=r"stablekern.selective_scan: `return_saturation` needs a `state_clamp`"):
         selective_scan(*args, return_saturation=True)
 

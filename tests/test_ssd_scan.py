@@ -257,8 +257,9 @@ def test_softplus_and_gate_take_any_number(backend_or_interpreter, value):
 
 
 @pytest.mark.parametrize("direction", [{}, {"reverse": True}, {"bidirectional": True}], ids=["", "reverse", "both"])
-def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_interpreter, direction):
-    (x, dt, A, B, C), optional = case(2, 37, 4, 3, 2, 5)
+@pytest.mark.parametrize(("width", "dtype"), [(3, torch.float32), (20, torch.float64)])
+def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_interpreter, width, dtype, direction):
+    (x, dt, A, B, C), optional = case(2, 37, 4, width, 2, 5, dtype=dtype)
     state, bounds = optional["initial_state"], {"state_clamp": (-0.3, 0.5), "initial_state": optional["initial_state"]}
     y, share = ssd_scan(x, dt, A, B, C, **bounds, **direction, return_saturation=True)
     torch.testing.assert_close(y, ssd_scan(x, dt, A, B, C, **bounds, **direction), rtol=0, atol=0)
@@ -271,7 +272,7 @@ def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_int
         state = free.clamp(-0.3, 0.5)
         changed = changed + (state != free).sum((2, 3))
     assert 0 < share.min() < share.max() < 1
-    torch.testing.assert_close(share, changed / (37 * 15))
+    torch.testing.assert_close(share, changed.to(dtype) / (37 * width * 5))
     with pytest.raises(ValueError, match=r"stablekern.ssd_scan: `return_saturation` needs a `state_clamp`"):
         ssd_scan(x, dt, A, B, C, return_saturation=True)
 
