@@ -631,4 +631,5 @@ def test_the_synthetic_corpus_can_be_trained_on(tmp_path):
         for event in item.events:
             assert 0 < event.onset < event.end < recording.seconds
             inside[round(event.onset * RATE) : round(event.end * RATE)] = True
-        assert recording.data[:, inside].std() > 1.2 * recording.data[:, ~inside].std()
+        ratio = recording.data[:, inside].std(1) / recording.data[:, ~inside].std(1)
+        assert ratio.max() > 1.2  # at the electrodes near a focus
