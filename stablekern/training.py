@@ -405,10 +405,12 @@ def save_checkpoint(path: str | os.PathLike[str], model: SeizureDetector, **fact
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[SeizureDetector, dict[str, Any]]:
     """(The detector, with every weight matched by name and shape, in evaluation mode; the rest of the file.)
 
-    Nothing in the file is executed. ValueError if it is not a checkpoint of a detector; RuntimeError if names or shapes
-    do not match.
+    Nothing in the file is executed. FileNotFoundError if there is none; ValueError if it is not a checkpoint of a
+    detector; RuntimeError if names or shapes do not match.
     """
     rule = f"`{path}` must be a checkpoint written by `save_checkpoint`"
+    if not os.path.exists(path):
+        raise FileNotFoundError(message("training.load_checkpoint", rule, "no such file"))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as cause:

@@ -57,7 +57,7 @@ from stablekern.eeg.corpus import (
 from stablekern.eeg.scoring import Scores, find_events, score_events
 from stablekern.eeg.windows import WindowDataset
 from stablekern.errors import RecordingError, message
-from stablekern.nn.detector import SeizureDetector
+from stablekern.nn.detector import PRESETS, DetectorConfig, SeizureDetector
 from stablekern.nn.tcn import DOWNSAMPLING
 from stablekern.ops.focal_loss import focal_loss
 
@@ -156,7 +156,11 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     type, or a file that is not TOML or JSON; OSError if it cannot be read.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        rule = f"the configuration `{path}` does not exist; `examples/train.toml` of the sources is one to start from"
+        raise FileNotFoundError(message(_OP, rule, "no such file")) from None
     try:
         if path.suffix == ".json":
             content = json.loads(text)
@@ -170,10 +174,11 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         raise ValueError(message(_OP, f"`{path}` cannot be read", str(cause))) from cause
     config = _built(TrainConfig, content, "")
     here = path.resolve().parent
-    data = dataclasses.replace(
-        config.data, folder=str(here / config.data.folder), cache=str(here / Path(config.data.cache).expanduser())
+    folder, cache, out = (
+        str(here / Path(name).expanduser()) for name in (config.data.folder, config.data.cache, config.out)
     )
-    config = dataclasses.replace(config, data=data, out=str(here / config.out))
+    data = dataclasses.replace(config.data, folder=folder, cache=cache)
+    config = dataclasses.replace(config, data=data, out=out)
     _checked(config)
     return config
 
@@ -218,6 +223,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 def _checked(config: TrainConfig) -> None:
     data, options = config.data, config.training
+    _check.choice(_OP, "model.preset", config.model.preset, PRESETS)
+    known = {item.name for item in dataclasses.fields(DetectorConfig)}
+    if unknown := sorted(set(config.model.options) - known):
+        rule = f"`model.options` has the keys {', '.join(sorted(known))}"
+        raise ValueError(message(_OP, rule, ", ".join(unknown)))
     _check.number(_OP, "data.window_seconds", data.window_seconds, low=0, strict=True)
     _check.number(_OP, "data.stride_seconds", data.stride_seconds, low=0, strict=True)
     _check.integer(_OP, "data.workers", data.workers, low=1)

@@ -55,7 +55,7 @@ from stablekern.nn.stream import CausalStream, Memory, WindowStream
 from stablekern.nn.tcn import DOWNSAMPLING, ProjectionHead, TCNEncoder
 from stablekern.ops.assemble_adjacency import assemble_adjacency
 
-__all__ = ["DetectorConfig", "SeizureDetector"]
+__all__ = ["PRESETS", "DetectorConfig", "SeizureDetector"]
 
 _OP = "nn.SeizureDetector"
 
@@ -131,6 +131,7 @@ _PRESETS = {
         boundary_norm="rmsnorm",
     ),
 }
+PRESETS = tuple(_PRESETS)
 
 
 class SeizureDetector(nn.Module):
@@ -202,7 +203,7 @@ class SeizureDetector(nn.Module):
     @classmethod
     def from_preset(cls, name: str = "v3", **overrides: Any) -> SeizureDetector:
         """A detector with random weights: `"v3"`, `"small"` or `"nano"`, with fields of `DetectorConfig` overridden."""
-        _check.choice(_OP, "name", name, tuple(_PRESETS))
+        _check.choice(_OP, "name", name, PRESETS)
         unknown = set(overrides) - {field.name for field in fields(DetectorConfig)}
         if unknown:
             raise TypeError(message(_OP, "overrides must be fields of DetectorConfig", *sorted(unknown)))
