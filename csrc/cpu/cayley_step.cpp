@@ -69,8 +69,8 @@ Graph graph_of(const Tensor& edges, int64_t nodes) {
 }
 
 // Twice (H - mid) / half, as the expansion wants it, kRows rows at a time. A neighbour of most of them is read once for
-// all, with a weight for each, 0 where there is no edge: on a ring, or where nodes that are near have near numbers, that
-// is nearly every one. The others stand by themselves.
+// all, with a weight for each, 0 where there is no edge: on a ring, or where nodes that are near have near numbers,
+// that is nearly every one. The others stand by themselves.
 template <class T>
 struct Operator {
   struct Shared {
@@ -209,8 +209,8 @@ struct Coefficient {
 
 enum class Pass { kFirst, kSecond, kLater };
 
-// What each row of the operator is for: to = alpha * p + gamma * (Operator x) [- to]; gamma is complex in the first pass,
-// whose x is p, and real afterwards.
+// What each row of the operator is for: to = alpha * p + gamma * (Operator x) [- to]; gamma is complex in the first
+// pass, whose x is p, and real afterwards.
 template <class T>
 struct Recurrence {
   const Vec<T> *x, *p;

@@ -1,8 +1,10 @@
-// Conjugate gradients, a whole solve at a time: dense systems one per thread, sparse ones (cg_lanes.h) one per lane.
+// Conjugate gradients, a whole solve at a time: dense systems a few per thread, in turns; sparse ones (cg_lanes.h) one
+// per lane.
 //
-// A product with a dense A is the sum of A's rows, each times one entry of the vector: for a Hermitian or symmetric A rows serve
-// as columns (conjugated, for a Hermitian one), so no sum runs across lanes but those of the inner products. A small
-// matrix stays in the first-level cache for all iterations; up to kHeld vectors long, so do x, r, p and A p in registers.
+// A product with a dense A is the sum of A's rows, each times one entry of the vector: for a Hermitian or symmetric A
+// rows serve as columns (conjugated, for a Hermitian one), so no sum runs across lanes but those of the inner products.
+// A small matrix stays in the first-level cache for all iterations; up to kHeld vectors long, A p never leaves the
+// registers.
 #include "stablekern/cg_lanes.h"
 #include "stablekern/krylov.h"
 #include "stablekern/lanes.h"
@@ -223,8 +225,8 @@ SK_NOINLINE Matrix<S> read_matrix(const S* a, int64_t n, int method, RealOf<S> t
   return m;
 }
 
-// The sum over j of row j, or its conjugate, times p[j]: W vectors of it, from element `at` on. Zeros follow an odd last
-// row and element.
+// The sum over j of row j, or its conjugate, times p[j]: W vectors of it, from element `at` on. Zeros follow an odd
+// last row and element.
 template <class S, int W, bool kConjugate>
 SK_INLINE void combine(const Planes<S>& rows, int64_t stride, int64_t n, const Planes<S>& p, int64_t at, Element<S>* q) {
   Element<S> even[W], odd[W];  // two chains for each vector hide the latency of the additions
@@ -641,8 +643,8 @@ class Queue {
   }
 };
 
-// Systems take turns, an iteration each: while the inner products of one are summed up, the product of the next is under
-// way.
+// Systems take turns, an iteration each: while the inner products of one are summed up, the product of the next is
+// under way.
 template <class S, int W, int kMethod>
 SK_NOINLINE void solve_range(const DenseCall<S>& call, int64_t begin, int64_t end) {
   using T = RealOf<S>;
