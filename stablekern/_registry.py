@@ -20,7 +20,17 @@ import torch
 from stablekern import _check, _load, settings
 from stablekern.errors import BackendUnavailableError, message
 
-__all__ = ["apply", "available_backends", "backend_for", "define", "explain", "launcher", "ops", "use_backend"]
+__all__ = [
+    "apply",
+    "available_backends",
+    "backend_for",
+    "define",
+    "direct",
+    "explain",
+    "launcher",
+    "ops",
+    "use_backend",
+]
 
 # Best first. Triton on a CPU is its interpreter: only for tests, never chosen by itself.
 _ORDER = {"cpu": ("native", "torch", "triton"), "cuda": ("cuda", "triton", "torch")}
@@ -132,6 +142,26 @@ def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any
     # Autocast reaches into the implementation: it would take the matrix products of a torch launcher in half precision.
     with torch.autocast(device, enabled=False):
         return function(*arguments)
+
+
+def direct(name: str, *arguments: Any) -> Any:
+    """The op of this dispatcher name by its launcher, where nobody wants to see the op itself.
+
+    Past the dispatcher, which takes as long as some twenty small systems, go plain tensors that no autograd graph
+    follows, outside of compilers, transforms and modes.
+    """
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    seen = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        or tensors[0].device.type not in _KEYS
+    )
+    if seen:
+        return getattr(torch.ops.stablekern, name).default(*arguments)
+    return _run(name, tensors[0].device.type, *arguments)
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -49,7 +49,7 @@ ELEMENTWISE = {"WIDE": WIDE, "BLOCK": 1024}
 REAL = ("fp32", "fp64")
 VECTORS = {"NODES": 32, "FEATURES": 64, "WIDE": WIDE}
 TILES = {"PARTS": 2, "WIDE": WIDE, "BLOCK": 32}
-MATRIX = {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16}
+MATRIX = {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16, "WIDE": WIDE}
 TILE_TYPES = {"n": "i32", "tiles": "i32", "traces_ptr": "*fp64", "info_ptr": "*i32"}
 
 
@@ -193,6 +193,14 @@ LAUNCHES = {
         cg("fp32", 64, 32, METHOD=1, PARTS=2),
         cg("fp64", 64, 32, METHOD=2, PARTS=1),
     ),
+    "cg_csr_bwd_kernel": tuple(
+        Launch(
+            {"PARTS": parts, "WIDE": WIDE, "BLOCK": 256},
+            CG | {"row_ptr": "*i64", "col_ptr": "*i64", "nnz": "i32"},
+            REAL,
+        )
+        for parts in (1, 2)
+    ),
     "covariance_blend_fwd_kernel": tuple(
         Launch(
             {**TILES, "PARTS": parts, "HAS_SAMP": full, "HAS_WEIGHTS": full, "WIDTH": 256},
@@ -219,10 +227,9 @@ LAUNCHES = {
         )
     ),
     "cayley_step_apply_kernel": tuple(
-        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), ("fp32",), 8)
-        for conjugate in (False, True)
+        Launch({**MATRIX, "CONJUGATE": conjugate}, integers("tokens", "nodes"), REAL, 8) for conjugate in (False, True)
     ),
-    "cayley_step_edges_kernel": (Launch({**MATRIX, "SHARE": 1024}, integers("tokens", "nodes"), ("fp32",)),),
+    "cayley_step_edges_kernel": (Launch({**MATRIX, "SHARE": 1024}, integers("tokens", "nodes"), REAL),),
     "scan_join_kernel": (
         Launch({"HAS_FIRST": True, "FACTOR_PER_ROW": True, "REVERSE": False, "BLOCK": 128}, JOIN, REAL),
         Launch({"HAS_FIRST": False, "FACTOR_PER_ROW": False, "REVERSE": True, "BLOCK": 128}, JOIN, REAL),

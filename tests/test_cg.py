@@ -105,6 +105,31 @@ def test_absolute_tolerance(backend):
     assert found.iterations[2] == 0 and (found.x[2] == 0).all()
 
 
+def test_an_absolute_tolerance_is_in_the_units_of_b(kernel):
+    """Powers of two before b and the tolerance change nothing but the size of x."""
+    g = generator()
+    A, b = spread(g, (2,), 9).float(), torch.randn(2, 9, generator=g)
+    found = cg_ex(A, b, rtol=0, atol=0.1)
+    for k in (-40, 40):
+        scaled = cg_ex(A, b * 2.0**k, rtol=0, atol=0.1 * 2.0**k)
+        assert torch.equal(scaled.iterations, found.iterations) and torch.equal(scaled.x, found.x * 2.0**k)
+    assert (found.info == 0).all() and 0 < found.iterations.min() and found.iterations.max() < 9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_true_residual_decides(form, backend):
+    """Of a matrix of condition 1e4 the recurrence claims in single precision what b - A x never comes to."""
+    g = generator()
+    A = banded(g, (3,), 40) - (0.5 - 3e-4) * torch.eye(40, dtype=torch.float64)
+    A, b = A.float(), torch.randn(3, 40, generator=g)
+    found = solve(A, b, form, rtol=1e-7, maxiter=4000, method="cg")
+    truth = true_residual(A, found.x, b)
+    assert ((found.info & BREAKDOWN) != 0).all() and (truth > 1e-7 * torch.linalg.vector_norm(b, dim=-1)).all()
+    # Both are sums of rounding errors, of which each knows its own.
+    rounding = 8 * torch.finfo(torch.float32).eps * 4 * torch.linalg.vector_norm(found.x.double(), dim=-1)
+    assert ((found.residual.double() - truth).abs() <= rounding).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("where", ["A", "b", "x0"])
 def test_a_nan_stays_in_its_system(form, where, kernel):

@@ -81,6 +81,26 @@ def test_conjugate_views_of_launchers_survive_compilation(op):
     torch.testing.assert_close(compiled(x), op(x))
 
 
+def test_direct_goes_past_the_dispatcher_unless_somebody_looks(op):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    name, x = "registry_probe_fwd", torch.zeros(1)
+    assert _registry.direct(name, x).item() == 2
+    with Watch():
+        assert _registry.direct(name, x).item() == 2
+    assert f"stablekern.{name}.default" in seen
+    assert _registry.direct(name, torch.empty(1, device="meta")).is_meta
+    compiled = torch.compile(lambda x: _registry.direct(name, x) * 2, backend="eager", fullgraph=True)
+    assert compiled(x).item() == 4
+
+
 def test_available_backends_gives_reasons(monkeypatch):
     monkeypatch.setenv("STABLEKERN_NATIVE", "0")
     assert _load.native_reason() == "switched off by STABLEKERN_NATIVE"

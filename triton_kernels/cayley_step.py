@@ -1,4 +1,4 @@
-"""The product with a dense unitary matrix, and the edges' gradient, in IEEE float32.
+"""The product with a dense unitary matrix, and the edges' gradient, in IEEE float32 or float64.
 
 On a GPU the dense product is the fast way: an expansion gathers every neighbour of every node from L2, five times as
 many bytes as the product needs in time. What these kernels add to a library's product: no TF32, whatever the global
@@ -27,14 +27,15 @@ def cayley_step_apply_kernel(
     tokens,
     nodes,
     CONJUGATE: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    real = tl.zeros((ROWS, COLUMNS), tl.float32)
-    imaginary = tl.zeros((ROWS, COLUMNS), tl.float32)
+    real = tl.zeros((ROWS, COLUMNS), WIDE)
+    imaginary = tl.zeros((ROWS, COLUMNS), WIDE)
     for start in range(0, nodes, DEPTH):
         depth = start + tl.arange(0, DEPTH).to(tl.int64)
         here = (rows[:, None] < tokens) & (depth[None, :] < nodes)
@@ -47,10 +48,10 @@ def cayley_step_apply_kernel(
         s = tl.load(sine_ptr + factor, mask=there, other=0.0)
         if CONJUGATE:
             s = -s
-        real = tl.dot(x, c, real, input_precision="ieee")
-        real = tl.dot(-y, s, real, input_precision="ieee")
-        imaginary = tl.dot(x, s, imaginary, input_precision="ieee")
-        imaginary = tl.dot(y, c, imaginary, input_precision="ieee")
+        real = tl.dot(x, c, real, input_precision="ieee", out_dtype=WIDE)
+        real = tl.dot(-y, s, real, input_precision="ieee", out_dtype=WIDE)
+        imaginary = tl.dot(x, s, imaginary, input_precision="ieee", out_dtype=WIDE)
+        imaginary = tl.dot(y, c, imaginary, input_precision="ieee", out_dtype=WIDE)
     inside = (rows[:, None] < tokens) & (columns[None, :] < nodes)
     to = out_ptr + 2 * (rows[:, None] * nodes + columns[None, :])
     tl.store(to, real, mask=inside)
@@ -72,6 +73,7 @@ def cayley_step_edges_kernel(
     tokens,
     nodes,
     SHARE: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -80,7 +82,7 @@ def cayley_step_edges_kernel(
     share = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), WIDE)
     for start in range(0, tl.minimum(tokens - share * SHARE, SHARE), DEPTH):
         token = share * SHARE + start + tl.arange(0, DEPTH)
         left = 2 * (token[None, :] * nodes + rows[:, None])
@@ -89,16 +91,21 @@ def cayley_step_edges_kernel(
         right_mask = (token[:, None] < tokens) & (columns[None, :] < nodes)
         x = _sum_of(grad_ptr, grad_psi_ptr, left, left_mask)
         z = _sum_of(psi_ptr, out_ptr, right + 1, right_mask)
-        total = tl.dot(x, z, total, input_precision="ieee")
+        total = tl.dot(x, z, total, input_precision="ieee", out_dtype=WIDE)
         x = _sum_of(grad_ptr, grad_psi_ptr, left + 1, left_mask)
         z = _sum_of(psi_ptr, out_ptr, right, right_mask)
-        total = tl.dot(-x, z, total, input_precision="ieee")
+        total = tl.dot(-x, z, total, input_precision="ieee", out_dtype=WIDE)
     inside = (rows[:, None] < nodes) & (columns[None, :] < nodes)
     to = parts_ptr + (share * nodes + rows[:, None]) * nodes + columns[None, :]
     tl.store(to, total, mask=inside)
 
 
 # ---- kernel launchers ---------------------------------------------------------------------------------------------
+
+
+def _layout(tokens: Tensor) -> dict[str, object]:
+    wide = tl.float64 if tokens.dtype == torch.complex128 else tl.float32
+    return {"WIDE": wide, "ROWS": _ROWS, "COLUMNS": _COLUMNS, "DEPTH": _DEPTH, "enable_fp_fusion": True}
 
 
 def cayley_step_apply(psi: Tensor, unitary: Tensor, conjugate: bool, out: Tensor) -> None:
@@ -113,11 +120,8 @@ def cayley_step_apply(psi: Tensor, unitary: Tensor, conjugate: bool, out: Tensor
         tokens,
         nodes,
         CONJUGATE=conjugate,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        DEPTH=_DEPTH,
         num_warps=8,
-        enable_fp_fusion=True,
+        **_layout(psi),
     )
 
 
@@ -125,7 +129,7 @@ def cayley_step_edges(grad: Tensor, grad_psi: Tensor, psi: Tensor, out: Tensor) 
     """(nodes, nodes) in float64."""
     tokens, nodes = psi.shape
     shares = triton.cdiv(tokens, _SHARE)
-    parts = torch.empty(shares, nodes, nodes, dtype=torch.float32, device=psi.device)
+    parts = torch.empty(shares, nodes, nodes, dtype=psi.dtype.to_real(), device=psi.device)
     if parts.numel():
         cayley_step_edges_kernel[(triton.cdiv(nodes, _ROWS), triton.cdiv(nodes, _COLUMNS), shares)](
             *(torch.view_as_real(tensor) for tensor in (grad, grad_psi, psi, out)),
@@ -133,9 +137,6 @@ def cayley_step_edges(grad: Tensor, grad_psi: Tensor, psi: Tensor, out: Tensor) 
             tokens,
             nodes,
             SHARE=_SHARE,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            DEPTH=_DEPTH,
-            enable_fp_fusion=True,
+            **_layout(psi),
         )
     return parts.sum(0, dtype=torch.float64)

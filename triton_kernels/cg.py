@@ -1,4 +1,4 @@
-"""Conjugate gradients for dense systems: a program solves one system from its first residual to its last.
+"""Conjugate gradients: a program solves one system from its first residual to its last.
 
 The rows of A serve as its columns (conjugated, if A is Hermitian), so a product is a sum of rows, each times an entry
 of the vector. The vector is passed from the lanes to the rows through scratch memory that stays in the first-level
@@ -18,6 +18,7 @@ from torch import Tensor
 from stablekern.triton_kernels.numerics import scalar
 
 _TILE_BYTES = 16384  # of A at a time, in registers
+_ENTRIES = 256  # of a sparse A's gradient to a program
 _MAXITER, _INDEFINITE, _BREAKDOWN, _NON_FINITE, _ASYMMETRIC = (tl.constexpr(1 << bit) for bit in range(5))
 _SYMMETRIC, _ANY = tl.constexpr(1), tl.constexpr(2)  # the methods cocg and cgne; cg is 0
 # Sizes within 2^30 need no scaling: no square of what such a matrix makes of numbers around 1 leaves float32's range.
@@ -535,6 +536,37 @@ def cg_bwd_kernel(
     _store(grad_ptr + item * n * n * PARTS, at, re * weight, im * weight, (i < n)[:, None] & (j < n)[None, :], PARTS)
 
 
+@triton.jit
+def cg_csr_bwd_kernel(
+    row_ptr,  # (nnz), like the next
+    col_ptr,
+    adjoint_ptr,  # (items, columns, n), like the next
+    x_ptr,
+    grad_ptr,  # (items, nnz)
+    n,
+    columns,
+    nnz,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The entries of minus the sum over the columns of adjoint x^H that the pattern has."""
+    item = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    inside = t < nnz
+    i = tl.load(row_ptr + t, mask=inside, other=0)
+    j = tl.load(col_ptr + t, mask=inside, other=0)
+    re = tl.zeros((BLOCK,), WIDE)
+    im = tl.zeros((BLOCK,), WIDE)
+    for k in range(columns):
+        base = (item * columns + k) * n * PARTS
+        lr, li = _load(adjoint_ptr + base, i, inside, PARTS)
+        vr, vi = _load(x_ptr + base, j, inside, PARTS)
+        re -= lr * vr + li * vi
+        im += lr * vi - li * vr
+    _store(grad_ptr + item * nnz * PARTS, t, re, im, inside, PARTS)
+
+
 # ---- kernel launchers ---------------------------------------------------------------------------------------------
 
 
@@ -615,3 +647,15 @@ def cg_bwd(adjoint: Tensor, x: Tensor, method: int, grad: Tensor) -> None:
         return
     common = _layout(x, method)
     cg_bwd_kernel[(batch, triton.cdiv(n, common["ROWS"]))](_real(adjoint), _real(x), _real(grad), n, columns, **common)
+
+
+def cg_csr_bwd(row: Tensor, col: Tensor, adjoint: Tensor, x: Tensor, grad: Tensor) -> None:
+    """`row`: that of each entry."""
+    batch, columns, n = x.shape
+    if grad.numel() == 0:
+        return
+    constants = _layout(x, 0, sparse=True)
+    cg_csr_bwd_kernel[(batch, triton.cdiv(len(col), _ENTRIES))](
+        row, col, _real(adjoint), _real(x), _real(grad), n, columns, len(col), PARTS=constants["PARTS"],
+        WIDE=constants["WIDE"], BLOCK=_ENTRIES, enable_fp_fusion=True,
+    )  # fmt: skip

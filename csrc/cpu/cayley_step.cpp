@@ -29,6 +29,8 @@ constexpr int64_t kGrainEntries = 32 * 1024;       // sparse entries times vecto
 constexpr int64_t kFlushTiles = 16;                // tiles that are summed in T before the sum goes on in double
 constexpr int64_t kMostShares = 64;                // shares of the tokens, each with edge sums of its own
 constexpr int kBlocks = 4;                         // vectors to a node
+constexpr int kRows = kVectorBytes == 64 ? 4 : 2;  // of the operator at a time, as many as there are registers for
+constexpr int kLeastSharing = (kRows + 2) / 2;     // that must have a neighbour for it to be read once for all
 
 template <class T>
 constexpr int kTokens = kLanes<T> / 2;  // tokens to a vector, and nodes to a transpose
@@ -66,22 +68,83 @@ Graph graph_of(const Tensor& edges, int64_t nodes) {
   return g;
 }
 
-// Twice (H - mid) / half, as the expansion wants it.
+// Twice (H - mid) / half, as the expansion wants it, kRows rows at a time. A neighbour of most of them is read once for
+// all, with a weight for each, 0 where there is no edge: on a ring, or where nodes that are near have near numbers,
+// that is nearly every one. The others stand by themselves.
 template <class T>
 struct Operator {
-  std::vector<T> diagonal, weight;
+  struct Shared {
+    int64_t node;
+    T weight[kRows];
+  };
+  struct Single {
+    int32_t node;
+    T weight;
+  };
+  std::vector<T> diagonal;
+  std::vector<Shared> shared;
+  std::vector<Single> singles;
+  std::vector<int64_t> shared_end;  // of each group of rows
+  std::vector<int64_t> single_end;  // of each row
 
-  Operator(const Graph& g, const T* weights, double mid, double half) : diagonal(g.nodes), weight(g.other.size()) {
+  Operator(const Graph& g, const T* weights, double mid, double half) : diagonal(g.nodes), single_end(g.nodes) {
     const double scale = 2 / half;
-    for (int64_t i = 0; i < g.nodes; ++i) {
-      double degree = 0;
-      for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s) {
-        degree += weights[g.edge[s]];
-        weight[s] = static_cast<T>(-scale * weights[g.edge[s]]);
+    std::vector<int32_t> owners(g.nodes);  // how many rows of the group have this neighbour
+    std::vector<int64_t> place(g.nodes, -1);
+    for (int64_t first = 0; first < g.nodes; first += kRows) {
+      const int64_t last = std::min(first + kRows, g.nodes);
+      const bool whole = last - first == kRows;  // fewer rows share nothing
+      for (int64_t s = g.begin[first]; s < g.begin[last]; ++s) ++owners[g.other[s]];
+      for (int64_t i = first; i < last; ++i) {
+        double degree = 0;
+        for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s) {
+          const int32_t node = g.other[s];
+          const T weight = static_cast<T>(-scale * weights[g.edge[s]]);
+          degree += weights[g.edge[s]];
+          if (!whole || owners[node] < kLeastSharing) {
+            singles.push_back({node, weight});
+            continue;
+          }
+          if (place[node] < 0) {
+            place[node] = static_cast<int64_t>(shared.size());
+            shared.push_back({node, {}});
+          }
+          shared[place[node]].weight[i - first] = weight;
+        }
+        diagonal[i] = static_cast<T>(scale * (degree - mid));
+        single_end[i] = static_cast<int64_t>(singles.size());
       }
-      diagonal[i] = static_cast<T>(scale * (degree - mid));
+      for (int64_t s = g.begin[first]; s < g.begin[last]; ++s) {
+        owners[g.other[s]] = 0;
+        place[g.other[s]] = -1;
+      }
+      shared_end.push_back(static_cast<int64_t>(shared.size()));
     }
   }
+};
+
+// What is read next, brought to the second-level cache line by line while there is something to compute.
+class Ahead {
+ public:
+  // `bytes` at `from`, and as many at `too` unless that is null, within so many steps.
+  void set(const void* from, const void* too, int64_t bytes, int64_t steps) {
+    from_ = static_cast<const char*>(from);
+    too_ = static_cast<const char*>(too);
+    at_ = 0;
+    bytes_ = bytes;
+    each_ = (bytes / kLine + steps - 1) / steps * kLine;
+  }
+  SK_INLINE void step() {
+    for (const int64_t stop = std::min(at_ + each_, bytes_); at_ < stop; at_ += kLine) {
+      __builtin_prefetch(from_ + at_, 0, 2);
+      if (too_ != nullptr) __builtin_prefetch(too_ + at_, 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *from_ = nullptr, *too_ = nullptr;
+  int64_t at_ = 0, bytes_ = 0, each_ = 0;
 };
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
@@ -146,30 +209,63 @@ struct Coefficient {
 
 enum class Pass { kFirst, kSecond, kLater };
 
-// to = alpha * p + gamma * (Operator x) [- to], row by row; gamma is complex in the first pass, whose x is p, and real
-// afterwards.
-template <class T, Pass pass>
-SK_NOINLINE void sweep(const Graph& g, const Operator<T>& h, const Vec<T>* x, const Vec<T>* p, Coefficient<T> alpha,
-                       Coefficient<T> gamma, Vec<T>* to) {
-  for (int64_t i = 0; i < g.nodes; ++i) {
-    Vec<T> sum[kBlocks];
-    const Vec<T> d = splat(h.diagonal[i]);
-    for (int b = 0; b < kBlocks; ++b) sum[b] = d * x[i * kBlocks + b];
-    for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s) {
-      const Vec<T> w = splat(h.weight[s]);
-      const Vec<T>* far = x + static_cast<int64_t>(g.other[s]) * kBlocks;
-      for (int b = 0; b < kBlocks; ++b) sum[b] = fma(w, far[b], sum[b]);
+// What each row of the operator is for: to = alpha * p + gamma * (Operator x) [- to]; gamma is complex in the first
+// pass, whose x is p, and real afterwards.
+template <class T>
+struct Recurrence {
+  const Vec<T> *x, *p;
+  Coefficient<T> alpha, gamma;
+  Vec<T>* to;
+
+  template <Pass pass>
+  SK_INLINE void put(int64_t at, Vec<T> sum) const {
+    if constexpr (pass == Pass::kFirst)
+      to[at] = alpha.times_plus(p[at], gamma.times(sum));
+    else if constexpr (pass == Pass::kSecond)
+      to[at] = alpha.times_plus(p[at], gamma.re * sum);
+    else
+      to[at] = alpha.times_plus(p[at], fma(gamma.re, sum, -to[at]));
+  }
+
+  // Rows from i on, group number `group`.
+  template <Pass pass, int rows>
+  SK_INLINE void put_rows(const Operator<T>& h, int64_t i, int64_t group) const {
+    Vec<T> sum[rows][kBlocks];
+    for (int r = 0; r < rows; ++r)
+      for (int b = 0; b < kBlocks; ++b) sum[r][b] = splat(h.diagonal[i + r]) * x[(i + r) * kBlocks + b];
+    if constexpr (rows == kRows) {
+      const auto* end = h.shared.data() + h.shared_end[group];
+      for (const auto* s = h.shared.data() + (group == 0 ? 0 : h.shared_end[group - 1]); s != end; ++s) {
+        const Vec<T>* far = x + s->node * kBlocks;
+        for (int r = 0; r < rows; ++r) {
+          const Vec<T> w = splat(s->weight[r]);
+          for (int b = 0; b < kBlocks; ++b) sum[r][b] = fma(w, far[b], sum[r][b]);
+        }
+      }
     }
-    for (int b = 0; b < kBlocks; ++b) {
-      const int64_t at = i * kBlocks + b;
-      if constexpr (pass == Pass::kFirst)
-        to[at] = alpha.times_plus(p[at], gamma.times(sum[b]));
-      else if constexpr (pass == Pass::kSecond)
-        to[at] = alpha.times_plus(p[at], gamma.re * sum[b]);
-      else
-        to[at] = alpha.times_plus(p[at], fma(gamma.re, sum[b], -to[at]));
+    const auto* s = h.singles.data() + (i == 0 ? 0 : h.single_end[i - 1]);
+    for (int r = 0; r < rows; ++r) {
+      for (const auto* end = h.singles.data() + h.single_end[i + r]; s != end; ++s) {
+        const Vec<T>* far = x + static_cast<int64_t>(s->node) * kBlocks;
+        const Vec<T> w = splat(s->weight);
+        for (int b = 0; b < kBlocks; ++b) sum[r][b] = fma(w, far[b], sum[r][b]);
+      }
+      for (int b = 0; b < kBlocks; ++b) put<pass>((i + r) * kBlocks + b, sum[r][b]);
     }
   }
+};
+
+template <class T, Pass pass>
+SK_NOINLINE void sweep(const Operator<T>& h, const Vec<T>* x, const Vec<T>* p, Coefficient<T> alpha,
+                       Coefficient<T> gamma, Vec<T>* to, Ahead& ahead) {
+  const Recurrence<T> recurrence{x, p, alpha, gamma, to};
+  const int64_t nodes = static_cast<int64_t>(h.diagonal.size());
+  int64_t i = 0;
+  for (; i + kRows <= nodes; i += kRows) {
+    for (int r = 0; r < kRows; ++r) ahead.step();
+    recurrence.template put_rows<pass, kRows>(h, i, i / kRows);
+  }
+  for (; i < nodes; ++i) recurrence.template put_rows<pass, 1>(h, i, 0);
 }
 
 // What is applied to a tile: sum of c_k T_k by Clenshaw's recurrence, and then, if there is a dense factor, that.
@@ -199,16 +295,19 @@ struct Solver {
     return {factor * coefficients[2 * k], sign * factor * coefficients[2 * k + 1]};
   }
 
+  // Rows that are computed for a tile, for what comes ahead of the next one.
+  int64_t steps() const { return graph.nodes * std::max<int64_t>(terms - 1, 1); }
+
   // The result stands in one of `first` and `second`, which is returned; `sign` is -1 for the conjugate operator.
-  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign) const {
-    Vec<T>* result = expand(p, first, second, sign);
+  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign, Ahead& ahead) const {
+    Vec<T>* result = expand(p, first, second, sign, ahead);
     if (dense == nullptr) return result;
     Vec<T>* to = result == first ? second : first;
     multiply(result, p, to);
     return to;
   }
 
-  Vec<T>* expand(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign) const {
+  Vec<T>* expand(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign, Ahead& ahead) const {
     if (terms == 1) {
       const Coefficient<T> c = coefficient(0, sign);
       for (int64_t i = 0; i < graph.nodes * kBlocks; ++i) first[i] = c.times(p[i]);
@@ -216,16 +315,17 @@ struct Solver {
     }
     const Coefficient<T> half(0.5, 0), one(1, 0);
     if (terms == 2) {
-      sweep<T, Pass::kFirst>(graph, h, p, p, coefficient(0, sign), coefficient(1, sign, 0.5), first);
+      sweep<T, Pass::kFirst>(h, p, p, coefficient(0, sign), coefficient(1, sign, 0.5), first, ahead);
       return first;
     }
     // b_{K-1} = c_{K-1} p is never formed: it is folded into the two that need it.
-    sweep<T, Pass::kFirst>(graph, h, p, p, coefficient(terms - 2, sign), coefficient(terms - 1, sign), first);
+    sweep<T, Pass::kFirst>(h, p, p, coefficient(terms - 2, sign), coefficient(terms - 1, sign), first,
+                           ahead);
     const double* c = coefficients + 2 * (terms - 3);
     const Coefficient<T> alpha(c[0] - c[4], sign * (c[1] - c[5]));
-    sweep<T, Pass::kSecond>(graph, h, first, p, alpha, terms == 3 ? half : one, second);
+    sweep<T, Pass::kSecond>(h, first, p, alpha, terms == 3 ? half : one, second, ahead);
     for (int64_t k = terms - 4; k >= 0; --k) {
-      sweep<T, Pass::kLater>(graph, h, second, p, coefficient(k, sign), k == 0 ? half : one, first);
+      sweep<T, Pass::kLater>(h, second, p, coefficient(k, sign), k == 0 ? half : one, first, ahead);
       std::swap(first, second);
     }
     return second;
@@ -265,7 +365,7 @@ bool streams(const Tensor& like, const T* to, int64_t nodes) {
 template <class T>
 void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, const Tensor& coefficients, double mid,
              double half, const Tensor& dense, bool conjugate, Tensor& out) {
-  const int64_t tokens = psi.size(0), nodes = psi.size(1);
+  const int64_t tokens = psi.size(0), nodes = psi.size(1), token_bytes = nodes * 2 * static_cast<int64_t>(sizeof(T));
   if (tokens == 0 || nodes == 0) return;
   const Graph graph = graph_of(edges, nodes);
   const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
@@ -280,10 +380,14 @@ void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, cons
     Vec<T>* p = arena.take<Vec<T>>(solver.padded);
     Vec<T>* first = arena.take<Vec<T>>(solver.padded);
     Vec<T>* second = arena.take<Vec<T>>(solver.padded);
+    Ahead ahead;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t at = tile * kTile<T>, here = std::min<int64_t>(kTile<T>, tokens - at);
       load_tile(from + at * 2 * nodes, nodes, here, p);
-      store_tile(solver.apply(p, first, second, conjugate ? -1 : 1), nodes, here, streaming, to + at * 2 * nodes);
+      const int64_t next = at + kTile<T>, count = tile + 1 < end ? std::min<int64_t>(kTile<T>, tokens - next) : 0;
+      ahead.set(from + next * 2 * nodes, nullptr, count * token_bytes, solver.steps());
+      const Vec<T>* result = solver.apply(p, first, second, conjugate ? -1 : 1, ahead);
+      store_tile(result, nodes, here, streaming, to + at * 2 * nodes);
     }
     if (streaming) stream_fence();
   });
@@ -291,29 +395,46 @@ void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, cons
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
+// Each edge once, at its lower node.
+struct EdgesOnce {
+  std::vector<int64_t> begin;
+  std::vector<int32_t> higher, edge;
+
+  explicit EdgesOnce(const Graph& g) : begin(g.nodes + 1) {
+    for (int64_t i = 0; i < g.nodes; ++i) {
+      for (int64_t s = g.begin[i]; s < g.begin[i + 1]; ++s)
+        if (g.other[s] > i) {
+          higher.push_back(g.other[s]);
+          edge.push_back(g.edge[s]);
+        }
+      begin[i + 1] = static_cast<int64_t>(edge.size());
+    }
+  }
+};
+
 // Sums over the tokens of Im(conj(l_j - l_k) (z_j - z_k)), edge by edge: a vector each while a few tiles go by, then a
 // double each.
 template <class T>
 struct EdgeSums {
-  const Graph& graph;
-  Vec<T>* lanes;  // in the order in which `add` meets the edges
+  const EdgesOnce& edges;
+  Vec<T>* lanes;  // for each of them
   int64_t tiles = 0;
 
   // l, and z turned by -90 degrees, (im, -re), so that the products of lanes sum up to the imaginary part.
-  SK_NOINLINE void add(const Vec<T>* l, const Vec<T>* z) {
-    Vec<T>* sum = lanes;
-    for (int64_t i = 0; i < graph.nodes; ++i) {
+  SK_NOINLINE void add(const Vec<T>* l, const Vec<T>* z, Ahead& ahead) {
+    const int64_t nodes = static_cast<int64_t>(edges.begin.size()) - 1;
+    for (int64_t i = 0; i < nodes; ++i) {
+      ahead.step();
       Vec<T> left[kBlocks], right[kBlocks];
       for (int b = 0; b < kBlocks; ++b) {
         left[b] = l[i * kBlocks + b];
         right[b] = z[i * kBlocks + b];
       }
-      for (int64_t s = graph.begin[i]; s < graph.begin[i + 1]; ++s) {
-        const int64_t k = graph.other[s];
-        if (k < i) continue;
-        for (int b = 0; b < kBlocks; ++b)
-          *sum = fma(left[b] - l[k * kBlocks + b], right[b] - z[k * kBlocks + b], *sum);
-        ++sum;
+      for (int64_t s = edges.begin[i]; s < edges.begin[i + 1]; ++s) {
+        const int64_t k = edges.higher[s];
+        Vec<T> sum = lanes[s];
+        for (int b = 0; b < kBlocks; ++b) sum = fma(left[b] - l[k * kBlocks + b], right[b] - z[k * kBlocks + b], sum);
+        lanes[s] = sum;
       }
     }
     ++tiles;
@@ -321,13 +442,10 @@ struct EdgeSums {
 
   void flush(double* to) {
     if (tiles == 0) return;
-    Vec<T>* sum = lanes;
-    for (int64_t i = 0; i < graph.nodes; ++i)
-      for (int64_t s = graph.begin[i]; s < graph.begin[i + 1]; ++s)
-        if (graph.other[s] > i) {
-          to[graph.edge[s]] += static_cast<double>(horizontal_sum(*sum));
-          *sum++ = Vec<T>{};
-        }
+    for (std::size_t s = 0; s < edges.edge.size(); ++s) {
+      to[edges.edge[s]] += static_cast<double>(horizontal_sum(lanes[s]));
+      lanes[s] = Vec<T>{};
+    }
     tiles = 0;
   }
 };
@@ -338,11 +456,13 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
               const Tensor& coefficients, double mid, double half, const Tensor& dense, Tensor& grad_psi,
               Tensor& edge_sums) {
   const int64_t tokens = psi.size(0), nodes = psi.size(1), count = edges.size(1);
+  const int64_t token_bytes = nodes * 2 * static_cast<int64_t>(sizeof(T));
   double* sums = mutable_data<double>(edge_sums);
   std::fill_n(sums, count, 0.0);
   if (tokens == 0 || nodes == 0) return;
   const Graph graph = graph_of(edges, nodes);
   const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
+  const EdgesOnce once(graph);
   const bool given = solver.terms == 0;
   T* to = mutable_data<T>(grad_psi);
   const bool streaming = !given && streams(grad_psi, to, nodes);
@@ -361,19 +481,22 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
     Vec<T>* tile[kArrays];
     for (auto& t : tile) t = arena.take<Vec<T>>(solver.padded);
     auto [g, first, second, z] = tile;
-    EdgeSums<T> edge{graph, arena.take<Vec<T>>(count)};
+    EdgeSums<T> edge{once, arena.take<Vec<T>>(count)};
+    Ahead ahead;
     Vec<T> sign = splat(T(1));
     for (int k = 1; k < kLanes<T>; k += 2) sign[k] = -1;
     for (int64_t share = begin; share < end; ++share) {
       double* part = parts.get() + share * count;
-      for (int64_t t = share * per_share; t < std::min(tiles, (share + 1) * per_share); ++t) {
+      const int64_t last = std::min(tiles, (share + 1) * per_share);
+      for (int64_t t = share * per_share; t < last; ++t) {
         const int64_t at = t * kTile<T> * 2 * nodes, here = std::min<int64_t>(kTile<T>, tokens - t * kTile<T>);
         load_tile(data<T>(grad) + at, nodes, here, g);
         Vec<T>* result = first;
         if (given) {
           load_tile(data<T>(grad_psi) + at, nodes, here, first);
         } else {
-          result = solver.apply(g, first, second, -1);
+          ahead.set(data<T>(psi) + at, data<T>(out) + at, here * token_bytes, solver.steps());
+          result = solver.apply(g, first, second, -1, ahead);
           store_tile(result, nodes, here, streaming, to + at);
         }
         Vec<T>* other = result == first ? second : first;
@@ -383,7 +506,9 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
           result[k] += g[k];  // twice the solution of the adjoint system
           z[k] = swap_pairs<T>(z[k] + other[k]) * sign;
         }
-        edge.add(result, z);
+        const int64_t left = t + 1 < last ? std::min<int64_t>(kTile<T>, tokens - (t + 1) * kTile<T>) : 0;
+        ahead.set(data<T>(grad) + at + kTile<T> * 2 * nodes, nullptr, left * token_bytes, nodes);
+        edge.add(result, z, ahead);
         if (edge.tiles == kFlushTiles) edge.flush(part);
       }
       edge.flush(part);

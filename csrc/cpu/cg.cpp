@@ -1,8 +1,10 @@
-// Conjugate gradients, a whole solve at a time: dense systems one per thread, sparse ones (cg_lanes.h) one per lane.
+// Conjugate gradients, a whole solve at a time: dense systems a few per thread, in turns; sparse ones (cg_lanes.h) one
+// per lane.
 //
-// A product with a dense A is the sum of A's rows, each times one entry of the vector: for a Hermitian or symmetric A rows serve
-// as columns (conjugated, for a Hermitian one), so no sum runs across lanes but those of the inner products. A small
-// matrix stays in the first-level cache for all iterations; up to kHeld vectors long, so do x, r, p and A p in registers.
+// A product with a dense A is the sum of A's rows, each times one entry of the vector: for a Hermitian or symmetric A
+// rows serve as columns (conjugated, for a Hermitian one), so no sum runs across lanes but those of the inner products.
+// A small matrix stays in the first-level cache for all iterations; up to kHeld vectors long, A p never leaves the
+// registers.
 #include "stablekern/cg_lanes.h"
 #include "stablekern/krylov.h"
 #include "stablekern/lanes.h"
@@ -22,13 +24,15 @@
 #include <optional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace stablekern {
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kPrefetched = 64 * 64, kLine = 64;  // elements of a matrix; bytes
+constexpr int64_t kPrefetched = 64 * 64, kPrefetchedPerIteration = 1024, kLine = 64;  // elements of a matrix; bytes
+constexpr int64_t kMostTurns = 4, kTurnBytes = 40 * 1024;  // systems that take turns, and the size of their matrices
 constexpr int64_t kRowsPerTask = 64;
 constexpr int kHeld = 4;  // vectors of a row in registers
 // A matrix of sizes within 2^30 is used as it is: no square of what it makes of numbers around 1 leaves float's range.
@@ -221,25 +225,26 @@ SK_NOINLINE Matrix<S> read_matrix(const S* a, int64_t n, int method, RealOf<S> t
   return m;
 }
 
-// The sum over j of row j, or its conjugate, times p[j]: W vectors of it, from element `at` on.
+// The sum over j of row j, or its conjugate, times p[j]: W vectors of it, from element `at` on. Zeros follow an odd
+// last row and element.
 template <class S, int W, bool kConjugate>
 SK_INLINE void combine(const Planes<S>& rows, int64_t stride, int64_t n, const Planes<S>& p, int64_t at, Element<S>* q) {
-  constexpr int L = kLanes<RealOf<S>>;
-  Element<S> sums[2][W] = {};  // two chains for each vector hide the latency of the additions
-  const auto add = [&](Element<S>* sum, int64_t j) __attribute__((always_inline)) {
-    const Element<S> factor = p.spread(j);
-    for (int w = 0; w < W; ++w) {
-      const Element<S> row = rows.vector(j * stride + at + w * L);
-      sum[w] = kConjugate ? fma_conj(row, factor, sum[w]) : fma(row, factor, sum[w]);
-    }
+  Element<S> even[W], odd[W];  // two chains for each vector hide the latency of the additions
+  const auto row = [&](int64_t j, int w) __attribute__((always_inline)) {
+    return rows.vector(j * stride + at + w * kLanes<RealOf<S>>);
   };
-  int64_t j = 0;
-  for (; j + 2 <= n; j += 2) {
-    add(sums[0], j);
-    add(sums[1], j + 1);
+  const auto plus = [&](int64_t j, int w, Element<S> factor, Element<S> sum) __attribute__((always_inline)) {
+    return kConjugate ? fma_conj(row(j, w), factor, sum) : fma(row(j, w), factor, sum);
+  };
+  const Element<S> first = p.spread(0), second = p.spread(1);
+  for (int w = 0; w < W; ++w) even[w] = (kConjugate ? conj(row(0, w)) : row(0, w)) * first;
+  for (int w = 0; w < W; ++w) odd[w] = (kConjugate ? conj(row(1, w)) : row(1, w)) * second;
+  for (int64_t j = 2; j < n; j += 2) {
+    const Element<S> factor = p.spread(j), other = p.spread(j + 1);
+    for (int w = 0; w < W; ++w) even[w] = plus(j, w, factor, even[w]);
+    for (int w = 0; w < W; ++w) odd[w] = plus(j + 1, w, other, odd[w]);
   }
-  if (j < n) add(sums[0], j);
-  for (int w = 0; w < W; ++w) q[w] = sums[0][w] + sums[1][w];
+  for (int w = 0; w < W; ++w) q[w] = even[w] + odd[w];
 }
 
 template <class S, int W, bool kConjugate>
@@ -278,13 +283,25 @@ struct Outcome {
   T residual;
 };
 
+// Memory of a solve: what is read element by element, and vectors beyond kHeld.
 template <class S>
 struct Room {
-  Planes<S> p, r, z;  // what is read element by element
-  Element<S>* rows[7];
+  Planes<S> p, r, z;
+  Element<S>* rows[6];
+
+  static void reserve(Arena& arena, int64_t vectors) {
+    for (int part = 0; part < 3; ++part) Planes<S>::reserve(arena, vectors * kLanes<RealOf<S>>);
+    for (int part = 0; part < 6; ++part) arena.reserve<Element<S>>(vectors);
+  }
+  static Room take(Arena& arena, int64_t vectors) {
+    const auto plane = [&] { return Planes<S>::take(arena, vectors * kLanes<RealOf<S>>); };
+    Room room{plane(), plane(), plane(), {}};
+    for (auto& row : room.rows) row = arena.take<Element<S>>(vectors);
+    return room;
+  }
 };
 
-// A vector of unknowns: W SIMD vectors in registers, or, for W = 0, any number of them in memory.
+// A vector of unknowns: W SIMD vectors, or, for W = 0, any number of them elsewhere.
 template <class S, int W>
 struct Row {
   Element<S> v[W];
@@ -296,18 +313,76 @@ struct Row<S, 0> {
   explicit Row(Element<S>* memory) : v(memory) {}
 };
 
+// A solve that can be left after each iteration: `begin` it, then `advance` it until that is false.
 template <class S, int W, int kMethod>
-struct Solver {
+class Solver {
+ public:
   using T = RealOf<S>;
+
+  Outcome<T> out{};  // once there is nothing left to do
+
+  explicit Solver(const Room<S>& room)
+      : room(room),
+        y(room.rows[0]),
+        r(room.rows[1]),
+        step(room.rows[2]),
+        b(room.rows[3]),
+        q(room.rows[4]),
+        z(room.rows[5]) {}
+
+  // Both of them: whether there is more to do.
+  SK_NOINLINE bool begin(const Matrix<S>& matrix, const System<S>& given) {
+    A = matrix;
+    system = given;
+    out = {0, 0, T(0)};
+    for (int64_t w = 0; w < count(); ++w) b.v[w] = load_elements(system.b, w, A.n);
+    const T size = size_of(b);
+    if (size == 0) {
+      std::fill_n(system.x, A.n, S(0));
+      return false;
+    }
+    if (!std::isfinite(size)) return failed(A.info | kNonFinite);
+    if (A.info != 0) return failed(A.info);
+    scale = exponent_of(size);
+    const Power<T> down(-scale);
+    for (int64_t w = 0; w < count(); ++w) b.v[w] = down * b.v[w];
+    threshold = std::max(system.rtol * std::sqrt(squared_norm(b)), down * system.atol);
+    before = std::numeric_limits<T>::infinity();
+    if (system.x0 == nullptr) {
+      for (int64_t w = 0; w < count(); ++w) {
+        y.v[w] = Element<S>{};
+        r.v[w] = b.v[w];
+      }
+    } else {
+      const Power<T> into(A.exponent - scale);
+      for (int64_t w = 0; w < count(); ++w) y.v[w] = into * load_elements(system.x0, w, A.n);
+      if (!std::isfinite(size_of(y))) return failed(kNonFinite);
+      take_residual();
+    }
+    return restart();
+  }
+  SK_NOINLINE bool advance() {
+    if (iterate() && out.iterations < system.maxiter) return true;
+    const Power<T> larger(shift);
+    for (int64_t w = 0; w < count(); ++w) y.v[w] = y.v[w] + larger * step.v[w];
+    take_residual();
+    return restart();
+  }
+
+ private:
   using R = Row<S, W>;
   using Inner = std::conditional_t<kMethod == kSymmetric, S, T>;
   static constexpr int L = kLanes<T>;
   static constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
 
-  const Matrix<S>& A;
-  const System<S>& system;
-  const Room<S>& room;
-  const Power<T> from_blocks;
+  Matrix<S> A;
+  System<S> system;
+  Room<S> room;
+  // y is x in units of its own; the correction `step` and r are in those of the last start, 2^shift.
+  R y, r, step, b, q, z;
+  T threshold, before, target;
+  Inner rz;
+  int scale, shift;
 
   SK_INLINE int64_t count() const { return W > 0 ? W : A.vectors; }
 
@@ -337,17 +412,22 @@ struct Solver {
       return horizontal_sum(sum);
     }
   }
-  // A p, A^H p
-  SK_INLINE void apply(const R& p, R& q) const {
-    for (int64_t w = 0; w < count(); ++w) room.p.set_vector(w * L, p.v[w]);
-    product<S, W, kMethod == kHermitian>(kMethod == kAny ? A.columns : A.rows, A, room.p, q.v);
+  SK_INLINE void spill(const R& from, const Planes<S>& to) const {
+    for (int64_t w = 0; w < count(); ++w) to.set_vector(w * L, from.v[w]);
   }
-  SK_INLINE void apply_adjoint(const R& r, R& z) const {
-    for (int64_t w = 0; w < count(); ++w) room.p.set_vector(w * L, r.v[w]);
-    product<S, W, true>(A.rows, A, room.p, z.v);
+  // A p
+  SK_INLINE void apply(const Planes<S>& p, R& to) const {
+    product<S, W, kMethod == kHermitian>(kMethod == kAny ? A.columns : A.rows, A, p, to.v);
   }
-  SK_NOINLINE void precondition(const R& r, R& z) const {
+  // r = b - A y
+  SK_NOINLINE void take_residual() {
+    spill(y, room.p);
+    apply(room.p, q);
+    for (int64_t w = 0; w < count(); ++w) r.v[w] = b.v[w] - q.v[w];
+  }
+  SK_NOINLINE void precondition() {
     const int64_t size = system.block;
+    const Power<T> from_blocks(A.exponent);
     if (size == 1) {
       for (int64_t w = 0; w < count(); ++w) {
         const Element<S> scaled = from_blocks * load_elements(system.blocks, w, A.n);
@@ -361,7 +441,7 @@ struct Solver {
       else
         return from.re[i];
     };
-    for (int64_t w = 0; w < count(); ++w) room.r.set_vector(w * L, r.v[w]);
+    spill(r, room.r);
     for (int64_t i = 0; i < A.n; ++i) {
       const int64_t first = i / size * size, last = std::min(first + size, A.n);
       const S* row = system.blocks + i * size;
@@ -372,15 +452,16 @@ struct Solver {
     }
     for (int64_t w = 0; w < count(); ++w) z.v[w] = from_blocks * room.z.vector(w * L);
   }
-  // Where to go on from r, and its inner product with r, whose own square is rr.
-  SK_INLINE Inner direction(const R& r, T rr, R& z) const {
+  // z, along which the search goes on from r, and its inner product with r, whose own square is rr.
+  SK_INLINE Inner direction(T rr) {
     if constexpr (kMethod == kAny) {
-      apply_adjoint(r, z);
+      spill(r, room.r);
+      product<S, W, true>(A.rows, A, room.r, z.v);
       return rr;
     } else {
       if constexpr (W == 0) {
         if (system.blocks != nullptr) {
-          precondition(r, z);
+          precondition();
           return inner(r, z);
         }
       }
@@ -400,139 +481,210 @@ struct Solver {
     return horizontal_largest<T>(size) + horizontal_sum(probe);
   }
 
-  Outcome<T> failed(int32_t info) const {
+  bool failed(int32_t info) {
     const T nan = std::numeric_limits<T>::quiet_NaN();
     std::fill_n(reinterpret_cast<T*>(system.x), A.n * kParts<S>, nan);
-    return {info, 0, nan};
+    out = {info, 0, nan};
+    return false;
   }
 
-  Outcome<T> run() const {
-    R y(room.rows[0]), r(room.rows[1]), p(room.rows[2]), q(room.rows[3]), z(room.rows[4]), step(room.rows[5]),
-        b(room.rows[6]);
-    for (int64_t w = 0; w < count(); ++w) b.v[w] = load_elements(system.b, w, A.n);
-    const T size = size_of(b);
-    if (size == 0) {
-      std::fill_n(system.x, A.n, S(0));
-      return {0, 0, T(0)};
+  // With the true residual r: it is within the tolerance, or cannot be brought there, or the recurrence starts from it.
+  SK_NOINLINE bool restart() {
+    shift = exponent_of(size_of(r));
+    const Power<T> smaller(-shift), larger(shift);
+    for (int64_t w = 0; w < count(); ++w) r.v[w] = smaller * r.v[w];
+    const T rr = squared_norm(r), norm = std::sqrt(rr);
+    out.residual = larger * norm;
+    const bool reached = out.residual <= threshold;
+    if (reached)
+      out.info = 0;
+    else if (out.info == 0)
+      out.info = out.iterations >= system.maxiter ? kMaxiter : out.residual <= before / 2 ? 0 : kBreakdown;
+    if (reached || out.info != 0) {
+      const Power<T> up(scale - A.exponent);
+      for (int64_t w = 0; w < count(); ++w) store_elements(system.x, up * y.v[w], w, A.n);
+      out.residual = Power<T>(scale) * out.residual;
+      return false;
     }
-    if (!std::isfinite(size)) return failed(A.info | kNonFinite);
-    if (A.info != 0) return failed(A.info);
-    const int scale = exponent_of(size);
-    const Power<T> down(-scale);
-    for (int64_t w = 0; w < count(); ++w) b.v[w] = down * b.v[w];
-    const T threshold = std::max(system.rtol * std::sqrt(squared_norm(b)), down * system.atol);
-    if (system.x0 == nullptr) {
-      for (int64_t w = 0; w < count(); ++w) {
-        y.v[w] = Element<S>{};
-        r.v[w] = b.v[w];
-      }
-    } else {
-      const Power<T> into(A.exponent - scale);
-      for (int64_t w = 0; w < count(); ++w) y.v[w] = into * load_elements(system.x0, w, A.n);
-      if (!std::isfinite(size_of(y))) return failed(kNonFinite);
-      apply(y, q);
-      for (int64_t w = 0; w < count(); ++w) r.v[w] = b.v[w] - q.v[w];
-    }
-
-    Outcome<T> out{0, 0, 0};
-    T before = std::numeric_limits<T>::infinity();
-    for (;;) {  // from the true residual r
-      const T largest = size_of(r);
-      const int shift = exponent_of(largest);
-      const Power<T> smaller(-shift), larger(shift);
-      for (int64_t w = 0; w < count(); ++w) r.v[w] = smaller * r.v[w];
-      T rr = squared_norm(r);
-      const T norm = std::sqrt(rr);
-      out.residual = larger * norm;
-      if (out.residual <= threshold) {
-        out.info = 0;
-        break;
-      }
-      if (out.info != 0) break;
-      if (out.iterations >= system.maxiter) out.info = kMaxiter;
-      else if (!(out.residual <= before / 2)) out.info = kBreakdown;
-      if (out.info != 0) break;
-      // A second start is there because rounding stood between the recurrence and the truth: it aims lower.
-      const T aim = std::isfinite(before) ? threshold / 4 : threshold;
-      before = out.residual;
-      const T target = std::max(smaller * aim, kEpsilon * norm);
-      iterate(r, p, q, z, step, rr, target * target, out);
-      for (int64_t w = 0; w < count(); ++w) y.v[w] = y.v[w] + larger * step.v[w];
-      apply(y, q);
-      for (int64_t w = 0; w < count(); ++w) r.v[w] = b.v[w] - q.v[w];
-    }
-    const Power<T> up(scale - A.exponent);
-    for (int64_t w = 0; w < count(); ++w) store_elements(system.x, up * y.v[w], w, A.n);
-    out.residual = Power<T>(scale) * out.residual;
-    return out;
+    // A second start is there because rounding stood between the recurrence and the truth: it aims lower.
+    const T aim = std::isfinite(before) ? threshold / 4 : threshold;
+    before = out.residual;
+    target = std::max(smaller * aim, kEpsilon * norm);
+    target *= target;
+    rz = direction(rr);
+    spill(z, room.p);
+    for (int64_t w = 0; w < count(); ++w) step.v[w] = Element<S>{};
+    return true;
   }
 
-  // The recurrence from r, until |r|^2 <= target, into the correction `step`.
-  SK_INLINE void iterate(R& r, R& p, R& q, R& z, R& step, T rr, T target,
-                         Outcome<T>& out) const {
+  // One step of the recurrence from r; whether |r|^2 is above the target still.
+  SK_INLINE bool iterate() {
     // Without a preconditioner |alpha| |A| is at most the condition number (CGNE: its square), here over 1/eps.
     const T longest = system.blocks == nullptr ? T(1) : std::numeric_limits<T>::max();
-    Inner rz = direction(r, rr, z);
-    for (int64_t w = 0; w < count(); ++w) {
-      p.v[w] = z.v[w];
-      step.v[w] = Element<S>{};
+    R p(z.v), Ap(q.v), u(r.v);  // in registers, or for W = 0 the memory itself
+    apply(room.p, Ap);
+    for (int64_t w = 0; w < count(); ++w) p.v[w] = room.p.vector(w * L);
+    const Inner pq = kMethod == kAny ? Inner(squared_norm(p)) : inner(p, Ap);
+    [[maybe_unused]] const T qq = W > 0 ? squared_norm(Ap) : T(0);
+    const Inner alpha = rz / pq;
+    // A longer step leads along what A has no hold of.
+    const T reach = std::abs(alpha) * A.largest * (kMethod == kAny ? A.largest * kEpsilon : T(1)) * kEpsilon;
+    const bool usable = kMethod == kSymmetric || std::real(pq) > 0;
+    if (!usable || !(reach < longest)) {
+      out.info = kMethod == kHermitian && std::real(pq) < 0 ? kIndefinite : kBreakdown;
+      return false;
     }
-    while (out.iterations < system.maxiter) {
-      apply(p, q);
-      const Inner pq = kMethod == kAny ? Inner(squared_norm(p)) : inner(p, q);
-      [[maybe_unused]] const T qq = W > 0 ? squared_norm(q) : T(0);
-      const Inner alpha = rz / pq;
-      // A longer step leads along what A has no hold of.
-      const T reach = std::abs(alpha) * A.largest * (kMethod == kAny ? A.largest * kEpsilon : T(1)) * kEpsilon;
-      const bool usable = kMethod == kSymmetric || std::real(pq) > 0;
-      if (!usable || !(reach < longest)) {
-        out.info = kMethod == kHermitian && std::real(pq) < 0 ? kIndefinite : kBreakdown;
-        return;
-      }
-      const auto forward = spread(alpha), back = spread(-alpha);
-      for (int64_t w = 0; w < count(); ++w) {
-        step.v[w] = fma(forward, p.v[w], step.v[w]);
-        r.v[w] = fma(back, q.v[w], r.v[w]);
-      }
-      ++out.iterations;
-      if constexpr (W > 0) {
-        // What |r|^2 will be is known from |A p|^2 before r is, so that the next direction need not wait for its sum.
-        // That is taken meanwhile, and is what counts (Chen and Carson 2020, arXiv:1905.01549: predict and recompute).
-        const auto beta = splat(std::max(alpha * alpha * qq - rz, T(0)) / rz);
-        for (int64_t w = 0; w < count(); ++w) p.v[w] = fma(beta, p.v[w], r.v[w]);
-        rz = rr = squared_norm(r);
-        if (rr <= target) return;
-      } else {
-        rr = squared_norm(r);
-        if (rr <= target) return;
-        const Inner next = direction(r, rr, z);
-        const auto beta = spread(next / rz);
-        rz = next;
-        for (int64_t w = 0; w < count(); ++w) p.v[w] = fma(beta, p.v[w], z.v[w]);
-      }
+    const auto forward = spread(alpha), back = spread(-alpha);
+    for (int64_t w = 0; w < count(); ++w) {
+      step.v[w] = fma(forward, p.v[w], step.v[w]);
+      u.v[w] = fma(back, Ap.v[w], r.v[w]);
+      r.v[w] = u.v[w];
+    }
+    ++out.iterations;
+    if constexpr (W > 0) {
+      // What |r|^2 will be is known from |A p|^2 before r is, so that the next direction need not wait for its sum.
+      // That is taken meanwhile, and is what counts (Chen and Carson 2020, arXiv:1905.01549: predict and recompute).
+      const auto beta = splat(std::max(alpha * alpha * qq - rz, T(0)) / rz);
+      for (int64_t w = 0; w < count(); ++w) room.p.set_vector(w * L, fma(beta, p.v[w], u.v[w]));
+      rz = squared_norm(u);
+      return rz > target;
+    } else {
+      const T rr = squared_norm(u);
+      if (rr <= target) return false;
+      const Inner next = direction(rr);
+      const auto beta = spread(next / rz);
+      rz = next;
+      for (int64_t w = 0; w < count(); ++w) room.p.set_vector(w * L, fma(beta, room.p.vector(w * L), z.v[w]));
+      return true;
     }
   }
 };
 
 // ---- all systems --------------------------------------------------------------------------------------------------
 
+// What a call gives to each thread.
 template <class S>
-using Solve = Outcome<RealOf<S>> (*)(const Matrix<S>&, const System<S>&, const Room<S>&);
+struct DenseCall {
+  const S *A, *b, *x0, *blocks;
+  const RealOf<S>*rtol, *atol;
+  int64_t n, columns, block, block_count, each_rtol, each_atol, maxiter;
+  RealOf<S> asymmetry;
+  S* x;
+  int32_t *info, *iterations;
+  RealOf<S>* residual;
 
+  System<S> system(int64_t at) const {
+    return {b + at * n,
+            x0 == nullptr ? nullptr : x0 + at * n,
+            blocks == nullptr ? nullptr : blocks + at / columns * block_count,
+            block,
+            rtol[at * each_rtol],
+            atol[at * each_atol],
+            maxiter,
+            x + at * n};
+  }
+  void report(int64_t at, const Outcome<RealOf<S>>& out) const {
+    info[at] = out.info;
+    iterations[at] = static_cast<int32_t>(out.iterations);
+    residual[at] = out.residual;
+  }
+};
+
+// Systems one after the other.
 template <class S, int W, int kMethod>
-SK_NOINLINE Outcome<RealOf<S>> solve_one(const Matrix<S>& A, const System<S>& system, const Room<S>& room) {
-  return Solver<S, W, kMethod>{A, system, room, Power<RealOf<S>>(A.exponent)}.run();
+class Queue {
+ public:
+  Queue(const DenseCall<S>& call, const MatrixRoom<S>& matrix_room, const Room<S>& room, int64_t first, int64_t last)
+      : call(call), matrix_room(matrix_room), solver(room), at(first), last(last), running(at < last) {
+    if (running) open();
+  }
+  // An iteration of the present system; whether there are more to do, of this or of others.
+  SK_INLINE bool advance() {
+    if (!running) return false;
+    for (const char* end = std::min(ahead + kPrefetchedPerIteration, ahead_end); ahead < end; ahead += kLine)
+      __builtin_prefetch(ahead, 0, 2);
+    if (!solver.advance()) next();
+    return running;
+  }
+
+ private:
+  const DenseCall<S>& call;
+  const MatrixRoom<S> matrix_room;
+  Solver<S, W, kMethod> solver;
+  Matrix<S> matrix;
+  int64_t at, last, read = -1;
+  bool running;
+  // The next matrix, as far as it is not on its way to the second-level cache yet.
+  const char *ahead = nullptr, *ahead_end = nullptr;
+
+  SK_NOINLINE void next() {
+    call.report(at, solver.out);
+    running = ++at < last;
+    if (running) open();
+  }
+  // Begins systems up to one that has something left to do.
+  void open() {
+    for (;;) {
+      const int64_t item = at / call.columns, entries = call.n * call.n;
+      if (item != read) {
+        const S* here = call.A + item * entries;
+        matrix = read_matrix(here, call.n, kMethod, call.asymmetry, matrix_room);
+        read = item;
+        if (entries <= kPrefetched && (last - 1) / call.columns > item) {
+          ahead = reinterpret_cast<const char*>(here + entries);
+          ahead_end = reinterpret_cast<const char*>(here + 2 * entries);
+        }
+      }
+      if (solver.begin(matrix, call.system(at))) return;
+      call.report(at, solver.out);
+      running = ++at < last;
+      if (!running) return;
+    }
+  }
+};
+
+// Systems take turns, an iteration each: while the inner products of one are summed up, the product of the next is
+// under way.
+template <class S, int W, int kMethod>
+SK_NOINLINE void solve_range(const DenseCall<S>& call, int64_t begin, int64_t end) {
+  using T = RealOf<S>;
+  const int64_t n = call.n, vectors = (n + kLanes<T> - 1) / kLanes<T>, padded = vectors * kLanes<T>;
+  const int64_t fitting = kTurnBytes / std::max<int64_t>(1, padded * padded * static_cast<int64_t>(sizeof(S)));
+  const int64_t turns = std::clamp<int64_t>(std::min(fitting, end - begin), 1, kMostTurns);
+  constexpr int kCopies = kMethod == kAny ? 2 : 1;
+  Arena arena;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    for (int part = 0; part < kCopies; ++part) Planes<S>::reserve(arena, padded * padded);
+    Room<S>::reserve(arena, vectors);
+  }
+  arena.allocate();
+  std::vector<Queue<S, W, kMethod>> queues;
+  queues.reserve(turns);
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    MatrixRoom<S> matrix_room{Planes<S>::take(arena, padded * padded), {}};
+    if (kMethod == kAny) matrix_room.columns = Planes<S>::take(arena, padded * padded);
+    const auto border = [&](int64_t k) { return begin + (end - begin) * k / turns; };
+    queues.emplace_back(call, matrix_room, Room<S>::take(arena, vectors), border(turn), border(turn + 1));
+  }
+  bool more = true;
+  while (more) {
+    more = false;
+    for (auto& queue : queues) more |= queue.advance();
+  }
 }
 
 template <class S>
+using Solve = void (*)(const DenseCall<S>&, int64_t, int64_t);
+
+template <class S>
 Solve<S> solver_for(int64_t vectors, int method, bool preconditioned) {
-  if (method == kAny) return solve_one<S, 0, kAny>;
+  if (method == kAny) return solve_range<S, 0, kAny>;
   if constexpr (kIsComplex<S>) {
-    return method == kSymmetric ? solve_one<S, 0, kSymmetric> : solve_one<S, 0, kHermitian>;
+    return method == kSymmetric ? solve_range<S, 0, kSymmetric> : solve_range<S, 0, kHermitian>;
   } else {
-    constexpr std::array<Solve<S>, kHeld + 1> held{solve_one<S, 0, kHermitian>, solve_one<S, 1, kHermitian>,
-                                                   solve_one<S, 2, kHermitian>, solve_one<S, 3, kHermitian>,
-                                                   solve_one<S, 4, kHermitian>};
+    constexpr std::array<Solve<S>, kHeld + 1> held{solve_range<S, 0, kHermitian>, solve_range<S, 1, kHermitian>,
+                                                   solve_range<S, 2, kHermitian>, solve_range<S, 3, kHermitian>,
+                                                   solve_range<S, 4, kHermitian>};
     return held[vectors <= kHeld && !preconditioned ? static_cast<std::size_t>(vectors) : 0];
   }
 }
@@ -540,51 +692,31 @@ Solve<S> solver_for(int64_t vectors, int method, bool preconditioned) {
 void cg_fwd(Tensor A, Tensor b, std::optional<Tensor> x0, std::optional<Tensor> blocks, Tensor rtol, Tensor atol,
             int64_t maxiter, int64_t method, double asymmetry, Tensor x, Tensor info, Tensor iterations,
             Tensor residual) {
-  const int64_t batch = b.size(0), columns = b.size(1), n = b.size(2);
-  const int64_t each_rtol = rtol.size(0) > 1, each_atol = atol.size(0) > 1;
+  const int64_t n = b.size(2);
   dispatch(b, [&]<class S>(S) {
     using T = RealOf<S>;
-    const int64_t vectors = (n + kLanes<T> - 1) / kLanes<T>, padded = vectors * kLanes<T>;
-    const Solve<S> solve = solver_for<S>(vectors, static_cast<int>(method), blocks.has_value());
-    const S* preconditioner = data<S>(blocks);
-    const int64_t block_count = blocks ? blocks->size(1) * blocks->size(2) * blocks->size(3) : 0;
-    torch::stable::parallel_for(0, batch * columns, 1, [&](int64_t begin, int64_t end) {
-      Arena arena;
-      for (int part = 0; part < (method == kAny ? 2 : 1); ++part) Planes<S>::reserve(arena, padded * padded);
-      for (int part = 0; part < 3; ++part) Planes<S>::reserve(arena, padded);
-      for (int part = 0; part < 7; ++part) arena.reserve<Element<S>>(vectors);
-      arena.allocate();
-      MatrixRoom<S> room{Planes<S>::take(arena, padded * padded), {}};
-      if (method == kAny) room.columns = Planes<S>::take(arena, padded * padded);
-      Room<S> work{Planes<S>::take(arena, padded), Planes<S>::take(arena, padded), Planes<S>::take(arena, padded), {}};
-      for (auto& row : work.rows) row = arena.take<Element<S>>(vectors);
-      Matrix<S> matrix;
-      int64_t read = -1;
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t item = at / columns;
-        if (item != read) {
-          const S* here = data<S>(A) + item * n * n;
-          matrix = read_matrix(here, n, static_cast<int>(method), static_cast<T>(asymmetry), room);
-          read = item;
-          // The next one comes to the second-level cache while this one is solved.
-          if (n * n <= kPrefetched && (end - 1) / columns > item)
-            for (int64_t ahead = n * n; ahead < 2 * n * n; ahead += kLine / static_cast<int64_t>(sizeof(S)))
-              __builtin_prefetch(here + ahead, 0, 2);
-        }
-        const System<S> system{data<S>(b) + at * n,
-                               x0 ? data<S>(x0) + at * n : nullptr,
-                               preconditioner ? preconditioner + item * block_count : nullptr,
-                               blocks ? blocks->size(2) : 0,
-                               data<T>(rtol)[at * each_rtol],
-                               data<T>(atol)[at * each_atol],
-                               maxiter,
-                               mutable_data<S>(x) + at * n};
-        const Outcome<T> out = solve(matrix, system, work);
-        mutable_data<int32_t>(info)[at] = out.info;
-        mutable_data<int32_t>(iterations)[at] = static_cast<int32_t>(out.iterations);
-        mutable_data<T>(residual)[at] = out.residual;
-      }
-    });
+    const DenseCall<S> call{data<S>(A),
+                            data<S>(b),
+                            data<S>(x0),
+                            data<S>(blocks),
+                            data<T>(rtol),
+                            data<T>(atol),
+                            n,
+                            b.size(1),
+                            blocks ? blocks->size(2) : 0,
+                            blocks ? blocks->size(1) * blocks->size(2) * blocks->size(3) : 0,
+                            rtol.size(0) > 1,
+                            atol.size(0) > 1,
+                            maxiter,
+                            static_cast<T>(asymmetry),
+                            mutable_data<S>(x),
+                            mutable_data<int32_t>(info),
+                            mutable_data<int32_t>(iterations),
+                            mutable_data<T>(residual)};
+    const Solve<S> solve =
+        solver_for<S>((n + kLanes<T> - 1) / kLanes<T>, static_cast<int>(method), blocks.has_value());
+    torch::stable::parallel_for(0, b.size(0) * b.size(1), 1,
+                                [&](int64_t begin, int64_t end) { solve(call, begin, end); });
   });
 }
 

@@ -274,20 +274,18 @@ def _(grad, psi, out, edges, weights, dt, method):
 # ---- triton -------------------------------------------------------------------------------------------------------
 
 
-def _dense_in_single(tokens: Tensor, method: str) -> str | None:
-    if tokens.dtype != torch.complex64:
-        return "complex128"
+def _dense_reason(tokens: Tensor, method: str) -> str | None:
     if method not in ("auto", "dense"):
         return f"the method {method!r}"
     return None if tokens.shape[1] <= numerics.CAYLEY_DENSE_NODES.value else f"{tokens.shape[1]} nodes"
 
 
 def _supports_fwd(psi, edges, weights, dt, method):
-    return _dense_in_single(psi, method)
+    return _dense_reason(psi, method)
 
 
 def _supports_bwd(grad, psi, out, edges, weights, dt, method):
-    return _dense_in_single(grad, method)
+    return _dense_reason(grad, method)
 
 
 @launcher("cayley_step_fwd", device="cuda", backend="triton", supports=_supports_fwd)

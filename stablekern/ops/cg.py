@@ -38,7 +38,7 @@ from torch import Tensor
 from stablekern import _check, _krylov, _load, numerics
 from stablekern import _linear_systems as _systems
 from stablekern._krylov import ASYMMETRIC, METHODS, NON_FINITE
-from stablekern._registry import apply, define, launcher
+from stablekern._registry import apply, define, direct, launcher
 from stablekern.errors import message
 from stablekern.ops import chol_solve_safe
 
@@ -71,10 +71,9 @@ def reference(A: Tensor, b: Tensor) -> Tensor:
 
 
 def _fake_fwd(A: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    systems = b.shape[:2]
-    info, iterations = (torch.empty(systems, dtype=torch.int32, device=b.device) for _ in range(2))
-    residual = torch.empty(systems, dtype=b.dtype.to_real(), device=b.device)
-    return torch.empty(b.shape, dtype=b.dtype, device=b.device), info, iterations, residual
+    info = torch.empty(b.shape[:2], dtype=torch.int32, device=b.device)
+    residual = torch.empty_like(info, dtype=_systems.REAL_OF[b.dtype])
+    return torch.empty_like(b, memory_format=torch.contiguous_format), info, torch.empty_like(info), residual
 
 
 def _fake_bwd(adjoint: Tensor, x: Tensor, method: int) -> Tensor:
@@ -85,7 +84,7 @@ def _fake_bwd(adjoint: Tensor, x: Tensor, method: int) -> Tensor:
 # A (m, n, n); b, x0 and x (m, k, n): k right-hand sides for each matrix, as rows. `blocks` (m, c, s, s) are the
 # preconditioner's, along the diagonal. Tolerances have one element, or one per system. `asymmetry`, relative to the
 # largest entry, is what passes for rounding.
-_fwd = define(
+define(
     "cg_fwd(Tensor A, Tensor b, Tensor? x0, Tensor? blocks, Tensor rtol, Tensor atol, int maxiter, int method,"
     " float asymmetry) -> (Tensor x, Tensor info, Tensor iterations, Tensor residual)",
     fake=_fake_fwd,
@@ -223,7 +222,7 @@ def _fake_csr_bwd(crow: Tensor, col: Tensor, adjoint: Tensor, x: Tensor) -> Tens
 
 
 # As cg_fwd, for one pattern crow (n + 1), col (nnz), and values (m, nnz).
-_csr_fwd = define(
+define(
     "cg_csr_fwd(Tensor crow, Tensor col, Tensor values, Tensor b, Tensor? x0, Tensor? blocks, Tensor rtol, Tensor atol,"
     " int maxiter, int method, float asymmetry) -> (Tensor x, Tensor info, Tensor iterations, Tensor residual)",
     fake=_fake_csr_fwd,
@@ -270,6 +269,17 @@ def _(crow: Tensor, col: Tensor, adjoint: Tensor, x: Tensor) -> Tensor:
     return grad
 
 
+@launcher("cg_csr_bwd", device="cuda", backend="triton")
+@launcher("cg_csr_bwd", device="cpu", backend="triton")
+def _(crow: Tensor, col: Tensor, adjoint: Tensor, x: Tensor) -> Tensor:
+    from stablekern.triton_kernels.cg import cg_csr_bwd
+
+    grad = _fake_csr_bwd(crow, col, adjoint, x)
+    vectors = (t.resolve_conj().contiguous() for t in (adjoint, x))
+    cg_csr_bwd(_systems.rows_of(crow, len(col)), col.contiguous(), *vectors, grad)
+    return grad
+
+
 def _row_sums(entries: Tensor, crow: Tensor) -> Tensor:
     """(..., nnz) to (..., n), in the order of the entries."""
     last = chol_solve_safe.components(entries.movedim(-1, 0).contiguous())
@@ -306,9 +316,6 @@ def _(crow: Tensor, col: Tensor, values: Tensor, b: Tensor, *rest: Any) -> tuple
     return _in_torch(values, forms, b, *others, method)  # type: ignore[call-arg]
 
 
-# Beside a solve this is nothing: Triton has no kernel of its own for it.
-@launcher("cg_csr_bwd", device="cpu", backend="triton")
-@launcher("cg_csr_bwd", device="cuda", backend="triton")
 @launcher("cg_csr_bwd", device="cuda", backend="torch")
 @launcher("cg_csr_bwd", device="cpu", backend="torch")
 def _(crow: Tensor, col: Tensor, adjoint: Tensor, x: Tensor) -> Tensor:
@@ -323,8 +330,8 @@ def _default_rtol(dtype: torch.dtype) -> float:
 
 
 def _run(form: str, tensors: Sequence[Tensor], b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    op = _fwd if form == "dense" else _csr_fwd
-    return op(*tensors, b, *rest, numerics.CG_ASYMMETRY_ULPS.of(b.dtype))
+    name = "cg_fwd" if form == "dense" else "cg_csr_fwd"
+    return direct(name, *tensors, b, *rest, numerics.CG_ASYMMETRY_ULPS.of(b.dtype))
 
 
 def _start(A: Tensor, U: Tensor, failed: Tensor, b: Tensor) -> Tensor:

@@ -37,6 +37,13 @@ def samples(g: torch.Generator) -> list[Sample]:
     def empty(count: int = 0):
         return torch.zeros(2, count, dtype=torch.int64), torch.ones(count, dtype=torch.float64)
 
+    def among(count: int, reach: int, nodes: int, **kwargs):
+        """Edges between all nodes at most `reach` apart, which rows that are near have in common."""
+        ends = torch.combinations(torch.arange(nodes)).T
+        ends = ends[:, ends[1] - ends[0] <= reach]
+        weights = 0.2 + torch.rand(ends.shape[1], generator=g, dtype=torch.float64)
+        return Sample(f"band-{reach}-{nodes}", (tokens(g, count, nodes), ends, weights, 0.1), **kwargs)
+
     psi, edges, weights, dt = sample("", 6, 5, 9).args
     isolated = edges[:, (edges != 4).all(0)]
     graded = torch.logspace(-18, 15, 8, dtype=torch.float64)[:, None] * tokens(g, 8, 6)
@@ -61,6 +68,8 @@ def samples(g: torch.Generator) -> list[Sample]:
         sample("odd-dense", 37, 19, chords=20, method="dense"),
         sample("tiles", 70, 70, chords=90, dt=0.5, method="dense", **coarse),
         sample("one-tile", 3, 9, **coarse),
+        among(5, 10, 11),
+        among(3, 6, 30),
         sample("model", 40, 256, chords=500, dt=0.02),
         sample("model-large-step", 40, 256, chords=500, dt=1.0, **coarse),
         Sample("length-1", (tokens(g, 1), *empty(), dt), gradcheck=True),
@@ -106,7 +115,7 @@ SPECS = (
         op=cayley_step,
         reference=reference,
         samples=samples,
-        interpreted=("unitary", "tiles", "one-tile"),  # complex64 alone runs there
+        interpreted=("unitary", "tiles", "one-tile", "dense"),  # the last one in complex128 too
         floor_ulps=16.0,  # a factor formed beforehand has errors of its own, where a solve is exact to a few ulp
         errors=(
             (_call(psi=torch.tensor(1j)), ValueError, r"`psi` must have the shape \(\.\.\., D\)"),
