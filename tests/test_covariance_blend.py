@@ -349,7 +349,7 @@ def test_backends_agree_on_failed_items_and_their_gradients(backend):
     R[1] = 0
     R[2] = -R[2]
     R[3, 33, 2] = complex(0, torch.inf)
-    S[4, 5, 5] = torch.nan
+    S[4, 5, 7] = torch.nan  # not in its trace
     S[5] = torch.diag(torch.tensor([1.0, -1.0] * (n // 2)))
     weights = [torch.rand(6, dtype=torch.float64).requires_grad_() for _ in range(3)]
     R.requires_grad_()

@@ -19,6 +19,8 @@ def samples(g: torch.Generator) -> list[Sample]:
     poor = random(4, 5)
     poor[0, 1], poor[2, 2], poor[3, 4], poor[3, 0] = nan, inf, -inf, nan
     bad = torch.tensor([nan, inf, -inf], dtype=torch.float64)
+    falling = torch.linspace(7, 1, 40_000, dtype=torch.float64)
+    falling[5], falling[20_000] = nan, inf
     complex_ = torch.complex(random(7), random(7))
     complex_[1], complex_[2], complex_[3] = complex(nan, 1.0), complex(0.0, -inf), complex(inf, nan)
     return [
@@ -31,7 +33,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("empty", ([random(0, 3), random(2)],)),
         # Several blocks of 16 384 numbers, with what counts in the first, in the last or in each of them.
         Sample("blocks", ([torch.cat([poor.flatten(), random(40_000).abs(), poor.flatten()]), random(16_384).abs()],)),
-        Sample("falling", ([torch.linspace(7, 1, 40_000, dtype=torch.float64)],)),
+        Sample("falling", ([falling, -falling],)),  # a bad entry is no 0 to the minimum or maximum of the others
         Sample("complex-large", ([1e200 * torch.complex(random(7), random(7))],), dtypes=(torch.float64,)),
         Sample("permuted", ([random(4, 3).t(), poor.t()],)),
         Sample("largest", ([torch.full((3, 4), 6e4, dtype=torch.float64)],)),
