@@ -230,6 +230,18 @@ def test_a_veto_skips_finite_gradients(veto, optimizer):
         GradGuard([p], 1.0, policy="zero")(veto=torch.tensor(True))
 
 
+@pytest.mark.parametrize("max_norm", [1.0, 1e9])
+def test_autograd_learns_of_a_clip(max_norm):
+    """What was saved for a backward through the gradients (create_graph) must not silently be the clipped one."""
+    params = leaves(torch.ones(5), torch.ones(3, 2))
+    before = [p.grad._version for p in params]
+    GradGuard(params, max_norm)()
+    clipped = [p.grad.max().item() < 1 for p in params]
+    assert clipped == [max_norm == 1.0] * 2
+    for p, version, changed in zip(params, before, clipped, strict=True):
+        assert p.grad._version > version or not changed
+
+
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 def test_nothing_is_read(policy):
     from test_optim import NoHostRead

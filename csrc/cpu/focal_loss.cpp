@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
+#include "stablekern/caches.h"
 #include "stablekern/simd.h"
 #include "stablekern/vmath.h"
 
@@ -18,6 +20,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 8192;                 // elements that are worth a thread
 constexpr int64_t kStreamBytes = 2 * 1024 * 1024;  // larger than a core's L2: the results would only displace the inputs
+
+constexpr int64_t kAheadBytes = 2048;            // of the inputs are under way
 
 enum class Gamma { kZero, kOne, kTwo, kAny };
 
@@ -30,6 +34,7 @@ struct Params {
   T* by_targets;  // null: not wanted
   T positive, negative, gamma;  // pos_weight * alpha, 1 - alpha
   T scale;                      // of the derivatives
+  bool may_be_hard;             // whether vectors of targets that are all 0 or 1 may go the short way
 };
 
 // base^gamma for base = exp(-softplus).
@@ -56,66 +61,128 @@ struct Results {
   Vec<T> loss, by_logits, by_targets;
 };
 
-template <class T, Gamma kGamma>
-SK_INLINE Results<T> evaluate(Vec<T> x, Vec<T> y, const Params<T>& params) {
-  const Vec<T> zero{}, one = splat<T>(1);
-  const Vec<T> e = exp<T>(-abs(x));
-  const Vec<T> tail = log1p_unit<T>(e);
-  const Vec<T> up = max(zero, x) + tail, down = max(zero, -x) + tail;
-  const Vec<T> near = reciprocal(one + e), far = e * near;
-  const auto right = greater_equal(x, zero);
-  const Vec<T> p = select<T>(right, near, far), q = select<T>(right, far, near);
-  const Vec<T> positive = splat<T>(params.positive) * power<T, kGamma>(q, up, params.gamma);
-  const Vec<T> negative = splat<T>(params.negative) * power<T, kGamma>(p, down, params.gamma);
-  const Vec<T> gamma = splat<T>(params.gamma), off = one - y;
-  const Vec<T> toward_one = y * positive * fma(gamma, vanishing<T>(p, down), q);
-  const Vec<T> toward_zero = off * negative * fma(gamma, vanishing<T>(q, up), p);
-  return {vanishing<T>(y * positive, down) + vanishing<T>(off * negative, up), toward_zero - toward_one,
-          vanishing<T>(positive, down) - vanishing<T>(negative, up)};
+template <class T>
+struct Shared {
+  Vec<T> tail, near, far;  // log(1 + e), 1 / (1 + e), e / (1 + e) of e = exp(-|x|)
+};
+
+template <class T>
+SK_INLINE Shared<T> shared(Vec<T> x) {
+  const Vec<T> one = splat<T>(1), e = exp<T>(-abs(x)), near = reciprocal(one + e);
+  return {log1p_unit<T>(e), near, e * near};
 }
 
-// Elements at to at + kLanes, or the first `count` of them; returns their losses.
-template <class T, Gamma kGamma, bool kSlopes>
-SK_INLINE Vec<T> visit(const Params<T>& params, int64_t at, int count, bool streaming) {
-  const bool whole = count == kLanes<T>;
-  const auto put = [=](T* base, Vec<T> v) {
-    if (base == nullptr) return;
-    if (!whole)
-      store_first(base + at, v, count);
-    else if (streaming)
-      stream<T>(base + at, v);
-    else
-      store<T>(base + at, v);
-  };
-  const auto take = [=](const T* p) { return whole ? load(p + at) : load_first(p + at, count); };
-  const Results<T> r = evaluate<T, kGamma>(take(params.logits), take(params.targets), params);
-  put(params.loss, r.loss);
-  if constexpr (kSlopes) {
-    put(params.by_logits, r.by_logits * splat<T>(params.scale));
-    put(params.by_targets, r.by_targets * splat<T>(params.scale));
+// Any targets, kCount vectors of them.
+template <class T, Gamma kGamma, int kCount>
+SK_NOINLINE void evaluate(const Vec<T> (&logits)[kCount], const Vec<T> (&targets)[kCount], const Params<T>& params,
+                          Results<T> (&results)[kCount]) {
+  const Vec<T> zero{}, gamma = splat<T>(params.gamma);
+  for (int i = 0; i < kCount; ++i) {
+    const Vec<T> x = logits[i], y = targets[i], off = splat<T>(1) - y;
+    const auto [tail, near, far] = shared<T>(x);
+    const Vec<T> up = max(zero, x) + tail, down = max(zero, -x) + tail;
+    const auto right = greater_equal(x, zero);
+    const Vec<T> p = select<T>(right, near, far), q = select<T>(right, far, near);
+    const Vec<T> positive = splat<T>(params.positive) * power<T, kGamma>(q, up, params.gamma);
+    const Vec<T> negative = splat<T>(params.negative) * power<T, kGamma>(p, down, params.gamma);
+    const Vec<T> toward_one = y * positive * fma(gamma, vanishing<T>(p, down), q);
+    const Vec<T> toward_zero = off * negative * fma(gamma, vanishing<T>(q, up), p);
+    results[i] = {vanishing<T>(y * positive, down) + vanishing<T>(off * negative, up), toward_zero - toward_one,
+                  vanishing<T>(positive, down) - vanishing<T>(negative, up)};
   }
-  return r.loss;
 }
 
-// The losses of [begin, end), whole vectors but for the last, added up if they are not stored.
+// The same where every target is 0 or 1, which leaves one of the two terms, at z = x or z = -x; false, and nothing done,
+// where one is not. The weights must not be 0.
+template <class T, Gamma kGamma, bool kSlopes, int kCount>
+SK_INLINE bool evaluate_hard(const Vec<T> (&logits)[kCount], const Vec<T> (&targets)[kCount], const Params<T>& params,
+                             Results<T> (&results)[kCount]) {
+  const Vec<T> zero{}, one = splat<T>(1);
+  Mask<T> positive[kCount], hard = !none_set<T>();
+  for (int i = 0; i < kCount; ++i) {
+    positive[i] = equal(targets[i], one);
+    hard = hard & (positive[i] | equal(targets[i], zero));
+  }
+  if (any(!hard)) return false;
+  Shared<T> s[kCount];
+  for (int i = 0; i < kCount; ++i) s[i] = shared<T>(logits[i]);
+  for (int i = 0; i < kCount; ++i) {
+    const Vec<T> x = logits[i], z = select<T>(positive[i], -x, x), softplus = max(zero, z) + s[i].tail;
+    const auto right = greater_equal(z, zero);
+    const Vec<T> p = select<T>(right, s[i].near, s[i].far);
+    const Vec<T> weight = select<T>(positive[i], splat<T>(params.positive), splat<T>(params.negative)) *
+                          power<T, kGamma>(p, max(zero, -z) + s[i].tail, params.gamma);
+    results[i].loss = weight * softplus;
+    if constexpr (kSlopes) {
+      // q is 0 where the softplus is infinite, and so is their product.
+      const Vec<T> q = select<T>(right, s[i].far, s[i].near);
+      const Vec<T> finite = min(softplus, splat<T>(std::numeric_limits<T>::max()));
+      const Vec<T> slope = weight * fma(splat<T>(params.gamma), q * finite, p);
+      results[i].by_logits = select<T>(positive[i], -slope, slope);
+    }
+  }
+  return true;
+}
+
+// kCount vectors from `at` on, or, of a single one, the first `count` elements; returns the sum of their losses.
+template <class T, Gamma kGamma, bool kSlopes, int kCount>
+SK_INLINE Vec<T> visit(const Params<T>& params, int64_t at, int count, bool streaming) {
+  constexpr int lanes = kLanes<T>;
+  const bool whole = count == lanes;
+  Vec<T> x[kCount], y[kCount], sum{};
+  for (int i = 0; i < kCount; ++i) {
+    const T *logits = params.logits + at + i * lanes, *targets = params.targets + at + i * lanes;
+    x[i] = whole ? load(logits) : load_first(logits, count);
+    y[i] = whole ? load(targets) : load_first(targets, count);
+  }
+  Results<T> results[kCount]{};
+  if (!params.may_be_hard || !evaluate_hard<T, kGamma, kSlopes>(x, y, params, results))
+    evaluate<T, kGamma>(x, y, params, results);
+  const auto put = [=](T* base, int i, Vec<T> v) {
+    if (base == nullptr) return;
+    T* to = base + at + i * lanes;
+    if (!whole)
+      store_first(to, v, count);
+    else if (streaming)
+      stream<T>(to, v);
+    else
+      store<T>(to, v);
+  };
+  for (int i = 0; i < kCount; ++i) {
+    const Results<T>& r = results[i];
+    put(params.loss, i, r.loss);
+    if constexpr (kSlopes) {
+      put(params.by_logits, i, r.by_logits * splat<T>(params.scale));
+      put(params.by_targets, i, r.by_targets * splat<T>(params.scale));
+    }
+    sum = sum + r.loss;
+  }
+  return sum;
+}
+
+// The losses of [begin, end), added up if they are not stored.
 template <class T, Gamma kGamma, bool kSlopes>
 double run(const Params<T>& params, int64_t begin, int64_t end, bool streaming) {
   constexpr int lanes = kLanes<T>;
+  constexpr int kGroup = 2;               // vectors whose chains of dependent steps overlap
   constexpr int64_t kStrip = 32 * lanes;  // short enough for sums in T
   double total = 0;
-  for (int64_t strip = begin; strip < end; strip += kStrip) {
+  for (int64_t at = begin; at < end;) {
     Vec<T> sum{};
-    int64_t at = strip;
-    for (const int64_t stop = std::min(end, strip + kStrip); at < stop; at += lanes) {
-      if (at + lanes > end) {
-        const int rest = static_cast<int>(end - at);
-        const Vec<T> last = visit<T, kGamma, kSlopes>(params, at, rest, streaming);
-        for (int i = 0; i < rest; ++i) total += last[i];
-        break;
-      }
-      sum = sum + visit<T, kGamma, kSlopes>(params, at, lanes, streaming);
+    const int64_t stop = std::min(end, at + kStrip);
+    for (; at + kGroup * lanes <= stop; at += kGroup * lanes) {
+      prefetch<kGroup * sizeof(Vec<T>)>(params.logits + at, kAheadBytes);
+      prefetch<kGroup * sizeof(Vec<T>)>(params.targets + at, kAheadBytes);
+      sum = sum + visit<T, kGamma, kSlopes, kGroup>(params, at, lanes, streaming);
     }
-    if (params.loss == nullptr) total += horizontal_sum(sum);
+    for (; at + lanes <= stop; at += lanes) sum = sum + visit<T, kGamma, kSlopes, 1>(params, at, lanes, streaming);
+    total += horizontal_sum(sum);
+    if (at < stop) {
+      const int rest = static_cast<int>(stop - at);
+      const Vec<T> last = visit<T, kGamma, kSlopes, 1>(params, at, rest, streaming);
+      for (int i = 0; i < rest; ++i) total += last[i];
+      at = stop;
+    }
   }
   return total;
 }
@@ -152,7 +219,9 @@ double launch(const Tensor& logits, const Tensor& targets, double alpha, double 
                          static_cast<T>(pos_weight * alpha),
                          static_cast<T>(1 - alpha),
                          static_cast<T>(gamma),
-                         static_cast<T>(scale)};
+                         static_cast<T>(scale),
+                         static_cast<T>(pos_weight * alpha) > 0 && static_cast<T>(1 - alpha) > 0 &&
+                             by_targets.numel() == 0};
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; };
   const bool streaming = n * static_cast<int64_t>(sizeof(T)) > kStreamBytes && aligned(params.loss) &&
                          aligned(params.by_logits) && aligned(params.by_targets);

@@ -12,6 +12,7 @@
 #include <limits>
 #include <vector>
 
+#include "stablekern/caches.h"
 #include "stablekern/simd.h"
 #include "stablekern/spans.h"
 
@@ -22,7 +23,8 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::stable::Tensor;
 
-constexpr int kStrip = 256;        // half-precision numbers that are widened at a time
+constexpr int64_t kAheadBytes = 2048;  // of the gradients are under way
+constexpr int kStrip = 256;            // half-precision numbers that are widened at a time
 
 double sum_of_squares(const float* p, int64_t n) {
   constexpr int lanes = kLanes<float>;
@@ -35,6 +37,7 @@ double sum_of_squares(const float* p, int64_t n) {
     sums[2 * which + 1] = fma(high, high, sums[2 * which + 1]);
   };
   for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    prefetch<2 * kVectorBytes>(p + i, kAheadBytes);
     add(load(p + i), 0);
     add(load(p + i + lanes), 1);
   }
@@ -112,7 +115,10 @@ void multiply(T* p, int64_t n, T factor) {
   constexpr int lanes = kLanes<T>;
   const Vec<T> f = splat<T>(factor);
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) store(p + i, load(p + i) * f);
+  for (; i + lanes <= n; i += lanes) {
+    prefetch<kVectorBytes>(p + i, kAheadBytes);
+    store(p + i, load(p + i) * f);
+  }
   if (i < n) store_first(p + i, load_first(p + i, static_cast<int>(n - i)) * f, static_cast<int>(n - i));
 }
 
@@ -121,9 +127,10 @@ void multiply_half(S* p, int64_t n, float factor) {
   for (int64_t i = 0; i < n; ++i) p[i] = static_cast<S>(static_cast<float>(p[i]) * factor);
 }
 
-void multiply_gradients(Tensor table, Tensor factor) {
+// Whether anything was written.
+bool multiply_gradients(Tensor table, Tensor factor) {
   const double f = *static_cast<const double*>(factor.const_data_ptr());
-  if (f == 1) return;
+  if (f == 1) return false;
   const std::vector<Span> spans = spans_of(table);
   const Blocks blocks(spans);
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
@@ -139,6 +146,7 @@ void multiply_gradients(Tensor table, Tensor factor) {
       }
     });
   });
+  return true;
 }
 
 }  // namespace
@@ -146,7 +154,7 @@ void multiply_gradients(Tensor table, Tensor factor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def("gradient_norms(Tensor table, Tensor(a!) norms) -> ()");
-  m.def("multiply_gradients(Tensor table, Tensor factor) -> ()");
+  m.def("multiply_gradients(Tensor table, Tensor factor) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

@@ -211,11 +211,14 @@ class _FocalLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the derivatives
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor | None, *_):
         _check.first_order("focal_loss")
+        if grad is None:
+            return (None,) * 7
         slope, difference = ctx.saved_tensors
         return (
             _bwd(grad, slope) if ctx.needs_input_grad[0] else None,
@@ -241,11 +244,14 @@ class _FocalTotal(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the derivatives
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor | None, *_):
         _check.first_order("focal_loss")
+        if grad is None:
+            return (None,) * 8
         kept = _check.readable(grad) and float(grad) == 1  # the end of the graph: the derivatives are the gradients
         slopes = (s if kept else _bwd(grad, s) for s in ctx.saved_tensors)
         wanted = ctx.needs_input_grad[:2]

@@ -279,6 +279,7 @@ class GradGuard:
 
     def __init__(self, params: Any, max_norm: float, *, policy: str = "skip") -> None:
         self._parameters = _named(params)
+        self._names, self._tensors = tuple(name for name, _ in self._parameters), [p for _, p in self._parameters]
         self._room = room_for(len(self._parameters))  # of the native kernels' table
         self.max_norm = _check.number(_WHERE, "max_norm", max_norm, low=0.0)
         _check.choice(_WHERE, "policy", policy, ("skip", "zero", "raise"))
@@ -346,8 +347,7 @@ class GradGuard:
             self.skipped += bad
         if gathered is None:
             _multiply(parts, factor)
-        else:
-            _load.native().multiply_gradients(table, factor)
+        elif _load.native().multiply_gradients(table, factor):
             torch.autograd.graph.increment_version(gradients)
         self._bad = bad.to(torch.float32)
         self._ready, self._unscaled = True, scale is not None
@@ -360,14 +360,14 @@ class GradGuard:
             return None
         if self._parameters and self._parameters[0][1].device != device:
             return None
-        found = gathered([p for _, p in self._parameters], self._room)
+        found = gathered(self._tensors, self._room)
         if found is None:
             return None
         gradients, table = found
-        present = self._parameters
-        if len(gradients) < len(present):
-            present = [(name, p) for name, p in present if p.grad is not None]
-        return tuple(name for name, _ in present), gradients, table
+        names = self._names
+        if len(gradients) < len(names):
+            names = tuple(name for name, p in self._parameters if p.grad is not None)
+        return names, gradients, table
 
     def _gradients(self) -> tuple[tuple[str, ...], list[Tensor]]:
         device = self.found_inf.device

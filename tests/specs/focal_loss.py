@@ -25,11 +25,15 @@ def samples(g: torch.Generator) -> list[Sample]:
         return torch.randint(0, 2, shape, generator=g).double()
 
     soft = torch.rand(6, 5, generator=g, dtype=torch.float64)
+    mixed = hard(40, 25)  # vectors of hard targets, of soft ones, and of both
+    mixed[7:11] = torch.rand(4, 25, generator=g, dtype=torch.float64)
+    mixed[20, 3] = 0.7
     far = torch.tensor([0.0, -0.0, 30.0, -30.0, 80.0, -80.0], dtype=torch.float64)
     return [
         Sample("typical", (random(3, 7), hard(3, 7)), gradcheck=True),
         Sample("odd", (random(7, 333), hard(7, 333))),
         Sample("soft-targets", (random(6, 5), soft), {"pos_weight": 1.4}, gradcheck=True),
+        Sample("mixed-targets", (random(40, 25), mixed), {"gamma": 1.0, "pos_weight": 0.7}),
         Sample("gamma-0", (random(17), hard(17)), {"gamma": 0.0, "alpha": 0.25}, gradcheck=True),
         Sample("gamma-half", (random(17, scale=6.0), hard(17)), {"gamma": 0.5}, gradcheck=True),
         Sample("gamma-5", (random(1025), hard(1025)), {"gamma": 5.0, "reduction": "sum"}),
