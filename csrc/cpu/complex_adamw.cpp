@@ -16,6 +16,7 @@
 #include <optional>
 #include <vector>
 
+#include "stablekern/caches.h"
 #include "stablekern/philox.h"
 #include "stablekern/simd.h"
 
@@ -29,6 +30,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;  // elements of one piece of work, a multiple of kTile
 constexpr int kQuietTile = 256;    // elements at a time where no normals are drawn
+constexpr int kTilesAhead = 2;     // whose numbers are under way while the normals of one tile are drawn
 
 // As stablekern/optim/complex_adamw.py numbers them.
 enum class Kind : int64_t {
@@ -196,10 +198,27 @@ void round_to(const float* from, S* to, int count) {
   for (int i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
 }
 
+template <Kind kKind>
+constexpr int kWidth = kKind == Kind::kReal ? 1 : 2;  // normals per element
+template <Kind kKind>
+constexpr int kStep = kKind == Kind::kComplex ? 2 : 1;  // numbers per element in one tensor
+
+// Drawing a tile of normals takes about as long as the memory takes to bring its numbers, if it is asked for them in
+// time: a tile is more instructions than the processor looks ahead.
+template <class T, Kind kKind>
+SK_INLINE void prefetch_tile(const Unit& unit, int64_t e) {
+  constexpr int elements = kTile / kWidth<kKind>, bytes = elements * static_cast<int>(sizeof(T));
+  e += kTilesAhead * elements;
+  for (int part = 0; part < unit.members; ++part)
+    for (const void* numbers : {static_cast<const void*>(unit.value[part]), unit.grad[part],
+                                static_cast<const void*>(unit.exp_avg[part])})
+      prefetch<bytes * kStep<kKind>>(numbers, e * kStep<kKind> * sizeof(T));
+  prefetch<bytes>(unit.square, e * sizeof(T));
+}
+
 template <class T, Kind kKind>
 void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
-  constexpr int width = kKind == Kind::kReal ? 1 : 2;  // normals per element
-  constexpr int step = kKind == Kind::kComplex ? 2 : 1;  // numbers per element in one tensor
+  constexpr int width = kWidth<kKind>, step = kStep<kKind>;
   const bool draws = rule.noisy && unit.given == nullptr;
   alignas(kVectorBytes) T drawn[kTile];
   alignas(kVectorBytes) float wide[2][kQuietTile * step];
@@ -209,6 +228,7 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
     if (draws) {
       const int64_t first = (unit.offset + e) * width, tile = first / kTile;
       stop = std::min(end, (tile + 1) * (kTile / width) - unit.offset);
+      prefetch_tile<T, kKind>(unit, e);
       draw_tile(tile, unit.stream, drawn);
       normals = drawn + (first - tile * kTile);
     } else if (rule.noisy) {
