@@ -218,6 +218,46 @@ def test_a_system_does_not_notice_its_neighbours(form, backend):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_loose_system_stays_where_it_stopped(form, backend):
+    """However long its neighbours go on after it."""
+    g = generator()
+    A, b = banded(g, (9,), 13), torch.randn(9, 13, dtype=torch.float64, generator=g)
+    rtol = torch.full((9,), 1e-12, dtype=torch.float64)
+    rtol[4] = 1e-2
+    found, alone = solve(A, b, form, rtol=rtol), solve(A[4:5], b[4:5], form, rtol=1e-2)
+    torch.testing.assert_close(found.x[4], alone.x[0], rtol=0 if backend == "native" else 1e-11, atol=0)
+    assert found.iterations[4] == alone.iterations[0] < found.iterations.max() - 2
+
+
+@pytest.mark.parametrize("form", ["dense", "csr"])
+@pytest.mark.parametrize("preconditioner", [None, "jacobi", 3])
+def test_a_batch_is_its_systems_one_by_one(form, preconditioner, backend):
+    """More matrices than are in flight at once, each with rows of its own sizes and its own preconditioner."""
+    g = generator()
+    sizes = 10 ** torch.rand(29, 7, dtype=torch.float64, generator=g)
+    A = banded(g, (29,), 7) * sizes[:, None] * sizes[:, :, None]
+    b = torch.randn(29, 7, dtype=torch.float64, generator=g)
+    options = {"preconditioner": preconditioner, "method": "cg", "rtol": 1e-9}
+    found = solve(A, b, form, **options)
+    assert (found.info == 0).all()
+    for i in range(29):
+        alone = solve(A[i : i + 1], b[i : i + 1], form, **options)
+        if backend == "native":
+            assert torch.equal(found.x[i], alone.x[0]) and found.iterations[i] == alone.iterations[0]
+        else:  # a product over a batch may sum in another order
+            assert (found.iterations[i] - alone.iterations[0]).abs() <= 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_a_first_guess_is_in_the_units_of_x(form, size, kernel):
+    g = generator()
+    A, b = size * banded(g, (2,), 7), torch.randn(2, 7, dtype=torch.float64, generator=g)
+    found = solve(A, b, form, x0=torch.linalg.solve(held(A, form), b), rtol=1e-9)
+    assert (found.info == 0).all() and (found.iterations == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", ["auto", "cg", "cocg"])
 def test_what_is_not_hermitian_is_refused(form, method, backend):
     """The Cayley operator I + i a H: CG makes no progress on it and says so, COCG and CGNE solve it."""

@@ -127,6 +127,7 @@ def sparse(g: torch.Generator) -> list[Sample]:
     hermitian = small.to(c)
     hermitian[:, 0, 1] *= turn[0] / 2
     hermitian[:, 1, 0] *= turn[0].conj() / 2
+    uneven = 3 * torch.eye(4, dtype=c) + torch.randn(2, 4, 4, dtype=c, generator=g) / 2
     return [
         Sample("csr", (large, b.real.clone()), csr),
         Sample("csr-small", (small, few.real.clone()), csr, gradcheck=True),
@@ -134,9 +135,9 @@ def sparse(g: torch.Generator) -> list[Sample]:
         Sample("csr-warm", (large, b.real.clone()), {**csr, "x0": b.imag.clone()}),
         Sample("csr-jacobi", (large, b.real.clone()), {**csr, "preconditioner": "jacobi"}),
         Sample("csr-blocks", (large, b.real.clone()), {**csr, "preconditioner": 4}),
-        Sample("csr-complex", (hermitian, few), csr, gradcheck=True),
+        Sample("csr-complex", (hermitian, torch.stack((few, 1j * few.flip(0)), -1)), csr, gradcheck=True),
         Sample("csr-symmetric", (small * turn, few), {**csr, "method": "cocg"}, gradcheck=True),
-        Sample("csr-general", (small * turn, few), {**csr, "method": "cgne"}, gradcheck=True),
+        Sample("csr-general", (uneven, few), {**csr, "method": "cgne"}, gradcheck=True),
         Sample("csr-many", (large, torch.randn(3, 9, 11, dtype=torch.float64, generator=g)), csr),
     ]
 
