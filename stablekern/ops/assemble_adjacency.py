@@ -173,11 +173,14 @@ class _AssembleAdjacency(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx, grad: Tensor | None, _):
         _check.first_order(_OP)
+        if grad is None:
+            return (None,) * 4
         return _bwd(grad, *ctx.saved_tensors), None, None, None
 
 

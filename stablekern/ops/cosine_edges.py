@@ -217,11 +217,14 @@ class _CosineEdges(torch.autograd.Function):
         x, *ctx.options = inputs
         edges, inverse_norm = output
         ctx.mark_non_differentiable(inverse_norm)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, edges, inverse_norm)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx, grad: Tensor | None, _):
         _check.first_order("cosine_edges")
+        if grad is None:
+            return (None,) * 4
         return _bwd(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 

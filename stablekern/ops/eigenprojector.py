@@ -181,11 +181,14 @@ class _Eigenprojector(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         _, *ctx.cut = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[2:5])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor | None, *_):
         _check.first_order(_OP)
+        if grad is None:
+            return (None,) * 4
         return _bwd(*ctx.saved_tensors, grad, *ctx.cut), None, None, None
 
 

@@ -164,11 +164,14 @@ class _Named(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         ctx.function = inputs[1]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor | None, *_):
         _check.first_order(_OP)
+        if grad is None:
+            return None, None
         return _bwd(*ctx.saved_tensors, grad, ctx.function), None
 
 
@@ -185,11 +188,14 @@ class _Given(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         ctx.df = inputs[2]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor | None, *_):
         _check.first_order(_OP)
+        if grad is None:
+            return None, None, None
         values, rows, image = ctx.saved_tensors
         return _adjoint(values, rows, grad, _divided_by_rule(values, image, ctx.df)), None, None
 
