@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.float64)
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each CPU backend in turn; one that is missing here is a skip that says why."""
-    reason = stablekern._registry._missing(request.param, "cpu")
+    reason = stablekern._registry._missing("eigh_fwd", request.param, "cpu")
     if reason is not None:
         pytest.skip(reason)
     with stablekern.use_backend(request.param):

@@ -41,9 +41,8 @@ def test_every_headline_has_a_line():
 
 
 def test_demo_figures_are_those_of_the_result_lines():
-    report = pytest.importorskip("bench.report", reason="the benches live in the checkout")
-    results = report.newest(ROOT / "bench" / "results" / report.DEVICE)
-    demos = [r for (op, *_), r in sorted(results.items()) if op == "demo"]
+    report = pytest.importorskip("bench.detector_report", reason="the benches live in the checkout")
+    demos = report.lines("demo")
     assert len(demos) == 3
     first, second, third = (f"{r['auroc']:.3f}" for r in demos)
     assert f"{first}, {second} and {third}" in README
