@@ -19,6 +19,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "stablekern/caches.h"
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
 #include "stablekern/tensor.h"
@@ -32,6 +33,7 @@ constexpr int64_t kThreadWork = 1 << 15;           // steps of a row that are wo
 constexpr int64_t kStreamBytes = 2 * 1024 * 1024;  // larger than a core's L2: results would only displace inputs
 constexpr int64_t kFewGroups = 4;                  // fewer groups of rows would leave threads idle
 constexpr int64_t kComposedCost = 3;               // of a row by stretches, in rows of a full group
+constexpr int64_t kTilesAhead = 3;                 // fetched into the first cache before they are read
 constexpr int kStretchTiles = 4;                   // tiles in a stretch of time: what a block keeps fits the L1 cache
 
 template <class T>
@@ -173,11 +175,16 @@ struct Rows {
   }
 };
 
-// Elements at..at + width - 1 of each row, turned: step k of all rows in tile[k].
-template <class F, class T = typename F::T>
+// Elements at..at + width - 1 of each row, turned: step k of all rows in tile[k]. Tiles further on, or further back if
+// kDown, are fetched: so many rows at once are more than the machine follows by itself.
+template <class F, bool kDown, class T = typename F::T>
 SK_INLINE void load_tile(const T* from, const Rows<F>& rows, int64_t at, int width, Vec<T>* tile) {
   if (width == F::kRows)
-    for (int i = 0; i < F::kRows; ++i) tile[i] = load(from + (rows.offset[i] + at) * F::kWords);
+    for (int i = 0; i < F::kRows; ++i) {
+      const T* row = from + (rows.offset[i] + at) * F::kWords;
+      prefetch<kVectorBytes>(row, (kDown ? -kTilesAhead : kTilesAhead) * kVectorBytes);
+      tile[i] = load(row);
+    }
   else
     for (int i = 0; i < F::kRows; ++i) tile[i] = load_first(from + (rows.offset[i] + at) * F::kWords, width * F::kWords);
   F::turn(tile);
@@ -301,8 +308,8 @@ struct Forward {
     IVec<T> count{};
     each_tile<F, kReverse>(begin, end, [&](int64_t at, int width) {
       Vec<T> gate[F::kRows], token[F::kRows];
-      load_tile<F>(p.gate, rows, at, width, gate);
-      load_tile<F>(p.token, rows, at, width, token);
+      load_tile<F, kReverse>(p.gate, rows, at, width, gate);
+      load_tile<F, kReverse>(p.token, rows, at, width, token);
       advance(gate, token, width, state, bounds, count);
       store_tile<F>(token, rows, at, width, past_caches, states);
     });
@@ -318,8 +325,8 @@ struct Forward {
     Vec<T> gate[kStretch], token[kStretch];
     Map<F, kBounded> map(bounds);
     each_tile<F, kReverse>(0, kStretch, [&](int64_t at, int width) {
-      load_tile<F>(p.gate, lanes, at, width, gate + at);
-      load_tile<F>(p.token, lanes, at, width, token + at);
+      load_tile<F, kReverse>(p.gate, lanes, at, width, gate + at);
+      load_tile<F, kReverse>(p.token, lanes, at, width, token + at);
       each_step<F, kReverse>(width, [&](int k) { map.then(F::factor(gate[at + k]), token[at + k], bounds); });
     });
     if (!map.usable()) return false;
@@ -361,11 +368,11 @@ struct Backward {
   SK_INLINE void read(const Rows<F>& rows, int64_t at, int width, Vec<T> initial_state, const Bounds& bounds, Tile& tile,
                       Tile& next) const {
     const int64_t beyond = kReverse ? at + width : at - F::kRows;
-    load_tile<F>(grad_states, rows, at, width, tile.grad);
-    load_tile<F>(p.gate, rows, at, width, tile.gate);
+    load_tile<F, kDown>(grad_states, rows, at, width, tile.grad);
+    load_tile<F, kDown>(p.gate, rows, at, width, tile.gate);
     if (rows.offset[0] + beyond >= rows.row[0] * p.length && rows.offset[F::kRows - 1] + beyond < last_end(rows)) {
       const int64_t left = last_end(rows) - rows.offset[F::kRows - 1] - beyond;
-      load_tile<F>(states, rows, beyond, static_cast<int>(std::min<int64_t>(F::kRows, left)), next.state);
+      load_tile<F, kDown>(states, rows, beyond, static_cast<int>(std::min<int64_t>(F::kRows, left)), next.state);
       tile.before = next.state[kReverse ? 0 : F::kRows - 1];
     } else {
       tile.before = initial_state;
@@ -418,7 +425,7 @@ struct Backward {
     bool first = true, turn = false;
     each_tile<F, kDown>(begin, end, [&](int64_t at, int width) {
       Tile &tile = tiles[turn], &next = tiles[!turn];
-      if (first) load_tile<F>(states, rows, at, width, tile.state);
+      if (first) load_tile<F, kDown>(states, rows, at, width, tile.state);
       read(rows, at, width, initial_state, bounds, tile, next);
       write(tile, rows, at, width, bounds, carry);
       first = false, turn = !turn;
@@ -434,7 +441,7 @@ struct Backward {
     const Bounds bounds = F::bounds(p, lanes.row);
     Tile tiles[kStretchTiles + 2];  // one more at either end for `next`
     Map<F, false> map(bounds);
-    load_tile<F>(states, lanes, kReverse ? 0 : kStretch - F::kRows, F::kRows, tiles[kReverse ? 1 : kStretchTiles].state);
+    load_tile<F, kDown>(states, lanes, kReverse ? 0 : kStretch - F::kRows, F::kRows, tiles[kReverse ? 1 : kStretchTiles].state);
     each_tile<F, kDown>(0, kStretch, [&](int64_t at, int width) {
       Tile* tile = tiles + 1 + at / F::kRows;
       read(lanes, at, width, Vec<T>{}, bounds, *tile, tile[kReverse ? 1 : -1]);
