@@ -103,9 +103,8 @@ def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     """A tile of K * R channels (heads of P) x N states, as the launcher makes them."""
     tile = {"STAGES": 4, "SUB": 4, "P": P, "K": K, "N": N, "R": R}
     tile |= {"HAS_BACKWARD": False, "HAS_Z": False, "COUNT": False}
-    all_registers = "HAS_CARRY" in constants or "COUNT" in constants
     types = SSD | {"changed_ptr": "*i32"}
-    return Launch(tile | constants, types, (io,), warps=1, registers=255 if all_registers else None)
+    return Launch(tile | constants, types, (io,), warps=1, registers=255 if "HAS_CARRY" in constants else None)
 
 
 GRAPHS = integers(
@@ -245,7 +244,7 @@ LAUNCHES = {
         ssd("fp32", 4, 1, 128, 4, HAS_D=False, HAS_CLAMP=True, HAS_START=False, FULL=False),
         ssd("fp64", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=False),
         ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_START=True, FULL=True, HAS_Z=True),
-        ssd("fp32", 8, 4, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True, HAS_Z=True, COUNT=True),
+        ssd("fp32", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=True, HAS_START=True, FULL=True, HAS_Z=True, COUNT=True),
     ),
     "ssd_scan_bwd_kernel": (
         ssd("fp32", 8, 2, 16, 8, HAS_D=True, HAS_CLAMP=False, HAS_CARRY=True, FULL=True),

@@ -279,7 +279,8 @@ def test_ctrl_c_ends_the_demo_with_a_report_of_what_ran(tmp_path):
 def test_the_second_ctrl_c_ends_at_once():
     from stablekern.cli.interrupt import Interrupt
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what runs in its background
+    # A shell has what runs in its background ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), Interrupt().watching() as interrupt:
         assert not interrupt()
         os.kill(os.getpid(), signal.SIGINT)

@@ -24,9 +24,10 @@ from stablekern.triton_kernels.scan import ALL_REGISTERS, changed_by, clamped, j
 
 _LANE_CHANNELS = 8  # R
 # States of a program, by the size of their type: 16 registers of a lane forward; the backward pass holds more of each.
-# Bounds take registers of their own, and so does a direction for each group. The interpreter pays per operation, not
-# per state.
+# Bounds and counts take registers of their own, and so does a direction for each group. The interpreter pays per
+# operation, not per state.
 _FORWARD_TILE = {"cuda": {4: 512, 8: 256}, "cpu": {4: 2**15, 8: 2**14}}
+_COUNTING_TILE = {"cuda": {4: 256, 8: 128}, "cpu": {4: 2**15, 8: 2**14}}
 _BACKWARD_TILE = {"cuda": {4: 256, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
 _SMALL_BACKWARD_TILE = {"cuda": {4: 128, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
 _SUB = 4
@@ -568,10 +569,11 @@ def ssd_scan_fwd(
         saturation.zero_()
         last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
         return
-    plan = _Plan.of(x, B, reverse_groups, _FORWARD_TILE, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
+    count = saturation.numel() > 0
+    tiles = _COUNTING_TILE if count else _FORWARD_TILE
+    plan = _Plan.of(x, B, reverse_groups, tiles, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
     decay = _decay(dt, A)
     start = plan.boundaries(x, dt, decay, B, None, initial_state, reverse=False)
-    count = saturation.numel() > 0
     changed = dt.new_empty(x.shape[:1] + x.shape[2:] if count else (1,), dtype=torch.int32)
     ssd_scan_fwd_kernel[(plan.programs,)](
         x,
@@ -598,7 +600,6 @@ def ssd_scan_fwd(
         COUNT=count,
         HAS_START=start is not None,
         FULL=plan.full,
-        maxnreg=ALL_REGISTERS if count else None,  # which needs a few more than the assembler takes by itself
         **plan.constants,
     )
     if count:
