@@ -44,9 +44,8 @@ def parts(options: argparse.Namespace, length: int) -> None:
     for backend in backends:
         torch.manual_seed(0)
         model = SeizureDetector.from_preset(options.preset, recompute=options.recompute)
-        steps = options.steps if backend == "native" else 1  # minutes each
         with stablekern.use_backend("torch") if backend == "torch" else contextlib.nullcontext():
-            found[backend] = parts_of_a_step(model, batch_size=options.batch, samples=length, steps=steps)
+            found[backend] = parts_of_a_step(model, batch_size=options.batch, samples=length, steps=options.steps)
         # Of the process so far: a backend that needs less than the one before it shows that one's.
         found[f"{backend}_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     sums = {
@@ -78,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--save", action="store_true", help="append to bench/results")
     parser.add_argument("--parts", action="store_true", help="time per part, against the torch backend")
-    parser.add_argument("--steps", type=int, default=2, help="with --parts, on the native backend")
+    parser.add_argument("--steps", type=int, default=2, help="with --parts")
     parser.add_argument(
         "--backends", default="native,torch", choices=["native", "torch", "native,torch"], help="with --parts"
     )
