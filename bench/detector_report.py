@@ -41,7 +41,7 @@ def soak() -> list[dict]:
 
 
 def step_seconds(result: dict, backend: str = "native") -> float:
-    return sum(part["forward"] + part["backward"] for part in result[backend])
+    return sum(part["forward"] + part["backward"] for part in result[f"{backend}_parts"])
 
 
 def compared() -> dict | None:
@@ -66,7 +66,7 @@ def _parts_table() -> list[str]:
     rows = [
         f"| {ours['part']} | {1e3 * ours['forward']:.0f} | {1e3 * ours['backward']:.0f} "
         f"| {1e3 * theirs['forward']:.0f} | {1e3 * theirs['backward']:.0f} |"
-        for ours, theirs in zip(both["native"], both["torch"], strict=True)
+        for ours, theirs in zip(both["native_parts"], both["torch_parts"], strict=True)
     ]
     return [
         "| Part, ms | Forward | Backward | Forward, torch | Backward, torch |",

@@ -45,11 +45,11 @@ def parts(options: argparse.Namespace, length: int) -> None:
         torch.manual_seed(0)
         model = SeizureDetector.from_preset(options.preset, recompute=options.recompute)
         with stablekern.use_backend("torch") if backend == "torch" else contextlib.nullcontext():
-            found[backend] = parts_of_a_step(model, batch_size=options.batch, samples=length, steps=options.steps)
+            found[f"{backend}_parts"] = parts_of_a_step(model, batch_size=options.batch, samples=length, steps=options.steps)
         # Of the process so far: a backend that needs less than the one before it shows that one's.
         found[f"{backend}_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     sums = {
-        backend: sum(p["forward"] + p["backward"] for p in found[backend] if p["part"] != "encoder")
+        backend: sum(p["forward"] + p["backward"] for p in found[f"{backend}_parts"] if p["part"] != "encoder")
         for backend in backends
     }
     ratio = round(sums["torch"] / sums["native"], 2) if len(sums) == 2 else None
@@ -60,7 +60,7 @@ def parts(options: argparse.Namespace, length: int) -> None:
         "recompute": options.recompute, "ratio_without_encoder": ratio, **stamp("cpu"),
     }  # fmt: skip
     print(f"{result['case']}: without the encoder {ratio or '(not run)'}x the torch backend")
-    for rows in zip(*(found[backend] for backend in backends), strict=True):
+    for rows in zip(*(found[f"{backend}_parts"] for backend in backends), strict=True):
         values = [1e3 * part[way] for part in rows for way in ("forward", "backward")]
         print(f"  {rows[0]['part']:<22}" + "".join(f"{value:>10.1f}" for value in values) + "  ms")
     peaks = ", ".join(f"{found[f'{backend}_peak_gib']} GiB ({backend})" for backend in backends)
