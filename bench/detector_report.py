@@ -151,8 +151,8 @@ def draw(path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     time, peak, curve = figure.subplots(1, 3)
     if (both := compared()) is not None:
-        names = [part["part"] for part in both["native"]]
-        forward, backward = ([1e3 * part[way] for part in both["native"]] for way in ("forward", "backward"))
+        names = [part["part"] for part in both["native_parts"]]
+        forward, backward = ([1e3 * part[way] for part in both["native_parts"]] for way in ("forward", "backward"))
         time.barh(names, forward, color="#2f6f9f", label="forward")
         time.barh(names, backward, left=forward, color="#9fc5e0", label="backward")
         time.invert_yaxis()
