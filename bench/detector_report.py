@@ -76,7 +76,23 @@ def _parts_table() -> list[str]:
         f"{both['case']}, {both['threads']} threads of {both['device']}: {step_seconds(both):.2f} s a step, "
         f"{step_seconds(both, 'torch'):.1f} s with the plain torch backend of every op; without the encoder, which is "
         f"torch's convolutions in both, {both['ratio_without_encoder']:.1f} times faster.",
+        "",
+        *_larger_steps(),
     ]
+
+
+def _larger_steps() -> list[str]:
+    """The parts of the steps of larger batches, our kernels alone."""
+    steps = [r for r in lines("detector_parts") if not r["ratio_without_encoder"] and not r["recompute"]]
+    steps = sorted((r for r in steps if r["batch"] > 1), key=lambda r: r["batch"])
+    names = [part["part"] for part in steps[0]["native_parts"]] if steps else []
+    heads = [f"{way}, B = {r['batch']}" for r in steps for way in ("Forward", "Backward")]
+    rows = [
+        [f"{1e3 * r['native_parts'][i][way]:.0f}" for r in steps for way in ("forward", "backward")]
+        for i in range(len(names))
+    ]
+    table = [f"| {name} | {' | '.join(row)} |" for name, row in zip(names, rows, strict=True)]
+    return [f"| Part, ms | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *table] if steps else []
 
 
 def _memory_table() -> list[str]:

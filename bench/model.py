@@ -45,7 +45,9 @@ def parts(options: argparse.Namespace, length: int) -> None:
         torch.manual_seed(0)
         model = SeizureDetector.from_preset(options.preset, recompute=options.recompute)
         with stablekern.use_backend("torch") if backend == "torch" else contextlib.nullcontext():
-            found[f"{backend}_parts"] = parts_of_a_step(model, batch_size=options.batch, samples=length, steps=options.steps)
+            found[f"{backend}_parts"] = parts_of_a_step(
+                model, batch_size=options.batch, samples=length, steps=options.steps
+            )
         # Of the process so far: a backend that needs less than the one before it shows that one's.
         found[f"{backend}_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     sums = {
