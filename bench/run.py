@@ -1,10 +1,10 @@
 """Time ops against their baselines: `python -m bench.run [--op eigh,ssd_scan] [--seconds 8] [--save]`.
 
 Each line: median time, ratio of medians against the named baseline, and the share of the machine's limit (the larger of
-flops and bytes over what a matrix product and a copy reached in the same run). glibc keeps freed memory meanwhile, for
-both sides; with `--allocator system` it gives large blocks back, as it does for users, and chains with large
-temporaries pay for fresh pages again and again. `--save` appends one JSON line per case to bench/results. `--check`
-exits 1 when a gate is missed.
+flops and bytes over what a matrix product and a copy reached in the same run). glibc gives large blocks back meanwhile,
+as it does for users, and chains with large temporaries pay for fresh pages again and again; with `--allocator keep` it
+keeps freed memory, for both sides. `--save` appends one JSON line per case to bench/results. `--check` exits 1 when a
+gate is missed.
 """
 
 from __future__ import annotations
