@@ -51,7 +51,7 @@ def newest(device: Path) -> dict[tuple[str, ...], dict]:
 
 def _timed(device: Path) -> list[dict]:
     """The lines that compare an op with a baseline."""
-    return [r for r in newest(device).values() if "ratio" in r]
+    return [r for r in newest(device).values() if "ratio" in r and "share_of_limit" in r]
 
 
 def headlines(timed: list[dict]) -> list[dict]:
@@ -97,6 +97,11 @@ def _builds(taken: dict[str, float]) -> str:
 def _steps(results: list[dict]) -> list[str]:
     lines = [
         f"One training step of the detector, {r['case']}: {r['ms']:.0f} ms." for r in results if r["op"] == "detector"
+    ]
+    lines += [
+        f"{r['case']}, forward and backward: {r['ms']:.1f} ms, {r['ratio']:.0f}x {r['baseline']}."
+        for r in results
+        if r["op"] == "block"
     ]
     lines += [
         f"`import stablekern` adds {max(r['import_added_s'], 0.0):.2f} s to `import torch`; "
