@@ -61,7 +61,7 @@ def read(source: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}:{number}: not a JSON line ({error})") from error
-            if isinstance(line, dict) and {"op", "case", "direction", "ms", "baseline_ms"} <= set(line):
+            if isinstance(line, dict) and {"op", "case", "direction", "dtype", "ms", "baseline_ms"} <= set(line):
                 found[_key(line)] = line
     return list(found.values())
 
