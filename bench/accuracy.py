@@ -85,6 +85,7 @@ def _studies() -> dict[str, tuple[str, tuple[int, ...], Callable[[torch.Generato
         "eigvalsh": ("n", n, lambda g, s: (specs.eigh.separated(g, (16,), s),)),
         "finite_stats": ("entries", (64, 1024, 16384), lambda g, s: ([real(g, s)],)),
         "focal_loss": ("spread of the logits", (1, 4, 16, 64), focal),
+        "gated_rms_norm": ("features", n, lambda g, s: (real(g, 64, s), real(g, 64, s), real(g, s))),
         "laplacian_pe": ("nodes", (4, 6, 8), lambda g, s: (
             (specs.laplacian_pe.separated_graphs(g, (8, 2), s), 3), {"grad": "auto"},
         )),
