@@ -3,8 +3,8 @@
 They are several libraries, `PARTS`, so that the first call of an op waits for its own part only. Each lives in a
 directory of the user's cache whose name is a hash over everything that goes into it. One process builds, under an
 `flock` that dies with its holder; the others wait. What is built appears by a rename, so a killed build leaves nothing
-that looks finished. Only the standard library is imported here, since setup.py loads this
-file by its path, before the package exists.
+that looks finished. Only the standard library is imported here, since setup.py loads this file by its path, before the
+package exists.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 try:
@@ -329,7 +330,7 @@ def compile_into(directory: Path, march: str = "native", libraries: dict[str, tu
         """One word of a command, which ninja hands to a shell."""
         return shlex.quote(text).replace("$", "$$")
 
-    def objects(names: tuple[str, ...]) -> list[str]:
+    def objects(names: Iterable[str]) -> list[str]:
         return [f"{Path(name).stem}.o" for name in names]
 
     wanted = {name for names in libraries.values() for name in names}
@@ -362,7 +363,7 @@ def compile_into(directory: Path, march: str = "native", libraries: dict[str, tu
         f"  command = $cxx $in {' '.join(word(flag) for flag in _link_flags())} -o $out",
         "  description = link",
         *(f"build {out}: precompile {quote(str(header))}" for out in prelude),
-        *(line for o, name in zip(objects(compiled), compiled, strict=True) for line in edge(o, name)),  # type: ignore[arg-type]
+        *(line for o, name in zip(objects(compiled), compiled, strict=True) for line in edge(o, name)),
         *(f"build {library}: link {' '.join(objects(names))}" for library, names in libraries.items()),
         f"default {' '.join(libraries)}",
         "",

@@ -97,6 +97,8 @@ class _Kernels:
     """`torch.ops.stablekern_native`, each op with the part of the library that holds it."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what Python and inspection ask any object for
+            raise AttributeError(name)
         if (reason := native_reason(name)) is not None:
             raise BackendUnavailableError(message("native", f"the CPU kernels are not available ({reason})"))
         found = getattr(torch.ops.stablekern_native, name)

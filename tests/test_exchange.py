@@ -9,7 +9,8 @@ from torch import nn
 from stablekern import _load
 from stablekern.health.watch import _versions
 
-pytestmark = pytest.mark.skipif(_load.native_reason() is not None, reason=f"no native kernels: {_load.native_reason()}")
+REASON = _load.native_reason("grad_guard")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 
