@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +48,8 @@ def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tupl
         return None, None
     names, full = tuple(sizes), tuple(sizes.values())
     both = []
-    for bound in pair(op, state_clamp):
+    low, high = pair(op, state_clamp)
+    for bound in (low, high):
         if isinstance(bound, Tensor):
             if bound.requires_grad:
                 raise ValueError(message(op, "`state_clamp` is not differentiable, detach it", "requires_grad=True"))
@@ -57,15 +59,19 @@ def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tupl
                 rule = f"a tensor in `state_clamp` must have one of the shapes {forms}"
                 raise ValueError(message(op, rule, shape))
             bound = bound.to(device=like.device, dtype=like.dtype)
-            bound = bound.reshape(shape + (1,) * (len(full) - len(shape)))
+            both.append(bound.reshape(shape + (1,) * (len(full) - len(shape))).expand(full))
         else:
-            # Through float64: what is beyond single precision is infinite there, and clamps nothing.
-            bound = like.new_full((), _check.number(op, "state_clamp", bound), dtype=torch.float64).to(like.dtype)
-        both.append(bound.expand(full))
+            # What is beyond the dtype is infinite there, and clamps nothing.
+            value = _check.number(op, "state_clamp", bound)
+            fits = abs(value) <= torch.finfo(like.dtype).max
+            both.append(like.new_full(full, value if fits else math.copysign(math.inf, value)))
     lower, upper = both
-    if _check.readable(lower, upper) and not bool((lower <= upper).all()):
-        came = f"lo up to {lower.max():g}", f"hi from {upper.min():g}"
-        raise ValueError(message(op, "`state_clamp` must have lo <= hi", *came))
+    rule = "`state_clamp` must have lo <= hi"
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):  # spares two passes, longer than a short scan
+        if low > high:
+            raise ValueError(message(op, rule, f"lo up to {low:g}", f"hi from {high:g}"))
+    elif _check.readable(lower, upper) and not bool((lower <= upper).all()):
+        raise ValueError(message(op, rule, f"lo up to {lower.max():g}", f"hi from {upper.min():g}"))
     return lower, upper
 
 

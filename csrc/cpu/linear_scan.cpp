@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "stablekern/caches.h"
+#include "stablekern/clamp.h"
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
 #include "stablekern/tensor.h"

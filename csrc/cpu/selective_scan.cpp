@@ -30,6 +30,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "stablekern/clamp.h"
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
 #include "stablekern/tensor.h"
@@ -124,7 +125,7 @@ SK_INLINE void for_tiles(int64_t states, const F& f) {
 template <class T>
 struct Law {
   Vec<T> rate, high, low;  // A, and that as `Exponent`
-  Vec<T> lower, upper;     // of the clamp
+  Bounds<T> bounds;        // of the clamp
 
   // e^(step A)
   template <bool kTame>
@@ -135,15 +136,12 @@ struct Law {
     return exp<T>(step * rate);
   }
   // The next state. With a clamp, `note` gets to know what the state was before and after it.
-  template <bool kClamp, class Note>
+  template <Clamp kClamp, class Note>
   SK_INLINE Vec<T> advance(Vec<T> h, Vec<T> decay, Vec<T> entering, const Note& note) const {
     h = fma(decay, h, entering);
-    if constexpr (kClamp) {
-      const Vec<T> clamped = min(upper, max(lower, h));  // NaN, the second operand, passes
-      note(h, clamped);
-      h = clamped;
-    }
-    return h;
+    const Vec<T> clamped = bounds.template apply<kClamp>(h);
+    if constexpr (kClamp != Clamp::kNone) note(h, clamped);
+    return clamped;
   }
 };
 
@@ -172,14 +170,16 @@ void laws_in(const Problem<T>& p, const Place<T>& at, Law<T>* laws, Vec<T>* fast
   const int64_t own = at.channel * p.states;
   states_in(p.A + own, at.count, p.states, &laws->rate, apart);
   if (p.upper) {
-    states_in(p.lower + own, at.count, p.states, &laws->lower, apart);
-    states_in(p.upper + own, at.count, p.states, &laws->upper, apart);
+    states_in(p.lower + own, at.count, p.states, &laws->bounds.lower, apart);
+    states_in(p.upper + own, at.count, p.states, &laws->bounds.upper, apart);
   }
   for (int64_t b = 0; b < at.blocks(); ++b) {
     fastest[b] = Vec<T>{};
     for (Law<T>* law = laws + b * p.states; law < laws + (b + 1) * p.states; ++law) {
       const Exponent<T> exponent(law->rate);
       law->high = exponent.high, law->low = exponent.low;
+      law->bounds.reach_where(less_equal(law->rate, Vec<T>{}));  // steps are >= 0, or nothing comes of it
+      law->bounds.reach_beyond(at.in_block(b));
       fastest[b] = max(fastest[b], abs(law->rate));
     }
   }
@@ -276,6 +276,14 @@ SK_NOINLINE bool prepare(const Problem<T>& p, const Strip<T, R>& s, Vec<T> faste
   return !any(!less(max(largest, -smallest) * fastest, splat<T>(kExtreme)));
 }
 
+// |token| of a strip, for `clamp_needed`.
+template <class T, class R>
+SK_INLINE Vec<T> token_norm(const R* rows, int64_t steps) {
+  Vec<T> squares{};
+  for (const R* row = rows; row < rows + steps; ++row) squares = fma(row->token, row->token, squares);
+  return norm_bound<T>(squares, steps);
+}
+
 // ---- forward ------------------------------------------------------------------------------------------------------
 
 // Tile of N states: `state` goes on by the strip's steps, y += h C, and to `changed` is added how many states the clamp
@@ -294,9 +302,9 @@ SK_NOINLINE void forward_tile(const Strip<T, Row<T>>& s, int64_t first, Vec<T>* 
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
       const Vec<T> decay = laws[i].template decay<kTame>(step), entering = token * splat(enter[i]);
-      h[i] = laws[i].template advance<kClamp != Clamp::kNone>(h[i], decay, entering, [&](Vec<T> free, Vec<T>) {
+      h[i] = laws[i].template advance<kClamp>(h[i], decay, entering, [&](Vec<T> free, Vec<T>) {
         if constexpr (kClamp == Clamp::kCount)
-          count += select(less(free, laws[i].lower) | less(laws[i].upper, free), splat<T>(1), Vec<T>{});
+          count += select(laws[i].bounds.changes(free), splat<T>(1), Vec<T>{});
       });
       y = fma(h[i], splat(leave[i]), y);
     }
@@ -321,12 +329,14 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
     Law<T>* laws;
     Row<T>* rows;
     T *enter, *leave;
+    T* norms;         // of `enter`, over each strip
     double* changed;  // how often, per channel
     Arena arena;
     const auto each = [&](const auto& visit) {
       visit(state, p.states * slabs.blocks()), visit(laws, p.states * slabs.blocks()), visit(fastest, slabs.blocks());
       visit(rows, padded_to_lanes<T>(kBlockSteps));
       visit(enter, segment * stride), visit(leave, segment * stride);
+      visit(norms, kClamp == Clamp::kNone ? 0 : segment * stride);
       visit(changed, slabs.size);
     };
     each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
@@ -366,9 +376,20 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
             }
             const bool tame = prepare(p, s, fastest[b], channel, offset, ahead, least);
             for (Row<T>* row = s.rows; row < s.rows + steps; ++row) row->y = p.D ? skip * row->u : Vec<T>{};
+            Vec<T> tokens{};
+            if constexpr (kClamp != Clamp::kNone) {
+              if (b == 0) column_norms(s.enter, stride, p.states, steps, norms + from);
+              tokens = token_norm<T>(s.rows, steps);
+            }
             if (tame)
               for_tiles<kForwardTile>(p.states, [&](auto size, int64_t first) {
-                forward_tile<T, kClamp, true, decltype(size)::value>(s, first, own, count);
+                constexpr int N = decltype(size)::value;
+                Clamp needed = kClamp;
+                if constexpr (kClamp != Clamp::kNone)
+                  needed = clamp_needed<N>(
+                      tokens, norms + from + first, [&](int i) { return own[first + i]; },
+                      [&](int i) -> const Bounds<T>& { return s.laws[first + i].bounds; });
+                with_clamp<kClamp>(needed, [&]<Clamp kDone>() { forward_tile<T, kDone, true, N>(s, first, own, count); });
               });
             else
               for (int64_t i = 0; i < p.states; ++i) forward_tile<T, kClamp, false, 1>(s, i, own, count);
@@ -422,6 +443,9 @@ struct Scratch {
   RowBack<T>* rows;                   // [kGroup][steps]
   Past<T>* past;                      // [steps][tile][kAbreast], of one tile of states
   Mask<T>* inside;                    // [steps][tile][kAbreast]
+  Clamp* needed;                      // [parts] of one tile of states; a part is kBlockSteps steps
+  Vec<T>* tokens;                     // [parts][kGroup] norms of the tokens
+  T* norms;                           // [parts][states] and of `enter`
   Vec<T> *grad_enter, *grad_leave;    // [steps][states], to be summed over lanes
   Vec<T> *rest_enter, *rest_leave;    // the same of a last, incomplete block
   T *enter, *leave;                   // [steps][states]
@@ -435,26 +459,26 @@ struct Scratch {
     for (auto* all : {&fastest, &grad_skip, &grad_bias}) visit(*all, blocks);
     visit(rows, kGroup * padded);
     visit(past, steps * kBackwardTile * kAbreast);
-    if (clamped) visit(inside, steps * kBackwardTile * kAbreast);
+    if (clamped) {
+      const int64_t parts = (steps + kBlockSteps - 1) / kBlockSteps;
+      visit(inside, steps * kBackwardTile * kAbreast);
+      visit(needed, parts), visit(tokens, parts * kGroup), visit(norms, parts * padded_to_lanes<T>(states));
+    }
     for (auto* sum : {&grad_enter, &grad_leave, &rest_enter, &rest_leave}) visit(*sum, padded * states);
     visit(enter, steps * padded_to_lanes<T>(states)), visit(leave, steps * padded_to_lanes<T>(states));
   }
 };
 
-// The states of a tile, of W blocks abreast, from the chunk's start on, and sums of grad_y h and, with a gate, of h C.
-template <class T, bool kClamp, bool kGate, bool kTame, int N, int W>
-SK_NOINLINE void recompute_tile(const Strip<T, RowBack<T>>& s, int64_t first, const T* saved, int64_t channels, Past<T>* past,
-                                Mask<T>* inside, Vec<T>* grad_leave) {
+// The states of a tile, of W blocks abreast, in `state` [W][N], which goes on by the strip's steps, and sums of grad_y h
+// and, with a gate, of h C.
+template <class T, Clamp kClamp, bool kGate, bool kTame, int N, int W>
+SK_NOINLINE void recompute_tile(const Strip<T, RowBack<T>>& s, int64_t first, Vec<T>* state, Past<T>* past, Mask<T>* inside,
+                                Vec<T>* grad_leave) {
   Vec<T> h[N][W];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) {
-    const T* from = saved + (first + i) * channels;
+  for (int i = 0; i < N; ++i)
 #pragma GCC unroll 2
-    for (int w = 0; w < W; ++w) {
-      h[i][w] = load_block(from + w * kLanes<T>, 0, s.lanes);
-      __builtin_prefetch(from + w * kLanes<T> - s.states * channels, 0, 2);  // of the chunk that comes next
-    }
-  }
+    for (int w = 0; w < W; ++w) h[i][w] = state[w * N + i];
   const Law<T>* laws = s.laws + first;
   const T *enter = s.enter + first, *leave = s.leave + first;
   Vec<T>* total = grad_leave + first;
@@ -486,9 +510,13 @@ SK_NOINLINE void recompute_tile(const Strip<T, RowBack<T>>& s, int64_t first, co
       for (int w = 0; w < W; ++w) row[w * s.padded].y = y[w];
     past += N * W, inside += N * W, total += s.states, enter += s.stride, leave += s.stride;
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) state[w * N + i] = h[i][w];
 }
 
-// The sweep back over the steps of a chunk.
+// The sweep back over the steps of a strip.
 template <class T, bool kClamp, int N, int W>
 SK_NOINLINE void adjoint_tile(const Strip<T, RowBack<T>>& s, int64_t first, const Past<T>* past, const Mask<T>* inside,
                               Vec<T>* carry, Vec<T>* grad_rate, Vec<T>* grad_enter) {
@@ -639,7 +667,7 @@ struct SumsOut {
 };
 
 // Up to kGroup blocks of lanes over one chunk, tile after tile of states.
-template <class T, bool kClamp, bool kGate>
+template <class T, Clamp kClamp, bool kGate>
 void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T>& shared, const Scratch<T>& z,
                     int64_t first_block, int64_t start, int64_t steps, const T* grad_out, const T* chunk_states,
                     const Gradients<T>& out, T* grad_B, T* grad_C) {
@@ -659,14 +687,54 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
   bool tame = true;
   for (int64_t b = 0; b < blocks; ++b)
     tame &= backward_rows<T, kGate>(p, strip(b), z.fastest[first_block + b], first_channel + b * kLanes<T>, offset(b), grad_out);
+  if constexpr (kClamp != Clamp::kNone)
+    for (int64_t at = 0; at < steps; at += kBlockSteps) {
+      const int64_t part = at / kBlockSteps, count = std::min(kBlockSteps, steps - at);
+      if (first_block == 0) column_norms(shared.enter + at * shared.stride, shared.stride, p.states, count, z.norms + part * shared.stride);
+      for (int64_t b = 0; b < blocks; ++b) z.tokens[part * kGroup + b] = token_norm<T>(strip(b).rows + at, count);
+    }
   const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * p.channels + first_channel;
   const auto tile = [&]<bool kTame, int N, int W>(int64_t first, int64_t b) {
     const Strip<T, RowBack<T>> s = strip(b);
     const int64_t own = (first_block + b) * p.states;
-    recompute_tile<T, kClamp, kGate, kTame, N, W>(s, first, saved + b * kLanes<T>, p.channels, z.past, z.inside,
-                                                  b < whole ? z.grad_leave : z.rest_leave);
-    adjoint_tile<T, kClamp, N, W>(s, first, z.past, z.inside, z.carry + own, z.grad_rate + own,
-                                  b < whole ? z.grad_enter : z.rest_enter);
+    Vec<T>* grad_leave = b < whole ? z.grad_leave : z.rest_leave;
+    Vec<T>* grad_enter = b < whole ? z.grad_enter : z.rest_enter;
+    Vec<T> state[N * W];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        const T* from = saved + (first + i) * p.channels + (b + w) * kLanes<T>;
+        state[w * N + i] = load_block(from, 0, s.lanes);
+        __builtin_prefetch(from - p.states * p.channels, 0, 2);  // of the chunk that comes next
+      }
+    const int64_t most = kClamp == Clamp::kNone ? steps : kBlockSteps;
+    const auto part = [&](int64_t at) {
+      Strip<T, RowBack<T>> own = s;
+      own.steps = std::min(most, steps - at), own.rows += at, own.enter += at * s.stride, own.leave += at * s.stride;
+      return own;
+    };
+    for (int64_t at = 0, k = 0; at < steps; at += most, ++k) {
+      Clamp needed = kClamp;
+      if constexpr (kClamp != Clamp::kNone && kTame) {
+        needed = Clamp::kNone;
+        for (int w = 0; w < W; ++w)
+          needed = std::max(needed, clamp_needed<N>(
+              z.tokens[k * kGroup + b + w], z.norms + k * shared.stride + first, [&](int i) { return state[w * N + i]; },
+              [&](int i) -> const Bounds<T>& { return s.laws[w * p.states + first + i].bounds; }));
+      }
+      if constexpr (kClamp != Clamp::kNone) z.needed[k] = needed;
+      with_clamp<kClamp>(needed, [&]<Clamp kDone>() {
+        recompute_tile<T, kDone, kGate, kTame, N, W>(part(at), first, state, z.past + at * N * W, z.inside + at * N * W,
+                                                     grad_leave + at * p.states);
+      });
+    }
+    for (int64_t at = (steps - 1) / most * most; at >= 0; at -= most) {
+      const auto run = kClamp == Clamp::kNone || z.needed[at / most] == Clamp::kNone ? adjoint_tile<T, false, N, W>
+                                                                                    : adjoint_tile<T, kClamp != Clamp::kNone, N, W>;
+      run(part(at), first, z.past + at * N * W, z.inside + at * N * W, z.carry + own, z.grad_rate + own,
+          grad_enter + at * p.states);
+    }
   };
   const auto tiles = [&]<bool kTame, int N>(int64_t first) {
     int64_t b = 0;
@@ -686,7 +754,7 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
                             z.grad_bias[first_block + b], out);
 }
 
-template <class T, bool kClamp, bool kGate>
+template <class T, Clamp kClamp, bool kGate>
 void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, const T* chunk_states,
               const Gradients<T>& out) {
   const Slabs<T> slabs(p);
@@ -699,9 +767,9 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
     const int64_t most = std::min(p.chunk, p.length), stride = padded_to_lanes<T>(p.states);
     Scratch<T> z{};
     Arena arena;
-    z.each(most, p.states, slabs.blocks(), kClamp, [&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
+    z.each(most, p.states, slabs.blocks(), kClamp != Clamp::kNone, [&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
     arena.allocate();
-    z.each(most, p.states, slabs.blocks(), kClamp, [&]<class V>(V*& at, int64_t count) { at = arena.take<V>(count); });
+    z.each(most, p.states, slabs.blocks(), kClamp != Clamp::kNone, [&]<class V>(V*& at, int64_t count) { at = arena.take<V>(count); });
     const Projections<T> shared{stride, z.enter, z.leave};
     const Vec<T> zero{};
     for (int64_t task = begin; task < end; ++task) {
@@ -798,8 +866,8 @@ void selective_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_la
         std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
       return;
     }
-    const auto run = p.upper ? (p.z ? backward<T, true, true> : backward<T, true, false>)
-                             : (p.z ? backward<T, false, true> : backward<T, false, false>);
+    const auto run = p.upper ? (p.z ? backward<T, Clamp::kApply, true> : backward<T, Clamp::kApply, false>)
+                             : (p.z ? backward<T, Clamp::kNone, true> : backward<T, Clamp::kNone, false>);
     run(p, data<T>(grad_y), data<T>(grad_last_state), data<T>(chunk_states),
         Gradients<T>{mutable_data<T>(grad_u), mutable_data<T>(grad_delta), mutable_data<T>(grad_A),
                      mutable_data<T>(grad_B), mutable_data<T>(grad_C), mutable_data<T>(grad_D), mutable_data<T>(grad_z),

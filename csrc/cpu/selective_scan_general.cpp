@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "stablekern/complex_simd.h"
+#include "stablekern/clamp.h"
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
 #include "stablekern/tensor.h"

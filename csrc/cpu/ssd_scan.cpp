@@ -23,6 +23,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "stablekern/clamp.h"
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
 #include "stablekern/tensor.h"
@@ -150,7 +151,8 @@ struct Strip {
   Vec<T>* token;         // [steps][W], dt x
   const T *enter, *leave;  // B and C of the first step
   int64_t stride;          // from one step to the next in B and C
-  Vec<T> lower[W], upper[W];
+  Bounds<T> bounds[W];
+  Vec<T> token_norm[W];
   IVec<T> to_head[W];  // lane -> head, from the block's first head on
   int64_t heads[W];
 
@@ -170,33 +172,63 @@ struct Strip {
         if (lane == next) ++head, next += p.width;
         to_head[w][lane] = static_cast<typename VecTypes<T>::integer>(head);
       }
-      if (p.lower) lower[w] = load_block(p.lower + everywhere, w, count);
-      if (p.upper) upper[w] = load_block(p.upper + everywhere, w, count);
+      if (p.lower) bounds[w].lower = load_block(p.lower + everywhere, w, count);
+      if (p.upper) bounds[w].upper = load_block(p.upper + everywhere, w, count);
     }
   }
 
   SK_INLINE Vec<T> spread(const T* of_heads, int w) const { return permute<T>(load(of_heads + heads[w]), to_head[w]); }
 
-  // x is the row of the first step, at the strip's first channel; `row` leads to the next step.
-  SK_INLINE void prepare(const HeadSteps<T>& per_head, const T* x, int64_t row) const {
+  // x is the row of the first step, at the strip's first channel; `row` leads to the next step. For a clamp also how far
+  // the bounds reach, and `token_norm`.
+  template <bool kClamp>
+  SK_INLINE void prepare(const HeadSteps<T>& per_head, const T* x, int64_t row) {
+    Vec<T> squares[W] = {}, slowest[W] = {};
     for (int64_t t = 0; t < steps; ++t)
+#pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
-        decay[t * W + w] = spread(per_head.decay + t * per_head.stride, w);
-        token[t * W + w] = spread(per_head.step + t * per_head.stride, w) * load_block(x + t * row, w, count);
+        const Vec<T> a = spread(per_head.decay + t * per_head.stride, w);
+        const Vec<T> entering = spread(per_head.step + t * per_head.stride, w) * load_block(x + t * row, w, count);
+        decay[t * W + w] = a, token[t * W + w] = entering;
+        if constexpr (kClamp) {
+          squares[w] = fma(entering, entering, squares[w]);
+          slowest[w] = max(slowest[w], a);  // NaN if the last one is: a NaN rate. A NaN step is one of `squares`
+        }
       }
+    if constexpr (kClamp)
+      for (int w = 0; w < W; ++w) {
+        token_norm[w] = norm_bound<T>(squares[w], steps);
+        bounds[w].reach_where(less_equal(slowest[w], splat<T>(1)));
+        bounds[w].reach_beyond(std::max<int64_t>(0, count - w * kLanes<T>));
+      }
+  }
+
+  // What a clamp needs to do to a tile of N states from `state(state, block)` on.
+  template <int N, class State>
+  SK_INLINE Clamp needed(const T* norms, const State& state) const {
+    Clamp most = Clamp::kNone;
+    for (int w = 0; w < W; ++w)
+      most = std::max(most, clamp_needed<N>(
+                                token_norm[w], norms, [&](int i) { return state(i, w); },
+                                [&](int) -> const Bounds<T>& { return bounds[w]; }));
+    return most;
   }
 };
 
 // The next state. With a clamp, `note` gets to know what the state was before and after it.
-template <class T, int W, bool kClamp, class Note>
+template <class T, int W, Clamp kClamp, class Note>
 SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Vec<T> token, Vec<T> enter, const Note& note) {
   h = fma(decay, h, token * enter);
-  if constexpr (kClamp) {
-    const Vec<T> clamped = min(s.upper[w], max(s.lower[w], h));  // NaN, the second operand, passes
-    note(h, clamped);
-    h = clamped;
-  }
-  return h;
+  const Vec<T> clamped = s.bounds[w].template apply<kClamp>(h);
+  if constexpr (kClamp != Clamp::kNone) note(h, clamped);
+  return clamped;
+}
+
+// Norms of B over a block of steps.
+template <class T>
+void enter_norms(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps, T* norms) {
+  const T* first = p.B + (at.place(start) * p.groups + at.group) * p.states;
+  column_norms(first, at.direction * p.groups * p.states, p.states, steps, norms);
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------
@@ -204,7 +236,7 @@ SK_INLINE Vec<T> advance(const Strip<T, W>& s, int w, Vec<T> h, Vec<T> decay, Ve
 // Tile of N states: `state` [states][blocks], y += h C, the start state to `save` unless null, and to `changed` [W] how
 // many states the clamp changed, if that is counted.
 template <class T, int W, Clamp kClamp, int N>
-void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t blocks, T* save, int64_t save_row, T* y,
+SK_NOINLINE void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t blocks, T* save, int64_t save_row, T* y,
                   int64_t row, Vec<T>* changed) {
   Vec<T> h[N][W], count[W] = {};
 #pragma GCC unroll 8
@@ -227,9 +259,9 @@ void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t bl
       const Vec<T> b = splat(enter[i]), c = splat(leave[i]);
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
-        h[i][w] = advance<T, W, kClamp != Clamp::kNone>(s, w, h[i][w], decay[w], token[w], b, [&](Vec<T> free, Vec<T>) {
+        h[i][w] = advance<T, W, kClamp>(s, w, h[i][w], decay[w], token[w], b, [&](Vec<T> free, Vec<T>) {
           if constexpr (kClamp == Clamp::kCount)
-            count[w] += select(less(free, s.lower[w]) | less(s.upper[w], free), splat<T>(1), Vec<T>{});
+            count[w] += select(s.bounds[w].changes(free), splat<T>(1), Vec<T>{});
         });
         sum[w] = fma(h[i][w], c, sum[w]);
       }
@@ -247,11 +279,12 @@ void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t bl
 
 template <class T, int W, Clamp kClamp>
 void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& per_head, int64_t channel, int64_t start,
-                   int64_t steps, Vec<T>* decay, Vec<T>* token, Vec<T>* state, T* y, T* chunk_states, double* changed) {
-  const Strip<T, W> s(p, at, channel, start, steps, decay, token);
+                   int64_t steps, Vec<T>* decay, Vec<T>* token, const T* norms, Vec<T>* state, T* y, T* chunk_states,
+                   double* changed) {
+  Strip<T, W> s(p, at, channel, start, steps, decay, token);
   const int64_t channels = p.channels(), row = at.direction * channels, everywhere = at.channel + channel;
   const int64_t offset = at.place(start) * channels + everywhere;
-  s.prepare(per_head, p.x + offset, row);
+  s.template prepare<kClamp != Clamp::kNone>(per_head, p.x + offset, row);
   for (int w = 0; w < W; ++w) {
     const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
     for (int64_t t = 0; t < steps; ++t)
@@ -261,7 +294,13 @@ void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& 
   if (start % p.chunk == 0) save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
   Vec<T> count[W] = {};
   for_tiles(p.states, [&](auto size, int64_t first) {
-    forward_tile<T, W, kClamp, decltype(size)::value>(s, first, state, at.blocks(), save, channels, y + offset, row, count);
+    constexpr int N = decltype(size)::value;
+    Clamp needed = kClamp;
+    if constexpr (kClamp != Clamp::kNone)
+      needed = s.template needed<N>(norms + first, [&](int i, int w) { return state[(first + i) * at.blocks() + w]; });
+    with_clamp<kClamp>(needed, [&]<Clamp kDone>() {
+      forward_tile<T, W, kDone, N>(s, first, state, at.blocks(), save, channels, y + offset, row, count);
+    });
   });
   if constexpr (kClamp == Clamp::kCount)
     for (int64_t c = 0; c < s.count; ++c) changed[channel + c] += count[c / kLanes<T>][c % kLanes<T>];
@@ -301,12 +340,14 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
     const int64_t block = std::min<int64_t>(kBlockSteps, p.chunk), per_head = HeadSteps<T>::padded(slabs.size / p.width);
     T *step, *head_decay;
     Vec<T> *decay, *token, *state;
+    T* norms;         // of B, over a block of steps
     double* changed;  // how often, per channel
     Arena arena;
     const auto each = [&](const auto& visit) {
       visit(step, block * per_head), visit(head_decay, block * per_head);
       visit(decay, block * 2), visit(token, block * 2);
       visit(state, p.states * (slabs.size / kLanes<T>));
+      visit(norms, padded_to_lanes<T>(p.states));
       visit(changed, slabs.size);
     };
     each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
@@ -322,9 +363,10 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
       for (int64_t start = 0, steps; start < p.length; start += steps) {
         steps = std::min({block, p.length - start, p.chunk - start % p.chunk});
         head_steps.fill(p, at, start, steps, least);
+        if constexpr (kClamp != Clamp::kNone) enter_norms(p, at, start, steps, norms);
         for (int64_t b = 0; b < at.blocks(); b += 2) {
           const auto strip = b + 1 < at.blocks() ? forward_strip<T, 2, kClamp> : forward_strip<T, 1, kClamp>;
-          strip(p, at, head_steps, b * kLanes<T>, start, steps, decay, token, state + b, y, chunk_states, changed);
+          strip(p, at, head_steps, b * kLanes<T>, start, steps, decay, token, norms, state + b, y, chunk_states, changed);
         }
       }
       states_out(state, at.count, p.states, at.blocks(), last_state + boundary);
@@ -356,6 +398,7 @@ struct Scratch {
   double* bias;                        // [heads], likewise
   T* sums;                             // [steps * states, padded]
   Vec<T>* zeros;                       // [tile], where a sum begins
+  T* norms;                            // [states] of B over the chunk
 
   static int64_t padded(int64_t count) { return padded_to_lanes<T>(count); }
 
@@ -377,12 +420,13 @@ struct Scratch {
     visit(bias, heads);
     visit(sums, padded(steps * states));
     visit(zeros, kTile);
+    visit(norms, padded(states));
   }
 };
 
 // The states of a tile from the chunk's start on, sum of grad_y h and, with a gate, of h C.
-template <class T, int W, bool kClamp, bool kGate, int N>
-void recompute_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int64_t states, const T* saved, int64_t row,
+template <class T, int W, Clamp kClamp, bool kGate, int N>
+SK_NOINLINE void recompute_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int64_t states, const T* saved, int64_t row,
                     bool fresh) {
   Vec<T> h[N][W];
 #pragma GCC unroll 8
@@ -422,7 +466,7 @@ void recompute_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, in
 
 // The sweep back over the steps of a chunk.
 template <class T, int W, bool kClamp, int N>
-void adjoint_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int64_t states, Vec<T>* carry, int64_t blocks,
+SK_NOINLINE void adjoint_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t first, int64_t states, Vec<T>* carry, int64_t blocks,
                   bool fresh) {
   Vec<T> r[N][W];
 #pragma GCC unroll 8
@@ -486,14 +530,14 @@ void add_per_head(const Strip<T, W>& s, Vec<T>* v, int64_t channel, int64_t widt
     }
 }
 
-template <class T, int W, bool kClamp, bool kGate>
+template <class T, int W, Clamp kClamp, bool kGate>
 void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z, int64_t channel, int64_t start,
                     int64_t steps, const T* grad_out, const T* chunk_states, T* grad_x, T* grad_z) {
-  const Strip<T, W> s(p, at, channel, start, steps, z.decay, z.token);
+  Strip<T, W> s(p, at, channel, start, steps, z.decay, z.token);
   const int64_t channels = p.channels(), row = at.direction * channels, everywhere = at.channel + channel;
   const int64_t offset = at.place(start) * channels + everywhere;
   const T* saved = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
-  s.prepare(z.per_head, p.x + offset, row);
+  s.template prepare<kClamp != Clamp::kNone>(z.per_head, p.x + offset, row);
   for (int w = 0; w < W; ++w) {
     const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
     for (int64_t t = 0; t < steps; ++t) {
@@ -510,8 +554,14 @@ void backward_strip(const Problem<T>& p, const Place<T>& at, const Scratch<T>& z
   Vec<T>* carry = z.carry + channel / kLanes<T>;
   for_tiles(p.states, [&](auto size, int64_t first) {
     constexpr int N = decltype(size)::value;
-    recompute_tile<T, W, kClamp, kGate, N>(s, z, first, p.states, saved, channels, channel == 0);
-    adjoint_tile<T, W, kClamp, N>(s, z, first, p.states, carry, at.blocks(), channel == 0);
+    Clamp needed = kClamp;
+    if constexpr (kClamp != Clamp::kNone)
+      needed = s.template needed<N>(z.norms + first,
+                                    [&](int i, int w) { return load_block(saved + (first + i) * channels, w, s.count); });
+    with_clamp<kClamp>(needed, [&]<Clamp kDone>() {
+      recompute_tile<T, W, kDone, kGate, N>(s, z, first, p.states, saved, channels, channel == 0);
+      adjoint_tile<T, W, kDone != Clamp::kNone, N>(s, z, first, p.states, carry, at.blocks(), channel == 0);
+    });
   });
   for (int w = 0; w < W; ++w) {
     const Vec<T> skip = p.D ? load_block(p.D + everywhere, w, s.count) : Vec<T>{};
@@ -553,7 +603,7 @@ struct Gradients {
   T *x, *dt, *A, *B, *C, *D, *z, *bias, *initial_state;
 };
 
-template <class T, bool kClamp, bool kGate>
+template <class T, Clamp kClamp, bool kGate>
 void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, const T* chunk_states, const Gradients<T>& out) {
   const Slabs<T> slabs(p);
   const int64_t projections = p.batch * p.length * p.groups * p.states;
@@ -583,6 +633,7 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
         const int64_t steps = std::min(p.chunk, p.length - start), padded = Scratch<T>::padded(steps);
         std::fill(z.head_sums, z.head_sums + at.heads * padded, T(0));
         z.per_head.fill(p, at, start, steps, least);
+        if constexpr (kClamp != Clamp::kNone) enter_norms(p, at, start, steps, z.norms);
         for (int64_t b = 0; b < at.blocks(); b += 2) {
           const auto strip = b + 1 < at.blocks() ? backward_strip<T, 2, kClamp, kGate> : backward_strip<T, 1, kClamp, kGate>;
           strip(p, at, z, b * kLanes<T>, start, steps, grad_out, chunk_states, out.x, out.z);
@@ -675,8 +726,8 @@ void ssd_scan_bwd(const Tensor grad_y, const std::optional<Tensor> grad_last_sta
         std::fill_n(mutable_data<T>(*empty_sum), empty_sum->numel(), T(0));
       return;
     }
-    const auto run = p.lower ? (p.z ? backward<T, true, true> : backward<T, true, false>)
-                             : (p.z ? backward<T, false, true> : backward<T, false, false>);
+    const auto run = p.lower ? (p.z ? backward<T, Clamp::kApply, true> : backward<T, Clamp::kApply, false>)
+                             : (p.z ? backward<T, Clamp::kNone, true> : backward<T, Clamp::kNone, false>);
     run(p, data<T>(grad_y), data<T>(grad_last_state), data<T>(chunk_states),
         Gradients<T>{mutable_data<T>(grad_x), mutable_data<T>(grad_dt), mutable_data<T>(grad_A), mutable_data<T>(grad_B),
                      mutable_data<T>(grad_C), mutable_data<T>(grad_D), mutable_data<T>(grad_z), mutable_data<T>(grad_bias),

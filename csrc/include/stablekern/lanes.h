@@ -9,8 +9,6 @@
 
 namespace stablekern {
 
-enum class Clamp { kNone, kApply, kCount };  // of a scan's states; kCount: and tell how often it changed one
-
 // `count` rounded up to whole vectors.
 template <class T>
 constexpr int64_t padded_to_lanes(int64_t count) {

@@ -396,6 +396,19 @@ SK_INLINE V max(V a, V b) {
   return a > b ? a : b;
 #endif
 }
+// a, its modulus limited to `bound` >= 0, in one instruction where there is one; a is not NaN (which that would lose).
+template <class V>
+SK_INLINE V limit_modulus(V a, V bound) {
+#if defined(SK_AVX512)
+  constexpr int kLeastModulus = 2;  // with the sign of the first operand
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_range_ps((__m512)a, (__m512)bound, kLeastModulus);
+  else
+    return (V)_mm512_range_pd((__m512d)a, (__m512d)bound, kLeastModulus);
+#else
+  return min(bound, max(-bound, a));
+#endif
+}
 // The sign bit of each lane and nothing else; `flip_sign(a, sign_of(b))` negates a where b is negative.
 template <class V>
 SK_INLINE V sign_of(V a) {
