@@ -23,6 +23,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "stablekern/caches.h"
 #include "stablekern/clamp.h"
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
@@ -364,6 +365,12 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
         steps = std::min({block, p.length - start, p.chunk - start % p.chunk});
         head_steps.fill(p, at, start, steps, least);
         if constexpr (kClamp != Clamp::kNone) enter_norms(p, at, start, steps, norms);
+        // A strip takes a line or two of each row: the next block comes row by row, as it lies in memory.
+        for (int64_t t = start + steps; t < std::min(p.length, start + 2 * steps); ++t)
+          for (int64_t c = 0; c < at.count; c += kLineBytes / sizeof(T)) {
+            const int64_t next = at.place(t) * p.channels() + at.channel + c;
+            __builtin_prefetch(p.x + next, 0, 2), __builtin_prefetch(y + next, 1, 2);
+          }
         for (int64_t b = 0; b < at.blocks(); b += 2) {
           const auto strip = b + 1 < at.blocks() ? forward_strip<T, 2, kClamp> : forward_strip<T, 1, kClamp>;
           strip(p, at, head_steps, b * kLanes<T>, start, steps, decay, token, norms, state + b, y, chunk_states, changed);
