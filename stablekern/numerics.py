@@ -18,6 +18,7 @@ __all__ = [
     "CAYLEY_REAL_LIMIT",
     "CAYLEY_SPARSE_COST",
     "CAYLEY_TRUNCATION_ULPS",
+    "CAYLEY_UNIT_GAIN",
     "CG_ASYMMETRY_ULPS",
     "CG_FACTOR_PRODUCTS",
     "CG_RTOL",
@@ -275,4 +276,9 @@ CAYLEY_FACTOR_COST = Constant(
     8.0,
     "cost of the dense factor per D^3, in multiply-adds of the dense kernel",
     "as CAYLEY_SPARSE_COST",
+)
+CAYLEY_UNIT_GAIN = Constant(
+    1.8,
+    "how many times as fast the dense kernel is in float32 where a matrix unit multiplies (csrc/.../split_product.h)",
+    "bench/cases/cayley_step.py, D = 256, dt = 1, on a Xeon with AMX",
 )

@@ -13,10 +13,13 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
+#include "stablekern/split_product.h"
 #include "stablekern/tensor.h"
 
 namespace stablekern {
@@ -275,16 +278,25 @@ struct Solver {
   Operator<T> h;
   const double* coefficients;  // (terms, 2)
   int64_t terms;
-  const T* dense;  // null: none
-  int64_t padded;  // vectors of a tile
+  const T* dense;                    // null: none
+  T shift;                           // what `dense` lacks on its diagonal
+  std::optional<SplitMatrix> split;  // `dense` once more, where there is a unit that multiplies it
+  int64_t padded;                    // vectors of a tile
 
-  Solver(const Graph& g, const T* weights, const Tensor& c, double mid, double half, const Tensor& factor)
+  Solver(const Graph& g, const T* weights, const Tensor& c, double mid, double half, const Tensor& factor, double shift)
       : graph(g),
         h(g, weights, mid, half),
         coefficients(data<double>(c)),
         terms(c.size(0)),
         dense(factor.numel() ? data<T>(factor) : nullptr),
-        padded((g.nodes + kTokens<T> - 1) / kTokens<T> * kTokens<T> * kBlocks) {}
+        shift(static_cast<T>(shift)),
+        padded((g.nodes + kTokens<T> - 1) / kTokens<T> * kTokens<T> * kBlocks) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (dense == nullptr || !has_matrix_unit()) return;
+      split.emplace(dense, g.nodes);
+      padded = std::max(padded, split->padded() * kBlocks);
+    }
+  }
 
   int64_t work_per_tile() const {
     const int64_t per_term = (graph.nodes + 2 * graph.edges) * kBlocks;
@@ -298,12 +310,25 @@ struct Solver {
   // Rows that are computed for a tile, for what comes ahead of the next one.
   int64_t steps() const { return graph.nodes * std::max<int64_t>(terms - 1, 1); }
 
+  // Numbers that apply() needs room for, in a cache line of their own.
+  int64_t scratch() const { return split ? split->scratch(kBlocks) : 0; }
+  // What a thread holds while it calls apply().
+  std::optional<MatrixUnit> unit() const {
+    return split ? std::optional<MatrixUnit>(std::in_place) : std::nullopt;
+  }
+
   // The result stands in one of `first` and `second`, which is returned; `sign` is -1 for the conjugate operator.
-  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign, Ahead& ahead) const {
+  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, uint16_t* scratch, double sign, Ahead& ahead) const {
     Vec<T>* result = expand(p, first, second, sign, ahead);
     if (dense == nullptr) return result;
     Vec<T>* to = result == first ? second : first;
-    multiply(result, p, to);
+    const auto finish = [=, s = splat(shift)](int64_t at, Vec<T> product) { return product + fma(s, result[at], -p[at]); };
+    if constexpr (std::is_same_v<T, float>)
+      if (split) {
+        split->template multiply<kBlocks>(result, scratch, to, finish);
+        return to;
+      }
+    multiply(result, to, finish);
     return to;
   }
 
@@ -331,16 +356,17 @@ struct Solver {
     return second;
   }
 
-  // to = dense x - p for the symmetric `dense`.
-  SK_NOINLINE void multiply(const Vec<T>* x, const Vec<T>* p, Vec<T>* to) const {
+  // to = finish(dense x) for the symmetric `dense`.
+  template <class Finish>
+  SK_NOINLINE void multiply(const Vec<T>* x, Vec<T>* to, Finish finish) const {
     constexpr int rows = kVectorBytes == 64 ? 6 : 2;
     int64_t i = 0;
-    for (; i + rows <= graph.nodes; i += rows) multiply_rows<rows>(x, p, i, to);
-    for (; i < graph.nodes; ++i) multiply_rows<1>(x, p, i, to);
+    for (; i + rows <= graph.nodes; i += rows) multiply_rows<rows>(x, i, to, finish);
+    for (; i < graph.nodes; ++i) multiply_rows<1>(x, i, to, finish);
   }
 
-  template <int rows>
-  SK_INLINE void multiply_rows(const Vec<T>* x, const Vec<T>* p, int64_t i, Vec<T>* to) const {
+  template <int rows, class Finish>
+  SK_INLINE void multiply_rows(const Vec<T>* x, int64_t i, Vec<T>* to, Finish finish) const {
     Vec<T> sum[rows][kBlocks] = {};
     for (int64_t k = 0; k < graph.nodes; ++k) {
       const T* column = dense + k * graph.nodes + i;
@@ -350,7 +376,10 @@ struct Solver {
       }
     }
     for (int r = 0; r < rows; ++r)
-      for (int b = 0; b < kBlocks; ++b) to[(i + r) * kBlocks + b] = sum[r][b] - p[(i + r) * kBlocks + b];
+      for (int b = 0; b < kBlocks; ++b) {
+        const int64_t at = (i + r) * kBlocks + b;
+        to[at] = finish(at, sum[r][b]);
+      }
   }
 };
 
@@ -364,11 +393,11 @@ bool streams(const Tensor& like, const T* to, int64_t nodes) {
 
 template <class T>
 void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, const Tensor& coefficients, double mid,
-             double half, const Tensor& dense, bool conjugate, Tensor& out) {
+             double half, const Tensor& dense, double shift, bool conjugate, Tensor& out) {
   const int64_t tokens = psi.size(0), nodes = psi.size(1), token_bytes = nodes * 2 * static_cast<int64_t>(sizeof(T));
   if (tokens == 0 || nodes == 0) return;
   const Graph graph = graph_of(edges, nodes);
-  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
+  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense, shift);
   const T* from = data<T>(psi);
   T* to = mutable_data<T>(out);
   const bool streaming = streams(out, to, nodes);
@@ -376,17 +405,20 @@ void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, cons
   torch::stable::parallel_for(0, (tokens + kTile<T> - 1) / kTile<T>, grain, [&](int64_t begin, int64_t end) {
     Arena arena;
     for (int k = 0; k < 3; ++k) arena.reserve<Vec<T>>(solver.padded);
+    arena.reserve<uint16_t>(solver.scratch());
     arena.allocate();
     Vec<T>* p = arena.take<Vec<T>>(solver.padded);
     Vec<T>* first = arena.take<Vec<T>>(solver.padded);
     Vec<T>* second = arena.take<Vec<T>>(solver.padded);
+    uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
+    const auto unit = solver.unit();
     Ahead ahead;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t at = tile * kTile<T>, here = std::min<int64_t>(kTile<T>, tokens - at);
       load_tile(from + at * 2 * nodes, nodes, here, p);
       const int64_t next = at + kTile<T>, count = tile + 1 < end ? std::min<int64_t>(kTile<T>, tokens - next) : 0;
       ahead.set(from + next * 2 * nodes, nullptr, count * token_bytes, solver.steps());
-      const Vec<T>* result = solver.apply(p, first, second, conjugate ? -1 : 1, ahead);
+      const Vec<T>* result = solver.apply(p, first, second, scratch, conjugate ? -1 : 1, ahead);
       store_tile(result, nodes, here, streaming, to + at * 2 * nodes);
     }
     if (streaming) stream_fence();
@@ -453,7 +485,7 @@ struct EdgeSums {
 // Without coefficients `grad_psi` is given, else it is the conjugate operator's result for `grad`.
 template <class T>
 void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Tensor& edges, const Tensor& weights,
-              const Tensor& coefficients, double mid, double half, const Tensor& dense, Tensor& grad_psi,
+              const Tensor& coefficients, double mid, double half, const Tensor& dense, double shift, Tensor& grad_psi,
               Tensor& edge_sums) {
   const int64_t tokens = psi.size(0), nodes = psi.size(1), count = edges.size(1);
   const int64_t token_bytes = nodes * 2 * static_cast<int64_t>(sizeof(T));
@@ -461,7 +493,7 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
   std::fill_n(sums, count, 0.0);
   if (tokens == 0 || nodes == 0) return;
   const Graph graph = graph_of(edges, nodes);
-  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
+  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense, shift);
   const EdgesOnce once(graph);
   const bool given = solver.terms == 0;
   T* to = mutable_data<T>(grad_psi);
@@ -477,11 +509,14 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
     Arena arena;
     for (int k = 0; k < kArrays; ++k) arena.reserve<Vec<T>>(solver.padded);
     arena.reserve<Vec<T>>(count);
+    arena.reserve<uint16_t>(solver.scratch());
     arena.allocate();
     Vec<T>* tile[kArrays];
     for (auto& t : tile) t = arena.take<Vec<T>>(solver.padded);
     auto [g, first, second, z] = tile;
     EdgeSums<T> edge{once, arena.take<Vec<T>>(count)};
+    uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
+    const auto unit = solver.unit();
     Ahead ahead;
     Vec<T> sign = splat(T(1));
     for (int k = 1; k < kLanes<T>; k += 2) sign[k] = -1;
@@ -496,7 +531,7 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
           load_tile(data<T>(grad_psi) + at, nodes, here, first);
         } else {
           ahead.set(data<T>(psi) + at, data<T>(out) + at, here * token_bytes, solver.steps());
-          result = solver.apply(g, first, second, -1, ahead);
+          result = solver.apply(g, first, second, scratch, -1, ahead);
           store_tile(result, nodes, here, streaming, to + at);
         }
         Vec<T>* other = result == first ? second : first;
@@ -575,16 +610,16 @@ void cayley_step_interval(Tensor edges, Tensor weights, int64_t nodes, int64_t s
 }
 
 void cayley_step_fwd(Tensor psi, Tensor edges, Tensor weights, Tensor coefficients, double mid, double half,
-                     Tensor dense, bool conjugate, Tensor out) {
+                     Tensor dense, double shift, bool conjugate, Tensor out) {
   for_dtype(weights, [&](auto zero) {
-    forward<decltype(zero)>(psi, edges, weights, coefficients, mid, half, dense, conjugate, out);
+    forward<decltype(zero)>(psi, edges, weights, coefficients, mid, half, dense, shift, conjugate, out);
   });
 }
 
 void cayley_step_bwd(Tensor grad, Tensor psi, Tensor out, Tensor edges, Tensor weights, Tensor coefficients, double mid,
-                     double half, Tensor dense, Tensor grad_psi, Tensor edge_sums) {
+                     double half, Tensor dense, double shift, Tensor grad_psi, Tensor edge_sums) {
   for_dtype(weights, [&](auto zero) {
-    backward<decltype(zero)>(grad, psi, out, edges, weights, coefficients, mid, half, dense, grad_psi, edge_sums);
+    backward<decltype(zero)>(grad, psi, out, edges, weights, coefficients, mid, half, dense, shift, grad_psi, edge_sums);
   });
 }
 
@@ -595,10 +630,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def("cayley_step_interval(Tensor edges, Tensor weights, int nodes, int steps, Tensor(a!) to) -> ()");
   m.def(
       "cayley_step_fwd(Tensor psi, Tensor edges, Tensor weights, Tensor coefficients, float mid, float half,"
-      " Tensor dense, bool conjugate, Tensor(a!) out) -> ()");
+      " Tensor dense, float shift, bool conjugate, Tensor(a!) out) -> ()");
   m.def(
       "cayley_step_bwd(Tensor grad, Tensor psi, Tensor out, Tensor edges, Tensor weights, Tensor coefficients,"
-      " float mid, float half, Tensor dense, Tensor(a!) grad_psi, Tensor(b!) edge_sums) -> ()");
+      " float mid, float half, Tensor dense, float shift, Tensor(a!) grad_psi, Tensor(b!) edge_sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
