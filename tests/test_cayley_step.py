@@ -165,6 +165,16 @@ def test_bad_token_stays_alone(model, backend, method):
     assert torch.isfinite(grad).all()  # of a linear map: it does not see the token
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1])
+def test_nan_of_any_payload_spoils_its_token(model, backend, bits):
+    """In a dense product too, though the upper half of the bits may round to those of another number."""
+    edges, weights, psi = model
+    bad = psi.clone()
+    torch.view_as_real(bad)[3, 5, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = torch.view_as_real(cayley_step(bad, edges, weights, 1.0, method="dense"))
+    assert torch.isnan(out[3, :, 0]).all() and torch.isfinite(out[:3]).all() and torch.isfinite(out[4:]).all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_bad_weight_spoils_all_tokens(model, backend, method, value):

@@ -172,29 +172,57 @@ SK_INLINE void load_tile(const T* from, int64_t nodes, int64_t tokens, Vec<T>* t
   }
 }
 
+// Where the result of a tile goes: kTokens nodes of a block leave at a time, while others are computed where that saves
+// time, since memory is slow to take a whole tile.
 template <class T>
-SK_INLINE void store_tile(const Vec<T>* from, int64_t nodes, int64_t tokens, bool streaming, T* to) {
-  constexpr int side = kTokens<T>;
-  for (int block = 0; block < kBlocks; ++block) {
-    const int64_t rows = std::clamp<int64_t>(tokens - block * side, 0, side);
-    T* first = to + block * side * 2 * nodes;
-    for (int64_t c = 0; c < nodes; c += side) {
-      const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes - c));
-      Vec<T> r[side];
-      for (int k = 0; k < side; ++k) r[k] = from[(c + k) * kBlocks + block];
-      transpose_pairs<T>(r);
-      for (int k = 0; k < rows; ++k) {
-        T* at = first + k * 2 * nodes + 2 * c;
-        if (streaming)
-          stream<T>(at, r[k]);
-        else if (here == kLanes<T>)
-          store(at, r[k]);
-        else
-          store_first(at, r[k], here);
-      }
+class Leaving {
+ public:
+  Leaving(int64_t nodes, bool streaming) : nodes_(nodes), streaming_(streaming) {}
+  void set(T* to, int64_t tokens) {
+    to_ = to;
+    tokens_ = tokens;
+    at_ = block_ = 0;
+  }
+  // The next ones, if the nodes before `ready` reach so far. What leaves is final(place, block, what the tile has at
+  // this place), and stays there.
+  template <class Final>
+  SK_INLINE void step(Vec<T>* tile, int64_t ready, Final final) {
+    constexpr int side = kTokens<T>;
+    if (at_ >= nodes_ || std::min(at_ + side, nodes_) > ready) return;
+    const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes_ - at_));
+    Vec<T> r[side];
+    for (int k = 0; k < side; ++k) {
+      const int64_t place = (at_ + k) * kBlocks + block_;
+      tile[place] = r[k] = final(place, block_, tile[place]);
+    }
+    transpose_pairs<T>(r);
+    const int64_t rows = std::clamp<int64_t>(tokens_ - block_ * side, 0, side);
+    for (int k = 0; k < rows; ++k) {
+      T* to = to_ + ((block_ * side + k) * nodes_ + at_) * 2;
+      if (streaming_)
+        stream<T>(to, r[k]);
+      else if (here == kLanes<T>)
+        store(to, r[k]);
+      else
+        store_first(to, r[k], here);
+    }
+    if (++block_ == kBlocks) {
+      block_ = 0;
+      at_ += side;
     }
   }
-}
+  template <class Final>
+  SK_NOINLINE void rest(Vec<T>* tile, Final final) {
+    while (at_ < nodes_) step(tile, nodes_, final);
+  }
+
+ private:
+  int64_t nodes_;
+  bool streaming_;
+  T* to_ = nullptr;
+  int64_t tokens_ = 0, at_ = 0;
+  int block_ = 0;
+};
 
 // A complex number to multiply pairs with: v * re + swapped(v) * (-im, im, ...).
 template <class T>
@@ -279,11 +307,12 @@ struct Solver {
   const double* coefficients;  // (terms, 2)
   int64_t terms;
   const T* dense;                    // null: none
-  T shift;                           // what `dense` lacks on its diagonal
+  T shift;                           // what it lacks on its diagonal
   std::optional<SplitMatrix> split;  // `dense` once more, where there is a unit that multiplies it
   int64_t padded;                    // vectors of a tile
 
-  Solver(const Graph& g, const T* weights, const Tensor& c, double mid, double half, const Tensor& factor, double shift)
+  Solver(const Graph& g, const T* weights, const Tensor& c, double mid, double half, const Tensor& factor,
+         double shift)
       : graph(g),
         h(g, weights, mid, half),
         coefficients(data<double>(c)),
@@ -307,8 +336,8 @@ struct Solver {
     return {factor * coefficients[2 * k], sign * factor * coefficients[2 * k + 1]};
   }
 
-  // Rows that are computed for a tile, for what comes ahead of the next one.
-  int64_t steps() const { return graph.nodes * std::max<int64_t>(terms - 1, 1); }
+  // Steps that a tile takes, for what comes ahead of the next one.
+  int64_t steps() const { return split ? split->steps(kBlocks) : graph.nodes * std::max<int64_t>(terms - 1, 1); }
 
   // Numbers that apply() needs room for, in a cache line of their own.
   int64_t scratch() const { return split ? split->scratch(kBlocks) : 0; }
@@ -317,18 +346,32 @@ struct Solver {
     return split ? std::optional<MatrixUnit>(std::in_place) : std::nullopt;
   }
 
-  // The result stands in one of `first` and `second`, which is returned; `sign` is -1 for the conjugate operator.
-  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, uint16_t* scratch, double sign, Ahead& ahead) const {
-    Vec<T>* result = expand(p, first, second, sign, ahead);
-    if (dense == nullptr) return result;
-    Vec<T>* to = result == first ? second : first;
-    const auto finish = [=, s = splat(shift)](int64_t at, Vec<T> product) { return product + fma(s, result[at], -p[at]); };
+  // The result has left, and stands in one of `first` and `second`, which is returned; `sign` is -1 for the conjugate
+  // operator.
+  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, uint16_t* scratch, double sign, Ahead& ahead,
+                Leaving<T>& leaving) const {
+    if (dense == nullptr) {
+      Vec<T>* result = expand(p, first, second, sign, ahead);
+      leaving.rest(result, [](int64_t, int, Vec<T> v) { return v; });
+      return result;
+    }
+    Ahead none;
+    const Vec<T>* x = expand(p, first, second, sign, split ? none : ahead);
+    Vec<T>* to = x == first ? second : first;
+    const auto shifted = [=, s = splat(shift)](int64_t at, Vec<T> v) { return v + fma(s, x[at], -p[at]); };
     if constexpr (std::is_same_v<T, float>)
       if (split) {
-        split->template multiply<kBlocks>(result, scratch, to, finish);
+        PowerOfTwo<T> size[kBlocks];
+        const auto final = [&](int64_t at, int block, Vec<T> v) { return shifted(at, v * size[block].up); };
+        split->template multiply<kBlocks>(x, scratch, size, to, [&](int64_t ready) {
+          ahead.step();
+          leaving.step(to, ready, final);
+        });
+        leaving.rest(to, final);
         return to;
       }
-    multiply(result, to, finish);
+    multiply(x, to);
+    leaving.rest(to, [&](int64_t at, int, Vec<T> v) { return shifted(at, v); });
     return to;
   }
 
@@ -356,17 +399,16 @@ struct Solver {
     return second;
   }
 
-  // to = finish(dense x) for the symmetric `dense`.
-  template <class Finish>
-  SK_NOINLINE void multiply(const Vec<T>* x, Vec<T>* to, Finish finish) const {
+  // to = dense x for the symmetric `dense`.
+  SK_NOINLINE void multiply(const Vec<T>* x, Vec<T>* to) const {
     constexpr int rows = kVectorBytes == 64 ? 6 : 2;
     int64_t i = 0;
-    for (; i + rows <= graph.nodes; i += rows) multiply_rows<rows>(x, i, to, finish);
-    for (; i < graph.nodes; ++i) multiply_rows<1>(x, i, to, finish);
+    for (; i + rows <= graph.nodes; i += rows) multiply_rows<rows>(x, i, to);
+    for (; i < graph.nodes; ++i) multiply_rows<1>(x, i, to);
   }
 
-  template <int rows, class Finish>
-  SK_INLINE void multiply_rows(const Vec<T>* x, int64_t i, Vec<T>* to, Finish finish) const {
+  template <int rows>
+  SK_INLINE void multiply_rows(const Vec<T>* x, int64_t i, Vec<T>* to) const {
     Vec<T> sum[rows][kBlocks] = {};
     for (int64_t k = 0; k < graph.nodes; ++k) {
       const T* column = dense + k * graph.nodes + i;
@@ -376,10 +418,7 @@ struct Solver {
       }
     }
     for (int r = 0; r < rows; ++r)
-      for (int b = 0; b < kBlocks; ++b) {
-        const int64_t at = (i + r) * kBlocks + b;
-        to[at] = finish(at, sum[r][b]);
-      }
+      for (int b = 0; b < kBlocks; ++b) to[(i + r) * kBlocks + b] = sum[r][b];
   }
 };
 
@@ -413,13 +452,14 @@ void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, cons
     uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
     const auto unit = solver.unit();
     Ahead ahead;
+    Leaving<T> leaving(nodes, streaming);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t at = tile * kTile<T>, here = std::min<int64_t>(kTile<T>, tokens - at);
       load_tile(from + at * 2 * nodes, nodes, here, p);
       const int64_t next = at + kTile<T>, count = tile + 1 < end ? std::min<int64_t>(kTile<T>, tokens - next) : 0;
       ahead.set(from + next * 2 * nodes, nullptr, count * token_bytes, solver.steps());
-      const Vec<T>* result = solver.apply(p, first, second, scratch, conjugate ? -1 : 1, ahead);
-      store_tile(result, nodes, here, streaming, to + at * 2 * nodes);
+      leaving.set(to + at * 2 * nodes, here);
+      solver.apply(p, first, second, scratch, conjugate ? -1 : 1, ahead, leaving);
     }
     if (streaming) stream_fence();
   });
@@ -518,6 +558,7 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
     uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
     const auto unit = solver.unit();
     Ahead ahead;
+    Leaving<T> leaving(nodes, streaming);
     Vec<T> sign = splat(T(1));
     for (int k = 1; k < kLanes<T>; k += 2) sign[k] = -1;
     for (int64_t share = begin; share < end; ++share) {
@@ -531,8 +572,8 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
           load_tile(data<T>(grad_psi) + at, nodes, here, first);
         } else {
           ahead.set(data<T>(psi) + at, data<T>(out) + at, here * token_bytes, solver.steps());
-          result = solver.apply(g, first, second, scratch, -1, ahead);
-          store_tile(result, nodes, here, streaming, to + at);
+          leaving.set(to + at, here);
+          result = solver.apply(g, first, second, scratch, -1, ahead, leaving);
         }
         Vec<T>* other = result == first ? second : first;
         load_tile(data<T>(psi) + at, nodes, here, z);
@@ -619,7 +660,8 @@ void cayley_step_fwd(Tensor psi, Tensor edges, Tensor weights, Tensor coefficien
 void cayley_step_bwd(Tensor grad, Tensor psi, Tensor out, Tensor edges, Tensor weights, Tensor coefficients, double mid,
                      double half, Tensor dense, double shift, Tensor grad_psi, Tensor edge_sums) {
   for_dtype(weights, [&](auto zero) {
-    backward<decltype(zero)>(grad, psi, out, edges, weights, coefficients, mid, half, dense, shift, grad_psi, edge_sums);
+    using T = decltype(zero);
+    backward<T>(grad, psi, out, edges, weights, coefficients, mid, half, dense, shift, grad_psi, edge_sums);
   });
 }
 

@@ -86,12 +86,16 @@ class SplitMatrix {
   // Room for `blocks` vectors to a row in parts.
   int64_t scratch(int blocks) const { return blocks / 2 * pairs_ * kStep; }
 
-  // to[i * blocks + b] = finish(i * blocks + b, row i of the product with vectors b) for vectors x[k * blocks + b];
-  // `to` has padded() rows, whatever they hold, and `scratch` is aligned to a cache line. Needs a MatrixUnit.
-  template <int blocks, class Finish>
-  SK_NOINLINE void multiply(const Vec<float>* x, uint16_t* scratch, Vec<float>* to, Finish finish) const {
+  // Steps of a product of `blocks` vectors.
+  int64_t steps(int blocks) const { return blocks / 2 * pairs_ * pairs_; }
+
+  // Makes to[i * blocks + b] * size[b].up row i of the product with the vectors x[k * blocks + b]. `to` has padded()
+  // rows, whatever they hold, and `scratch` is aligned to a cache line. Needs a MatrixUnit, which leaves other units
+  // free: meanwhile(i) is called once a step, when the rows before i are there.
+  template <int blocks, class Meanwhile>
+  SK_NOINLINE void multiply(const Vec<float>* x, uint16_t* scratch, PowerOfTwo<float>* size, Vec<float>* to,
+                            Meanwhile meanwhile) const {
     static_assert(blocks % 2 == 0);
-    PowerOfTwo<float> size[blocks];
     Vec<float> largest[blocks] = {};
     for (int64_t k = 0; k < size_; ++k)
       for (int b = 0; b < blocks; ++b) largest[b] = max(abs(x[k * blocks + b]), largest[b]);
@@ -112,9 +116,7 @@ class SplitMatrix {
     for (int64_t pair = 0; pair < pairs_; ++pair)
       for (int b = 0; b < blocks; b += 2)
         multiply_pairs(parts() + pair * pairs_ * kStep, scratch + b / 2 * pairs_ * kStep, blocks,
-                       to + pair * kPairRows * blocks + b);
-    for (int64_t i = 0; i < size_; ++i)
-      for (int b = 0; b < blocks; ++b) to[i * blocks + b] = finish(i * blocks + b, to[i * blocks + b] * size[b].up);
+                       to + pair * kPairRows * blocks + b, [&] { meanwhile(pair * kPairRows); });
   }
 
  private:
@@ -128,7 +130,9 @@ class SplitMatrix {
 
   // 32 rows times 32 columns, the smallest products first. Each line loads what differs from the one before. The
   // compiler does not know which memory the unit reads and writes, hence the barriers.
-  SK_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* x, int blocks, Vec<float>* to) const {
+  template <class Meanwhile>
+  SK_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* x, int blocks, Vec<float>* to,
+                                Meanwhile meanwhile) const {
     const auto load_rows = [&](int part) {
       _tile_loadd(4, a + part * kPair, kUnitBytes);
       _tile_loadd(5, a + part * kPair + kUnitNumbers, kUnitBytes);
@@ -155,6 +159,7 @@ class SplitMatrix {
       load_columns(0), add();
       load_rows(2), add();
       load_rows(0), add();
+      meanwhile();
     }
     const int64_t stride = blocks * static_cast<int64_t>(sizeof *to);
     _tile_stored(0, to, stride);
@@ -178,8 +183,9 @@ class SplitMatrix {
   SplitMatrix(const float*, int64_t) {}
   int64_t padded() const { return 0; }
   int64_t scratch(int) const { return 0; }
-  template <int blocks, class Finish>
-  void multiply(const Vec<float>*, uint16_t*, Vec<float>*, Finish) const {}
+  int64_t steps(int) const { return 0; }
+  template <int blocks, class Meanwhile>
+  void multiply(const Vec<float>*, uint16_t*, PowerOfTwo<float>*, Vec<float>*, Meanwhile) const {}
 };
 
 #endif
