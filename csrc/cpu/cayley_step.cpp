@@ -321,7 +321,7 @@ struct Solver {
         shift(static_cast<T>(shift)),
         padded((g.nodes + kTokens<T> - 1) / kTokens<T> * kTokens<T> * kBlocks) {
     if constexpr (std::is_same_v<T, float>) {
-      if (dense == nullptr || !has_matrix_unit()) return;
+      if (dense == nullptr || !uses_matrix_unit(g.nodes)) return;
       split.emplace(dense, g.nodes);
       padded = std::max(padded, split->padded() * kBlocks);
     }
@@ -450,7 +450,7 @@ void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, cons
     Vec<T>* first = arena.take<Vec<T>>(solver.padded);
     Vec<T>* second = arena.take<Vec<T>>(solver.padded);
     uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
-    const auto unit = solver.unit();
+    [[maybe_unused]] const auto unit = solver.unit();
     Ahead ahead;
     Leaving<T> leaving(nodes, streaming);
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -556,7 +556,7 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
     auto [g, first, second, z] = tile;
     EdgeSums<T> edge{once, arena.take<Vec<T>>(count)};
     uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
-    const auto unit = solver.unit();
+    [[maybe_unused]] const auto unit = solver.unit();
     Ahead ahead;
     Leaving<T> leaving(nodes, streaming);
     Vec<T> sign = splat(T(1));

@@ -257,7 +257,7 @@ def _native_operator(psi: Tensor, edges: Tensor, weights: Tensor, dt: Tensor, me
     """
     nodes, interval = psi.shape[1], torch.empty(2, dtype=torch.float64)
     _load.native().cayley_step_interval(edges, weights, nodes, _POWER_STEPS, interval)
-    unit = weights.dtype == torch.float32 and _load.native_module().has_matrix_unit()
+    unit = weights.dtype == torch.float32 and _load.native_module().uses_matrix_unit(nodes)
     gain = numerics.CAYLEY_UNIT_GAIN.value if unit else 1.0
     entries = nodes + 2 * edges.shape[1]
     plan = _plan(psi.shape[0], nodes, entries, interval, dt, method, weights.dtype, dense_gain=gain)

@@ -22,11 +22,13 @@ namespace stablekern {
 
 #if defined(SK_AMX)
 
-// Whether this process may use the unit; the first call asks the operating system for it.
-inline bool has_matrix_unit() {
+// Whether a matrix of this size is for the unit, which takes whole pairs of registers, and this process may use it; the
+// first call asks the operating system.
+inline bool uses_matrix_unit(int64_t size) {
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  constexpr int64_t kLeastSize = 64;                // below, padding costs what the unit gains
   static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  return granted;
+  return granted && size >= kLeastSize;
 }
 
 constexpr int kSplitParts = 3;
@@ -176,7 +178,7 @@ class SplitMatrix {
 #else
 
 // Where there is none, so that callers need not be written twice.
-inline bool has_matrix_unit() { return false; }
+inline bool uses_matrix_unit(int64_t) { return false; }
 class MatrixUnit {};
 class SplitMatrix {
  public:
