@@ -187,18 +187,35 @@ class Leaving {
   // this place), and stays there.
   template <class Final>
   SK_INLINE void step(Vec<T>* tile, int64_t ready, Final final) {
+    if (at_ >= nodes_ || std::min<int64_t>(at_ + kTokens<T>, nodes_) > ready) return;
+    put(tile, at_, block_, final);
+    if (++block_ == kBlocks) {
+      block_ = 0;
+      at_ += kTokens<T>;
+    }
+  }
+  // All others, token by token, as memory likes it.
+  template <class Final>
+  SK_NOINLINE void rest(Vec<T>* tile, Final final) {
+    for (int b = 0; b < kBlocks; ++b)
+      for (int64_t c = b < block_ ? at_ + kTokens<T> : at_; c < nodes_; c += kTokens<T>) put(tile, c, b, final);
+  }
+
+ private:
+  // kTokens nodes from `c` on.
+  template <class Final>
+  SK_INLINE void put(Vec<T>* tile, int64_t c, int block, Final final) const {
     constexpr int side = kTokens<T>;
-    if (at_ >= nodes_ || std::min(at_ + side, nodes_) > ready) return;
-    const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes_ - at_));
+    const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes_ - c));
     Vec<T> r[side];
     for (int k = 0; k < side; ++k) {
-      const int64_t place = (at_ + k) * kBlocks + block_;
-      tile[place] = r[k] = final(place, block_, tile[place]);
+      const int64_t place = (c + k) * kBlocks + block;
+      tile[place] = r[k] = final(place, block, tile[place]);
     }
     transpose_pairs<T>(r);
-    const int64_t rows = std::clamp<int64_t>(tokens_ - block_ * side, 0, side);
+    const int64_t rows = std::clamp<int64_t>(tokens_ - block * side, 0, side);
     for (int k = 0; k < rows; ++k) {
-      T* to = to_ + ((block_ * side + k) * nodes_ + at_) * 2;
+      T* to = to_ + ((block * side + k) * nodes_ + c) * 2;
       if (streaming_)
         stream<T>(to, r[k]);
       else if (here == kLanes<T>)
@@ -206,17 +223,8 @@ class Leaving {
       else
         store_first(to, r[k], here);
     }
-    if (++block_ == kBlocks) {
-      block_ = 0;
-      at_ += side;
-    }
-  }
-  template <class Final>
-  SK_NOINLINE void rest(Vec<T>* tile, Final final) {
-    while (at_ < nodes_) step(tile, nodes_, final);
   }
 
- private:
   int64_t nodes_;
   bool streaming_;
   T* to_ = nullptr;
