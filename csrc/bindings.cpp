@@ -11,6 +11,7 @@
 #include "stablekern/lapack.h"
 #include "stablekern/philox.h"
 #include "stablekern/simd.h"
+#include "stablekern/split_product.h"
 
 namespace {
 
@@ -25,6 +26,7 @@ pybind11::object given(PyObject* found) {
 PYBIND11_MODULE(_native, m) {
   m.attr("simd") = stablekern::kSimdName;
   m.attr("vector_bytes") = stablekern::kVectorBytes;
+  m.def("uses_matrix_unit", &stablekern::uses_matrix_unit);  // for a matrix of this size
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target") = "2.10";
   const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");  // torch keeps the type

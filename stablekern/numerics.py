@@ -14,10 +14,12 @@ __all__ = [
     "BORN_FLOOR",
     "CAYLEY_DENSE_NODES",
     "CAYLEY_FACTOR_COST",
+    "CAYLEY_FACTOR_TRUNCATION",
     "CAYLEY_MOST_TERMS",
     "CAYLEY_REAL_LIMIT",
     "CAYLEY_SPARSE_COST",
     "CAYLEY_TRUNCATION_ULPS",
+    "CAYLEY_UNIT_GAIN",
     "CG_ASYMMETRY_ULPS",
     "CG_FACTOR_PRODUCTS",
     "CG_RTOL",
@@ -275,4 +277,15 @@ CAYLEY_FACTOR_COST = Constant(
     8.0,
     "cost of the dense factor per D^3, in multiply-adds of the dense kernel",
     "as CAYLEY_SPARSE_COST",
+)
+CAYLEY_FACTOR_TRUNCATION = Constant(
+    1 / 64,
+    "what is cut off the expansion of a dense factor, of what is cut off that of a token: every token has the same "
+    "error from it, so that it must vanish beside the rounding of the factor",
+    "the geometric tail of CAYLEY_TRUNCATION_ULPS: one to three terms more for usual steps",
+)
+CAYLEY_UNIT_GAIN = Constant(
+    1.8,
+    "how many times as fast the dense kernel is in float32 where a matrix unit multiplies (csrc/.../split_product.h)",
+    "bench/cases/cayley_step.py, D = 256, dt = 1, on a Xeon with AMX",
 )

@@ -57,7 +57,8 @@ def test_expansion_is_short_and_known_beforehand(model):
     edges, weights, _ = model
     low, high = spine._interval(edges, weights, 256).tolist()
     assert low == 0.0
-    lengths = [len(spine._expansion(dt / 2, low, high, torch.float32).coefficients) for dt in (0.02, 0.1)]
+    two_ulp = 2 * torch.finfo(torch.float32).eps
+    lengths = [len(spine._expansion(dt / 2, low, high, two_ulp).coefficients) for dt in (0.02, 0.1)]
     assert lengths[0] <= 6 and lengths[1] <= 11
 
 
@@ -98,9 +99,9 @@ def test_interval_survives_weights_of_very_different_size():
 def test_auto_takes_the_cheapest():
     interval = torch.tensor([0.0, 13.0], dtype=torch.float64)
 
-    def choice(dt, count=16384, nodes=256, entries=24 * 256, top=interval):
+    def choice(dt, count=16384, nodes=256, entries=24 * 256, top=interval, **kwargs):
         step = torch.tensor(dt, dtype=torch.float64)
-        return spine._plan(count, nodes, entries, top, step, "auto", torch.float32).method
+        return spine._plan(count, nodes, entries, top, step, "auto", torch.float32, **kwargs).method
 
     assert choice(0.02) == "chebyshev"
     assert choice(1.0) == "dense"
@@ -109,6 +110,43 @@ def test_auto_takes_the_cheapest():
     assert choice(1.0, nodes=20000, entries=480000) == "chebyshev"
     assert choice(1e6, nodes=20000, entries=480000, count=10**9) == "cocg"
     assert choice(0.02, top=interval * math.nan) == "chebyshev"  # of NaN
+    # A product that takes half the time moves the crossover.
+    assert [choice(0.1, dense_gain=gain) for gain in (1.0, 2.0)] == ["chebyshev", "dense"]
+    assert choice(0.02, dense_gain=2.0) == "chebyshev"
+
+
+def test_shift_of_the_factor_is_exact_in_any_dtype():
+    for size in (0.0, 1e-3, 0.5, 2.0, 7.0, 32.0, 1e200, math.inf):
+        shift = spine._shift(size)
+        assert 0 <= shift <= 2 and torch.tensor(shift, dtype=torch.float32).item() == shift
+    assert spine._shift(math.nan) == 0
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native kernels here")
+@pytest.mark.parametrize("nodes", [1, 2, 9, 64])
+@pytest.mark.parametrize("dt", [-0.1, 0.02, 1.0])
+def test_factor_by_expansion_is_the_inverse(nodes, dt):
+    """To a part of what float32 rounds off; for an odd number of columns too, which go two to a token."""
+    g = torch.Generator().manual_seed(nodes)
+    edges = graph(g, nodes, nodes // 3).contiguous() if nodes > 1 else torch.zeros(2, 0, dtype=torch.int64)
+    weights = 0.2 + torch.rand(edges.shape[1], generator=g)
+    step, interval = torch.tensor(dt, dtype=torch.float64), spine._interval(edges, weights, nodes)
+    plan = spine._plan(10, nodes, nodes + 2 * edges.shape[1], interval, step, "dense", torch.float32)
+    tolerance = 2 * torch.finfo(torch.float32).eps / 64
+    expanded = plan._replace(exact=spine._expansion(dt / 2, *interval.tolist(), tolerance))
+    ours = spine._native_factor(edges, weights, expanded, nodes)
+    exact = spine._real_factor(edges, weights.double(), plan.a, nodes, plan.shift)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=torch.finfo(torch.float32).eps / 2, atol=tolerance)
+
+
+@pytest.mark.parametrize("power", [-120, -100, 100, 120])
+def test_size_of_a_token_does_not_matter(model, backend, power):
+    """To a dense product in parts, the smallest of which would be subnormal, and the largest infinite."""
+    edges, weights, psi = model
+    out = cayley_step(psi, edges, weights, 0.3, method="dense")
+    scaled = cayley_step(psi * 2.0**power, edges, weights, 0.3, method="dense") * 2.0**-power
+    assert (scaled - out).abs().max() < 16 * torch.finfo(torch.float32).eps * psi.abs().max()
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
@@ -125,6 +163,16 @@ def test_bad_token_stays_alone(model, backend, method):
     torch.testing.assert_close(out[~broken], expected[~broken], rtol=0, atol=0)
     (grad,) = torch.autograd.grad(out, bad, psi)
     assert torch.isfinite(grad).all()  # of a linear map: it does not see the token
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1])
+def test_nan_of_any_payload_spoils_its_token(model, backend, bits):
+    """In a dense product too, though the upper half of the bits may round to those of another number."""
+    edges, weights, psi = model
+    bad = psi.clone()
+    torch.view_as_real(bad)[3, 5, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = torch.view_as_real(cayley_step(bad, edges, weights, 1.0, method="dense"))
+    assert torch.isnan(out[3, :, 0]).all() and torch.isfinite(out[:3]).all() and torch.isfinite(out[4:]).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -13,10 +13,13 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "stablekern/lanes.h"
 #include "stablekern/simd.h"
+#include "stablekern/split_product.h"
 #include "stablekern/tensor.h"
 
 namespace stablekern {
@@ -169,29 +172,65 @@ SK_INLINE void load_tile(const T* from, int64_t nodes, int64_t tokens, Vec<T>* t
   }
 }
 
+// Where the result of a tile goes: kTokens nodes of a block leave at a time, while others are computed where that saves
+// time, since memory is slow to take a whole tile.
 template <class T>
-SK_INLINE void store_tile(const Vec<T>* from, int64_t nodes, int64_t tokens, bool streaming, T* to) {
-  constexpr int side = kTokens<T>;
-  for (int block = 0; block < kBlocks; ++block) {
-    const int64_t rows = std::clamp<int64_t>(tokens - block * side, 0, side);
-    T* first = to + block * side * 2 * nodes;
-    for (int64_t c = 0; c < nodes; c += side) {
-      const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes - c));
-      Vec<T> r[side];
-      for (int k = 0; k < side; ++k) r[k] = from[(c + k) * kBlocks + block];
-      transpose_pairs<T>(r);
-      for (int k = 0; k < rows; ++k) {
-        T* at = first + k * 2 * nodes + 2 * c;
-        if (streaming)
-          stream<T>(at, r[k]);
-        else if (here == kLanes<T>)
-          store(at, r[k]);
-        else
-          store_first(at, r[k], here);
-      }
+class Leaving {
+ public:
+  Leaving(int64_t nodes, bool streaming) : nodes_(nodes), streaming_(streaming) {}
+  void set(T* to, int64_t tokens) {
+    to_ = to;
+    tokens_ = tokens;
+    at_ = block_ = 0;
+  }
+  // The next ones, if the nodes before `ready` reach so far. What leaves is final(place, block, what the tile has at
+  // this place), and stays there.
+  template <class Final>
+  SK_INLINE void step(Vec<T>* tile, int64_t ready, Final final) {
+    if (at_ >= nodes_ || std::min<int64_t>(at_ + kTokens<T>, nodes_) > ready) return;
+    put(tile, at_, block_, final);
+    if (++block_ == kBlocks) {
+      block_ = 0;
+      at_ += kTokens<T>;
     }
   }
-}
+  // All others, token by token, as memory likes it.
+  template <class Final>
+  SK_NOINLINE void rest(Vec<T>* tile, Final final) {
+    for (int b = 0; b < kBlocks; ++b)
+      for (int64_t c = b < block_ ? at_ + kTokens<T> : at_; c < nodes_; c += kTokens<T>) put(tile, c, b, final);
+  }
+
+ private:
+  // kTokens nodes from `c` on.
+  template <class Final>
+  SK_INLINE void put(Vec<T>* tile, int64_t c, int block, Final final) const {
+    constexpr int side = kTokens<T>;
+    const int here = 2 * static_cast<int>(std::min<int64_t>(side, nodes_ - c));
+    Vec<T> r[side];
+    for (int k = 0; k < side; ++k) {
+      const int64_t place = (c + k) * kBlocks + block;
+      tile[place] = r[k] = final(place, block, tile[place]);
+    }
+    transpose_pairs<T>(r);
+    const int64_t rows = std::clamp<int64_t>(tokens_ - block * side, 0, side);
+    for (int k = 0; k < rows; ++k) {
+      T* to = to_ + ((block * side + k) * nodes_ + c) * 2;
+      if (streaming_)
+        stream<T>(to, r[k]);
+      else if (here == kLanes<T>)
+        store(to, r[k]);
+      else
+        store_first(to, r[k], here);
+    }
+  }
+
+  int64_t nodes_;
+  bool streaming_;
+  T* to_ = nullptr;
+  int64_t tokens_ = 0, at_ = 0;
+  int block_ = 0;
+};
 
 // A complex number to multiply pairs with: v * re + swapped(v) * (-im, im, ...).
 template <class T>
@@ -275,16 +314,26 @@ struct Solver {
   Operator<T> h;
   const double* coefficients;  // (terms, 2)
   int64_t terms;
-  const T* dense;  // null: none
-  int64_t padded;  // vectors of a tile
+  const T* dense;                    // null: none
+  T shift;                           // what it lacks on its diagonal
+  std::optional<SplitMatrix> split;  // `dense` once more, where there is a unit that multiplies it
+  int64_t padded;                    // vectors of a tile
 
-  Solver(const Graph& g, const T* weights, const Tensor& c, double mid, double half, const Tensor& factor)
+  Solver(const Graph& g, const T* weights, const Tensor& c, double mid, double half, const Tensor& factor,
+         double shift)
       : graph(g),
         h(g, weights, mid, half),
         coefficients(data<double>(c)),
         terms(c.size(0)),
         dense(factor.numel() ? data<T>(factor) : nullptr),
-        padded((g.nodes + kTokens<T> - 1) / kTokens<T> * kTokens<T> * kBlocks) {}
+        shift(static_cast<T>(shift)),
+        padded((g.nodes + kTokens<T> - 1) / kTokens<T> * kTokens<T> * kBlocks) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (dense == nullptr || !uses_matrix_unit(g.nodes)) return;
+      split.emplace(dense, g.nodes);
+      padded = std::max(padded, split->padded() * kBlocks);
+    }
+  }
 
   int64_t work_per_tile() const {
     const int64_t per_term = (graph.nodes + 2 * graph.edges) * kBlocks;
@@ -295,15 +344,42 @@ struct Solver {
     return {factor * coefficients[2 * k], sign * factor * coefficients[2 * k + 1]};
   }
 
-  // Rows that are computed for a tile, for what comes ahead of the next one.
-  int64_t steps() const { return graph.nodes * std::max<int64_t>(terms - 1, 1); }
+  // Steps that a tile takes, for what comes ahead of the next one.
+  int64_t steps() const { return split ? split->steps(kBlocks) : graph.nodes * std::max<int64_t>(terms - 1, 1); }
 
-  // The result stands in one of `first` and `second`, which is returned; `sign` is -1 for the conjugate operator.
-  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, double sign, Ahead& ahead) const {
-    Vec<T>* result = expand(p, first, second, sign, ahead);
-    if (dense == nullptr) return result;
-    Vec<T>* to = result == first ? second : first;
-    multiply(result, p, to);
+  // Numbers that apply() needs room for, in a cache line of their own.
+  int64_t scratch() const { return split ? split->scratch(kBlocks) : 0; }
+  // What a thread holds while it calls apply().
+  std::optional<MatrixUnit> unit() const {
+    return split ? std::optional<MatrixUnit>(std::in_place) : std::nullopt;
+  }
+
+  // The result has left, and stands in one of `first` and `second`, which is returned; `sign` is -1 for the conjugate
+  // operator.
+  Vec<T>* apply(const Vec<T>* p, Vec<T>* first, Vec<T>* second, uint16_t* scratch, double sign, Ahead& ahead,
+                Leaving<T>& leaving) const {
+    if (dense == nullptr) {
+      Vec<T>* result = expand(p, first, second, sign, ahead);
+      leaving.rest(result, [](int64_t, int, Vec<T> v) { return v; });
+      return result;
+    }
+    Ahead none;
+    const Vec<T>* x = expand(p, first, second, sign, split ? none : ahead);
+    Vec<T>* to = x == first ? second : first;
+    const auto shifted = [=, s = splat(shift)](int64_t at, Vec<T> v) { return v + fma(s, x[at], -p[at]); };
+    if constexpr (std::is_same_v<T, float>)
+      if (split) {
+        PowerOfTwo<T> size[kBlocks];
+        const auto final = [&](int64_t at, int block, Vec<T> v) { return shifted(at, v * size[block].up); };
+        split->template multiply<kBlocks>(x, scratch, size, to, [&](int64_t ready) {
+          ahead.step();
+          leaving.step(to, ready, final);
+        });
+        leaving.rest(to, final);
+        return to;
+      }
+    multiply(x, to);
+    leaving.rest(to, [&](int64_t at, int, Vec<T> v) { return shifted(at, v); });
     return to;
   }
 
@@ -331,16 +407,16 @@ struct Solver {
     return second;
   }
 
-  // to = dense x - p for the symmetric `dense`.
-  SK_NOINLINE void multiply(const Vec<T>* x, const Vec<T>* p, Vec<T>* to) const {
+  // to = dense x for the symmetric `dense`.
+  SK_NOINLINE void multiply(const Vec<T>* x, Vec<T>* to) const {
     constexpr int rows = kVectorBytes == 64 ? 6 : 2;
     int64_t i = 0;
-    for (; i + rows <= graph.nodes; i += rows) multiply_rows<rows>(x, p, i, to);
-    for (; i < graph.nodes; ++i) multiply_rows<1>(x, p, i, to);
+    for (; i + rows <= graph.nodes; i += rows) multiply_rows<rows>(x, i, to);
+    for (; i < graph.nodes; ++i) multiply_rows<1>(x, i, to);
   }
 
   template <int rows>
-  SK_INLINE void multiply_rows(const Vec<T>* x, const Vec<T>* p, int64_t i, Vec<T>* to) const {
+  SK_INLINE void multiply_rows(const Vec<T>* x, int64_t i, Vec<T>* to) const {
     Vec<T> sum[rows][kBlocks] = {};
     for (int64_t k = 0; k < graph.nodes; ++k) {
       const T* column = dense + k * graph.nodes + i;
@@ -350,7 +426,7 @@ struct Solver {
       }
     }
     for (int r = 0; r < rows; ++r)
-      for (int b = 0; b < kBlocks; ++b) to[(i + r) * kBlocks + b] = sum[r][b] - p[(i + r) * kBlocks + b];
+      for (int b = 0; b < kBlocks; ++b) to[(i + r) * kBlocks + b] = sum[r][b];
   }
 };
 
@@ -364,11 +440,11 @@ bool streams(const Tensor& like, const T* to, int64_t nodes) {
 
 template <class T>
 void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, const Tensor& coefficients, double mid,
-             double half, const Tensor& dense, bool conjugate, Tensor& out) {
+             double half, const Tensor& dense, double shift, bool conjugate, Tensor& out) {
   const int64_t tokens = psi.size(0), nodes = psi.size(1), token_bytes = nodes * 2 * static_cast<int64_t>(sizeof(T));
   if (tokens == 0 || nodes == 0) return;
   const Graph graph = graph_of(edges, nodes);
-  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
+  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense, shift);
   const T* from = data<T>(psi);
   T* to = mutable_data<T>(out);
   const bool streaming = streams(out, to, nodes);
@@ -376,18 +452,22 @@ void forward(const Tensor& psi, const Tensor& edges, const Tensor& weights, cons
   torch::stable::parallel_for(0, (tokens + kTile<T> - 1) / kTile<T>, grain, [&](int64_t begin, int64_t end) {
     Arena arena;
     for (int k = 0; k < 3; ++k) arena.reserve<Vec<T>>(solver.padded);
+    arena.reserve<uint16_t>(solver.scratch());
     arena.allocate();
     Vec<T>* p = arena.take<Vec<T>>(solver.padded);
     Vec<T>* first = arena.take<Vec<T>>(solver.padded);
     Vec<T>* second = arena.take<Vec<T>>(solver.padded);
+    uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
+    [[maybe_unused]] const auto unit = solver.unit();
     Ahead ahead;
+    Leaving<T> leaving(nodes, streaming);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t at = tile * kTile<T>, here = std::min<int64_t>(kTile<T>, tokens - at);
       load_tile(from + at * 2 * nodes, nodes, here, p);
       const int64_t next = at + kTile<T>, count = tile + 1 < end ? std::min<int64_t>(kTile<T>, tokens - next) : 0;
       ahead.set(from + next * 2 * nodes, nullptr, count * token_bytes, solver.steps());
-      const Vec<T>* result = solver.apply(p, first, second, conjugate ? -1 : 1, ahead);
-      store_tile(result, nodes, here, streaming, to + at * 2 * nodes);
+      leaving.set(to + at * 2 * nodes, here);
+      solver.apply(p, first, second, scratch, conjugate ? -1 : 1, ahead, leaving);
     }
     if (streaming) stream_fence();
   });
@@ -453,7 +533,7 @@ struct EdgeSums {
 // Without coefficients `grad_psi` is given, else it is the conjugate operator's result for `grad`.
 template <class T>
 void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Tensor& edges, const Tensor& weights,
-              const Tensor& coefficients, double mid, double half, const Tensor& dense, Tensor& grad_psi,
+              const Tensor& coefficients, double mid, double half, const Tensor& dense, double shift, Tensor& grad_psi,
               Tensor& edge_sums) {
   const int64_t tokens = psi.size(0), nodes = psi.size(1), count = edges.size(1);
   const int64_t token_bytes = nodes * 2 * static_cast<int64_t>(sizeof(T));
@@ -461,7 +541,7 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
   std::fill_n(sums, count, 0.0);
   if (tokens == 0 || nodes == 0) return;
   const Graph graph = graph_of(edges, nodes);
-  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense);
+  const Solver<T> solver(graph, data<T>(weights), coefficients, mid, half, dense, shift);
   const EdgesOnce once(graph);
   const bool given = solver.terms == 0;
   T* to = mutable_data<T>(grad_psi);
@@ -477,12 +557,16 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
     Arena arena;
     for (int k = 0; k < kArrays; ++k) arena.reserve<Vec<T>>(solver.padded);
     arena.reserve<Vec<T>>(count);
+    arena.reserve<uint16_t>(solver.scratch());
     arena.allocate();
     Vec<T>* tile[kArrays];
     for (auto& t : tile) t = arena.take<Vec<T>>(solver.padded);
     auto [g, first, second, z] = tile;
     EdgeSums<T> edge{once, arena.take<Vec<T>>(count)};
+    uint16_t* scratch = arena.take<uint16_t>(solver.scratch());
+    [[maybe_unused]] const auto unit = solver.unit();
     Ahead ahead;
+    Leaving<T> leaving(nodes, streaming);
     Vec<T> sign = splat(T(1));
     for (int k = 1; k < kLanes<T>; k += 2) sign[k] = -1;
     for (int64_t share = begin; share < end; ++share) {
@@ -496,8 +580,8 @@ void backward(const Tensor& grad, const Tensor& psi, const Tensor& out, const Te
           load_tile(data<T>(grad_psi) + at, nodes, here, first);
         } else {
           ahead.set(data<T>(psi) + at, data<T>(out) + at, here * token_bytes, solver.steps());
-          result = solver.apply(g, first, second, -1, ahead);
-          store_tile(result, nodes, here, streaming, to + at);
+          leaving.set(to + at, here);
+          result = solver.apply(g, first, second, scratch, -1, ahead, leaving);
         }
         Vec<T>* other = result == first ? second : first;
         load_tile(data<T>(psi) + at, nodes, here, z);
@@ -575,16 +659,17 @@ void cayley_step_interval(Tensor edges, Tensor weights, int64_t nodes, int64_t s
 }
 
 void cayley_step_fwd(Tensor psi, Tensor edges, Tensor weights, Tensor coefficients, double mid, double half,
-                     Tensor dense, bool conjugate, Tensor out) {
+                     Tensor dense, double shift, bool conjugate, Tensor out) {
   for_dtype(weights, [&](auto zero) {
-    forward<decltype(zero)>(psi, edges, weights, coefficients, mid, half, dense, conjugate, out);
+    forward<decltype(zero)>(psi, edges, weights, coefficients, mid, half, dense, shift, conjugate, out);
   });
 }
 
 void cayley_step_bwd(Tensor grad, Tensor psi, Tensor out, Tensor edges, Tensor weights, Tensor coefficients, double mid,
-                     double half, Tensor dense, Tensor grad_psi, Tensor edge_sums) {
+                     double half, Tensor dense, double shift, Tensor grad_psi, Tensor edge_sums) {
   for_dtype(weights, [&](auto zero) {
-    backward<decltype(zero)>(grad, psi, out, edges, weights, coefficients, mid, half, dense, grad_psi, edge_sums);
+    using T = decltype(zero);
+    backward<T>(grad, psi, out, edges, weights, coefficients, mid, half, dense, shift, grad_psi, edge_sums);
   });
 }
 
@@ -595,10 +680,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def("cayley_step_interval(Tensor edges, Tensor weights, int nodes, int steps, Tensor(a!) to) -> ()");
   m.def(
       "cayley_step_fwd(Tensor psi, Tensor edges, Tensor weights, Tensor coefficients, float mid, float half,"
-      " Tensor dense, bool conjugate, Tensor(a!) out) -> ()");
+      " Tensor dense, float shift, bool conjugate, Tensor(a!) out) -> ()");
   m.def(
       "cayley_step_bwd(Tensor grad, Tensor psi, Tensor out, Tensor edges, Tensor weights, Tensor coefficients,"
-      " float mid, float half, Tensor dense, Tensor(a!) grad_psi, Tensor(b!) edge_sums) -> ()");
+      " float mid, float half, Tensor dense, float shift, Tensor(a!) grad_psi, Tensor(b!) edge_sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {

@@ -20,9 +20,11 @@ back at their own, slow rate. The interval is Gershgorin's below (exactly 0 for 
 absolute values and any positive vector, $\max_i (|H| y)_i / y_i$ bounds the spectrum (Collatz, Wielandt), and a few
 steps of a power iteration bring it near the largest eigenvalue.
 
-**Dense.** Where the expansion is long, $U \psi = 2 M (\psi - i a H \psi) - \psi$ with the *real*
-$M = (I + a^2 H^2)^{-1}$: half the work of a product with $U$. Its error grows like $a \|H\|$ ulp, so from
-`CAYLEY_REAL_LIMIT` on $U$ itself is formed, from an inverse in complex128.
+**Dense.** Where the expansion is long, $U \psi = 2 M y - \psi$ with $y = \psi - i a H \psi$ and the *real*
+$M = (I + a^2 H^2)^{-1}$: half the work of a product with $U$. It is formed as $F y + (s y - \psi)$ with $F = 2 M - s I$
+and a number $s$ amid the eigenvalues of $2 M$, which leaves less to round. On a CPU with a matrix unit for bfloat16
+(AMX), $F$ and $y$ in complex64 go through it in three parts each, which hold all bits of a float32. The error grows
+like $a \|H\|$ ulp, so from `CAYLEY_REAL_LIMIT` on $U$ itself is formed, from an inverse in complex128.
 
 **COCG.** Where $H$ is too large for a dense factor and the expansion too long: conjugate gradients with the bilinear
 form $r^\top r$, for the real and the imaginary part of a token as two right-hand sides. A real start makes every
@@ -130,8 +132,8 @@ def _length(ratio: float, first: float, tolerance: float) -> int:
     return max(1, math.ceil(math.log(tolerance * (1 - ratio) / (4 * first)) / math.log(ratio)))
 
 
-def _expansion(a: float, low: float, high: float, dtype: torch.dtype) -> _Expansion | None:
-    """The expansion to two ulp of `dtype`; None if it is longer than CAYLEY_MOST_TERMS."""
+def _expansion(a: float, low: float, high: float, tolerance: float) -> _Expansion | None:
+    """The expansion to this error; None if it is longer than CAYLEY_MOST_TERMS."""
     mid, half = (low + high) / 2, (high - low) / 2
     if not math.isfinite(a * mid) or not math.isfinite(a * half):
         unusable = math.isnan(a) or math.isnan(mid)
@@ -139,35 +141,56 @@ def _expansion(a: float, low: float, high: float, dtype: torch.dtype) -> _Expans
     w = -1j * a * half / (1 + 1j * a * mid)
     root = cmath.sqrt(1 - w * w)
     q, first = w / (1 + root), 1 / ((1 + 1j * a * mid) * root)
-    terms = _length(abs(q), abs(first), numerics.CAYLEY_TRUNCATION_ULPS.of(dtype))
+    terms = _length(abs(q), abs(first), tolerance)
     if terms > numerics.CAYLEY_MOST_TERMS.value:
         return None
     return _Expansion([2 * first - 1, *(4 * first * q**k for k in range(1, terms))], mid, half or 1.0)
 
 
+def _shift(size: float) -> float:
+    """2 M at the mean of (a l)^2 for eigenvalues spread evenly up to `size`; of few digits, exact in any dtype.
+
+    Around a number amid the spectrum of 2 M the product and its roundings are small where a |H| is, and no larger
+    elsewhere.
+    """
+    return 0.0 if math.isnan(size) else round(2**9 / (1 + size * size / 3)) / 2**8
+
+
 class _Plan(NamedTuple):
     method: str  # "chebyshev", "dense" (the real factor), "unitary" (U itself) or "cocg"
     expansion: _Expansion | None
+    exact: _Expansion | None  # what the real factor is made by where that is cheaper than to invert a matrix
     a: float
+    shift: float  # of the real factor, the multiple of the identity that it lacks
 
 
-def _plan(tokens: int, nodes: int, entries: int, interval: Tensor, dt: Tensor, method: str, dtype) -> _Plan:
-    """What to run for `tokens` tokens and `entries` nonzeros of H: the cheapest by the measured costs, or as asked."""
+def _plan(
+    tokens: int, nodes: int, entries: int, interval: Tensor, dt: Tensor, method: str, dtype, *, dense_gain: float = 1.0
+) -> _Plan:
+    """What to run for `tokens` tokens and `entries` nonzeros of H: the cheapest by the measured costs, or as asked.
+
+    `dense_gain` is how many times as fast as usual the product with the dense factor is.
+    """
     a = dt.item() / 2
     low, high = interval.tolist()
-    expansion = _expansion(a, low, high, dtype)
+    tolerance = numerics.CAYLEY_TRUNCATION_ULPS.of(dtype)
+    expansion = _expansion(a, low, high, tolerance)
+    exact = _expansion(a, low, high, tolerance * numerics.CAYLEY_FACTOR_TRUNCATION.value)
     size = abs(a) * max(abs(low), abs(high))
+    factor = nodes**2 * numerics.CAYLEY_FACTOR_COST.value  # per row, as is what the expansion costs
+    if exact is not None:
+        expanded = (len(exact.coefficients) - 1) * entries * numerics.CAYLEY_SPARSE_COST.value
+        factor, exact = (expanded, exact) if expanded < factor else (factor, None)
     if method == "auto":
         sparse = math.inf if expansion is None else (len(expansion.coefficients) - 1) * entries
-        factor = nodes**3 * numerics.CAYLEY_FACTOR_COST.value / max(tokens, 1)
-        dense = (nodes**2 + factor) / numerics.CAYLEY_SPARSE_COST.value + entries
+        dense = (nodes**2 / dense_gain + factor * nodes / max(tokens, 1)) / numerics.CAYLEY_SPARSE_COST.value + entries
         if sparse <= dense:
             method = "chebyshev"
         else:
             method = "dense" if nodes <= numerics.CAYLEY_DENSE_NODES.value else "chebyshev" if expansion else "cocg"
     if method == "dense" and not size <= numerics.CAYLEY_REAL_LIMIT.value:
         method = "unitary"
-    return _Plan(method, expansion, a)
+    return _Plan(method, expansion, exact, a, _shift(size))
 
 
 def _laplacian(edges: Tensor, weights: Tensor, nodes: int) -> Tensor:
@@ -191,17 +214,19 @@ def _unitary(edges: Tensor, weights: Tensor, a: Tensor | float, nodes: int, dtyp
     return (2 * R - torch.eye(nodes, dtype=R.dtype, device=R.device)).to(dtype)
 
 
-def _real_factor(edges: Tensor, weights: Tensor, a: float, nodes: int) -> Tensor:
-    """2 M = 2 (I + a^2 H^2)^-1 in the dtype of the weights.
+def _real_factor(edges: Tensor, weights: Tensor, a: float, nodes: int, shift: float) -> Tensor:
+    """2 M - shift I, M = (I + a^2 H^2)^-1, in the dtype of the weights.
 
     For float32 by a Cholesky factor in float64: the error of the square, (a |H|)^2 times 1e-16, stays below float32's.
     """
     H = _laplacian(edges, weights, nodes)
     if weights.dtype == torch.float64:
-        return 2 * _resolvent(H, a).real
+        return 2 * _resolvent(H, a).real - shift * torch.eye(nodes, dtype=H.dtype, device=H.device)
     H *= a
     square = torch.addmm(torch.eye(nodes, dtype=H.dtype, device=H.device), H, H)
-    return (2 * torch.cholesky_inverse(torch.linalg.cholesky_ex(square)[0])).to(weights.dtype)
+    doubled = torch.cholesky_inverse(torch.linalg.cholesky_ex(square)[0]).mul_(2)
+    doubled.diagonal().sub_(shift)
+    return doubled.to(weights.dtype)
 
 
 def _table(coefficients: list[complex]) -> Tensor:
@@ -211,21 +236,39 @@ def _table(coefficients: list[complex]) -> Tensor:
 # ---- native -------------------------------------------------------------------------------------------------------
 
 
+def _native_factor(edges: Tensor, weights: Tensor, plan: _Plan, nodes: int) -> Tensor:
+    """`_real_factor`, from the expansion of its columns in float64 if that is short: 2 M = Re U + I."""
+    if plan.exact is None or weights.dtype == torch.float64:
+        return _real_factor(edges, weights, plan.a, nodes, plan.shift)
+    first, *others = (c.real for c in plan.exact.coefficients)
+    values = weights.to(torch.float64)
+    columns = torch.eye(nodes + nodes % 2, nodes, dtype=torch.float64)
+    pairs = torch.complex(columns[::2], columns[1::2])  # two columns to a token
+    image = torch.empty_like(pairs)
+    expansion = _table([first + 1.0 - plan.shift, *others]), plan.exact.mid, plan.exact.half
+    _load.native().cayley_step_fwd(pairs, edges, values, *expansion, values.new_empty(0), 0.0, False, image)
+    return torch.stack((image.real, image.imag), 1).flatten(0, 1)[:nodes].to(weights.dtype)
+
+
 def _native_operator(psi: Tensor, edges: Tensor, weights: Tensor, dt: Tensor, method: str) -> tuple[_Plan, tuple]:
-    """The plan, and the operator as the kernels take it: coefficients, mid, half, dense factor.
+    """The plan, and the operator as the kernels take it: coefficients, mid, half, dense factor, its shift.
 
     Empty for what they cannot apply.
     """
     nodes, interval = psi.shape[1], torch.empty(2, dtype=torch.float64)
     _load.native().cayley_step_interval(edges, weights, nodes, _POWER_STEPS, interval)
-    plan = _plan(psi.shape[0], nodes, nodes + 2 * edges.shape[1], interval, dt, method, weights.dtype)
+    unit = weights.dtype == torch.float32 and _load.native_module().uses_matrix_unit(nodes)
+    gain = numerics.CAYLEY_UNIT_GAIN.value if unit else 1.0
+    entries = nodes + 2 * edges.shape[1]
+    plan = _plan(psi.shape[0], nodes, entries, interval, dt, method, weights.dtype, dense_gain=gain)
     nothing = weights.new_empty(0)
     if plan.method == "chebyshev":
         expansion = plan.expansion or _Expansion([complex(math.nan, math.nan)], 0.0, 1.0)
-        return plan, (_table(expansion.coefficients), expansion.mid, expansion.half, nothing)
+        return plan, (_table(expansion.coefficients), expansion.mid, expansion.half, nothing, 0.0)
     if plan.method == "dense":
-        return plan, (_table([1.0, -1j * plan.a]), 0.0, 1.0, _real_factor(edges, weights, plan.a, nodes))
-    return plan, (_table([]), 0.0, 1.0, nothing)
+        factor = _native_factor(edges, weights, plan, nodes)
+        return plan, (_table([1.0, -1j * plan.a]), 0.0, 1.0, factor, plan.shift)
+    return plan, (_table([]), 0.0, 1.0, nothing, 0.0)
 
 
 def _applied(psi: Tensor, edges: Tensor, weights: Tensor, plan: _Plan, *, conjugate: bool) -> Tensor:
@@ -235,9 +278,9 @@ def _applied(psi: Tensor, edges: Tensor, weights: Tensor, plan: _Plan, *, conjug
         return psi @ _unitary(edges, weights, a, psi.shape[1], psi.dtype)
     if plan.method == "dense":
         H = _laplacian(edges, weights, psi.shape[1])
-        doubled = _real_factor(edges, weights, a, psi.shape[1])
-        tilted = torch.view_as_real(_turned(psi - 1j * a * _product(H.to(weights.dtype), psi)))
-        return _turned(torch.view_as_complex((doubled @ tilted.flatten(1)).view(tilted.shape))) - psi
+        tilted = psi - 1j * a * _product(H.to(weights.dtype), psi)
+        factor = _real_factor(edges, weights, a, psi.shape[1], plan.shift)
+        return _product(factor, tilted) + (plan.shift * tilted - psi)
     H = _sparse_laplacian(edges, weights, psi.shape[1])
     if plan.method == "cocg":
         return _cocg(psi, H, a)

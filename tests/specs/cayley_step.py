@@ -86,6 +86,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("zero-weights", (psi, edges, weights * 0, dt)),
         Sample("spread-weights", (tokens(g, 4, 6), six, spread * 10, dt), {"method": "chebyshev"}, **coarse),
         Sample("graded-tokens", (graded, six, spread, dt), {"method": "chebyshev"}, gradients=False),
+        Sample("graded-tokens-dense", (graded, six, spread, dt), {"method": "dense"}, gradients=False),
         Sample("graded-tokens-cocg", (graded, six, spread, dt), {"method": "cocg"}, gradients=False),
         Sample("permuted", (psi.transpose(0, 1).contiguous().transpose(0, 1), edges.T.contiguous().T, weights, dt)),
         Sample("strided", (tokens(g, 6, 18)[:, ::2], edges, weights.repeat_interleave(2)[::2], dt)),
