@@ -512,6 +512,34 @@ def test_bad_arguments():
     assert torch.equal(p.grad, torch.full((2,), 10.0))
 
 
+def test_what_is_no_bound_no_veto_or_no_optimizer_changes_nothing():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.full((2,), 10.0)
+    guard = GradGuard([p], 1.0)
+    for bound, kind in ((-1.0, ValueError), (NAN, ValueError), ("1", TypeError), (None, TypeError)):
+        with pytest.raises(kind, match=r"stablekern\.optim\.GradGuard: `max_norm`"):
+            guard.max_norm = bound
+    for veto, got in (
+        (True, "bool"),
+        (torch.tensor([True]), r"\(1,\) torch.bool"),
+        (torch.tensor(1.0), r"\(\) torch.fl"),
+    ):
+        with pytest.raises(TypeError, match=rf"`veto` must be a 0-d bool tensor: got {got}"):
+            guard(veto=veto)
+    assert guard.max_norm == 1.0 and int(guard.steps) == int(guard.skipped) == 0
+    assert torch.equal(p.grad, torch.full((2,), 10.0))
+    guard.max_norm = 5
+    guard()
+    assert exact_norm([p]) == pytest.approx(5.0, rel=1e-6)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    for wrong in (None, "sgd", [optimizer, 3]):
+        with pytest.raises(TypeError, match="`optimizer` must be an optimizer or several: got (NoneType|str|int)"):
+            guard.step(wrong)
+    assert torch.equal(p.detach(), torch.ones(2))
+    guard.step(optimizer)  # still as ready as it was
+    assert not torch.equal(p.detach(), torch.ones(2))
+
+
 def test_moved_parameters_are_noticed():
     p = nn.Parameter(torch.ones(2))
     guard = GradGuard([p], 1.0)
