@@ -108,6 +108,15 @@ def test_results_have_the_shape_of_the_right_hand_side(form, shape, rtol, backen
     assert [part.shape for part in found[1:]] == [shape[:-1]] * 3
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_iterations_without_a_bound(form, dtype, kernel):
+    A, b = banded(generator(), (2,), 9).to(dtype), torch.ones(2, 9, dtype=dtype)
+    for maxiter in (2**31, 2**32, 2**63 - 1):
+        found = solve(A, b, form, maxiter=maxiter)
+        assert (found.info == 0).all() and (found.iterations > 0).all()
+
+
 @pytest.mark.parametrize("batch", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("form", ["dense", "csr"])
 def test_one_matrix_and_a_tolerance_for_each_column(form, batch, kernel):

@@ -176,6 +176,8 @@ def test_scale():
         params = leaves(64 * g)
         GradGuard(params, 1.0)(scale=scale)
         torch.testing.assert_close(params[0].grad, g / (5 + 1e-6), rtol=1e-6, atol=0)
+    wide = leaves(3 * g.double())
+    assert float(GradGuard(wide, INF)(scale=torch.tensor(3.0))) == pytest.approx(5.0, rel=1e-14)
 
 
 def test_views_of_gradients():
@@ -238,6 +240,7 @@ def test_raise_names_the_first_bad_parameter_and_changes_nothing():
     with pytest.raises(NonFiniteError, match=r"optim\.GradGuard: the gradient of `1\.weight` must be finite"):
         guard()
     assert_untouched(list(model.parameters()), before)
+    assert float(guard.found_inf) == 1 and int(guard.steps) == 2
     with pytest.raises(RuntimeError, match="call the guard before"):
         guard.step(torch.optim.SGD(model.parameters()))
 
@@ -325,8 +328,9 @@ def test_one_flag_serves_optimizers_for_good():
         second.step()
     assert float(first.state[p[0]]["step"]) == float(second.state[q[0]]["step"]) == 2
     guard()
+    own = first.found_inf = torch.tensor(1.0)  # of somebody else
     guard.step([first, second])
-    assert first.found_inf is guard.found_inf
+    assert first.found_inf is own and second.found_inf is guard.found_inf
 
 
 def test_gradient_accumulation():

@@ -35,6 +35,12 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("blocks", ([torch.cat([poor.flatten(), random(40_000).abs(), poor.flatten()]), random(16_384).abs()],)),
         Sample("falling", ([falling, -falling],)),  # a bad entry is no 0 to the minimum or maximum of the others
         Sample("complex-large", ([1e200 * torch.complex(random(7), random(7))],), dtypes=(torch.float64,)),
+        # Finite parts, of a modulus that is not: no infinite entry.
+        Sample(
+            "complex-largest",
+            ([1.7e308 * torch.ones(2, dtype=torch.complex128) * (1 + 1j), random(3)],),
+            dtypes=(torch.float64,),
+        ),
         Sample("permuted", ([random(4, 3).t(), poor.t()],)),
         Sample("largest", ([torch.full((3, 4), 6e4, dtype=torch.float64)],)),
     ]
