@@ -87,10 +87,17 @@ def test_equals_clip_grad_norm_on_healthy_gradients(dtype, max_norm):
             torch.testing.assert_close(a.grad, b.grad, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
+def test_a_norm_just_above_the_bound_is_clipped():
+    params = leaves(torch.randn(40, dtype=torch.float64))
+    exact = exact_norm(params)
+    GradGuard(params, exact * (1 - 1e-5))()
+    assert exact_norm(params) == pytest.approx(exact * (1 - 1e-5) * (1 - 1e-6 / exact), rel=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     """One rounding to half precision, also where the factor itself would underflow float16."""
-    gradients = [torch.full((1000,), 6e4, dtype=dtype), torch.randn(7).to(dtype)]
+    gradients = [torch.full((1000,), 6e4, dtype=dtype), torch.randn(7).to(dtype), (3e4 * torch.rand(900)).to(dtype)]
     params = leaves(*gradients)
     exact = exact_norm(params)
     norm = GradGuard(params, 1e-3)()

@@ -29,6 +29,16 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("complex", ([complex_],)),
         Sample("scalar", ([random()],)),
         Sample("integers", ([torch.tensor([3, -7, 5]), torch.tensor([True, False])],)),
+        Sample(
+            "every-integer",
+            (
+                [
+                    torch.tensor([low, high, 5], dtype=dtype)
+                    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+                    for low, high in [(max(torch.iinfo(dtype).min, -(2**53)), min(torch.iinfo(dtype).max, 2**53))]
+                ],
+            ),
+        ),
         Sample("length-1", ([random(1)],)),
         Sample("empty", ([random(0, 3), random(2)],)),
         # Several blocks of 16 384 numbers, with what counts in the first, in the last or in each of them.
