@@ -167,8 +167,8 @@ def test_the_course_of_the_rate_may_be_that_of_a_longer_run():
 
 
 def test_autocast_is_for_the_model_alone():
-    model, seen = Toy(), []
-    model.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    model, seen = nn.Sequential(nn.Conv1d(3, 1, 5, padding=2), nn.Flatten(1)), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
         seen.append(outputs.dtype)
