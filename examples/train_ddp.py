@@ -69,9 +69,9 @@ def train(steps: int, rate: float, shard: bool, checkpoint: str | None = None) -
     """(Final loss over all samples, steps that were poisoned, steps that were skipped)."""
     rank, size = dist.get_rank(), dist.get_world_size()
     model, replica = build(shard)
-    optimizer = ComplexAdamW(model.parameters(), lr=2e-2, temperature=1e-9)
+    optimizer = ComplexAdamW(model.parameters(), lr=3e-2, temperature=1e-9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    guard = GradGuard(model, 0.1)
+    guard = GradGuard(model, 0.3)
     optimizer.found_inf = guard.found_inf
     inputs, targets = data()
     rng = random.Random(7)  # the same on every process

@@ -57,7 +57,7 @@ PARTS = {
         "cpu/ssd_state_update.cpp",
         "cpu/selective_state_update.cpp",
     ),
-    "solvers": ("cpu/cg.cpp", "cpu/cayley_step.cpp", "cpu/small_cayley.cpp"),
+    "solvers": ("cpu/cg.cpp", "cpu/cayley_step.cpp", "cpu/cg_csr.cpp", "cpu/small_cayley.cpp"),
     "training": ("cpu/complex_adamw.cpp", "cpu/focal_loss.cpp"),
     "edges": ("cpu/cosine_edges.cpp", "cpu/assemble_adjacency.cpp"),
     "covariance": ("cpu/covariance_blend.cpp", "cpu/sample_covariance.cpp", "cpu/chol_solve_safe.cpp"),

@@ -46,6 +46,20 @@ def test_eight_layers_keep_the_norm(model, backend, method, dt):
     assert (norms(out) / norms(psi) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dt", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("method", ["auto", *METHODS])
+@pytest.mark.parametrize("nodes", [2, 5, 16])
+def test_few_components_drift_by_their_rounding(backend, method, dt, nodes):
+    """Of many tokens the worst: what an iteration leaves is 2 ulp a step, and so is what products and sums round."""
+    g = torch.Generator().manual_seed(3)
+    edges = graph(g, nodes, min(nodes, nodes * (nodes - 3) // 2) if nodes > 2 else 0)
+    weights = 0.3 * torch.rand(edges.shape[1], generator=g)
+    out = psi = tokens(g, 4096, nodes).to(torch.complex64)
+    for _ in range(8):
+        out = cayley_step(out, edges, weights, dt, method=method)
+    assert (norms(out) / norms(psi) - 1).abs().max() < 8 * 4 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("dt", [0.02, 1.0])
 def test_back_and_forth_is_the_identity(model, backend, dt):
     edges, weights, psi = model

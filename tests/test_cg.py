@@ -96,6 +96,37 @@ def test_each_row_reaches_its_own_tolerance(form, dtype, kernel):
     assert iterations[3] < iterations[0], "a loose tolerance takes fewer steps"
 
 
+@pytest.mark.parametrize("rtol", [1e-6, torch.tensor(1e-6)])
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (3, 2, 7)])
+@pytest.mark.parametrize("form", FORMS)
+def test_results_have_the_shape_of_the_right_hand_side(form, shape, rtol, backend):
+    """A single vector too, whatever the operator and the tolerance are given as."""
+    A = banded(generator(), shape[:-1], 7)
+    b = torch.randn(shape, dtype=torch.float64, generator=generator()).requires_grad_()
+    found = solve(A, b, form, rtol=rtol)
+    assert found.x.shape == shape and torch.autograd.grad(found.x.sum(), b)[0].shape == shape
+    assert [part.shape for part in found[1:]] == [shape[:-1]] * 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_iterations_without_a_bound(form, dtype, kernel):
+    A, b = banded(generator(), (2,), 9).to(dtype), torch.ones(2, 9, dtype=dtype)
+    for maxiter in (2**31, 2**32, 2**63 - 1):
+        found = solve(A, b, form, maxiter=maxiter)
+        assert (found.info == 0).all() and (found.iterations > 0).all()
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("form", ["dense", "csr"])
+def test_one_matrix_and_a_tolerance_for_each_column(form, batch, kernel):
+    A = banded(generator(), batch, 13)
+    b = torch.randn(*batch, 13, 2, dtype=torch.float64, generator=generator())
+    for loose in ({"rtol": torch.tensor([1e-12, 1e-2])}, {"rtol": 1e-12, "atol": torch.tensor([0.0, 1e-2])}):
+        found = solve(A, b, form, method="cg", **loose)
+        assert (found.info == 0).all() and (found.iterations[..., 1] < found.iterations[..., 0] - 2).all()
+
+
 def test_absolute_tolerance(backend):
     g = generator()
     A, b = spread(g, (3,), 9), torch.randn(3, 9, dtype=torch.float64, generator=g)

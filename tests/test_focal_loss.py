@@ -46,6 +46,39 @@ def test_nan_stays_in_its_place():
     assert torch.equal(loss.isnan(), expected) and torch.equal(logits.grad.isnan(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("learned_targets", [False, True])
+def test_large_results_are_those_of_their_pieces(learned_targets, dtype, backend):
+    """Above the size from which results go past the caches, in many pieces of work, with a rest at the end."""
+    if backend != "native":
+        pytest.skip("the size of a tensor decides nothing here")
+    n, generator = 2**19 + 8191, torch.Generator().manual_seed(1)
+    logits = (4 * torch.randn(n, generator=generator, dtype=dtype)).requires_grad_()
+    targets = torch.rand(n, generator=generator, dtype=dtype).round().requires_grad_(learned_targets)
+    weight = torch.randn(n, generator=generator, dtype=dtype)
+    inputs = (logits, targets) if learned_targets else (logits,)
+
+    def results(part: slice) -> list[torch.Tensor]:
+        loss = focal_loss(logits[part], targets[part], gamma=1.5, pos_weight=3.0)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs, weight[part])]
+
+    whole, cuts = results(slice(None)), range(0, n, 50_000)
+    for i, found in enumerate(whole):
+        pieces = [results(slice(cut, cut + 50_000))[i] for cut in cuts]
+        expected = torch.cat(pieces) if i == 0 else torch.stack(pieces).sum(0)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for reduction, factor in (("mean", 1 / n), ("sum", 1.0)):
+        total = focal_loss(logits, targets, gamma=1.5, pos_weight=3.0, reduction=reduction)
+        # Strips of 32 numbers to a lane are added up in the dtype, all else in float64.
+        expected = factor * whole[0].double().sum()
+        torch.testing.assert_close(total.double(), expected, rtol=32 * torch.finfo(dtype).eps, atol=0)
+        ones = torch.autograd.grad(focal_loss(logits, targets, gamma=1.5, pos_weight=3.0).sum(), inputs)
+        for scale in (1.0, -3.0):  # ready when the backward starts, or one product away
+            found = torch.autograd.grad(scale * total, inputs, retain_graph=True)
+            for one, other in zip(found, ones, strict=True):
+                torch.testing.assert_close(one, factor * scale * other, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
 class _Zeros(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

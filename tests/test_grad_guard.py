@@ -87,10 +87,17 @@ def test_equals_clip_grad_norm_on_healthy_gradients(dtype, max_norm):
             torch.testing.assert_close(a.grad, b.grad, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
+def test_a_norm_just_above_the_bound_is_clipped():
+    params = leaves(torch.randn(40, dtype=torch.float64))
+    exact = exact_norm(params)
+    GradGuard(params, exact * (1 - 1e-5))()
+    assert exact_norm(params) == pytest.approx(exact * (1 - 1e-5) * (1 - 1e-6 / exact), rel=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     """One rounding to half precision, also where the factor itself would underflow float16."""
-    gradients = [torch.full((1000,), 6e4, dtype=dtype), torch.randn(7).to(dtype)]
+    gradients = [torch.full((1000,), 6e4, dtype=dtype), torch.randn(7).to(dtype), (3e4 * torch.rand(900)).to(dtype)]
     params = leaves(*gradients)
     exact = exact_norm(params)
     norm = GradGuard(params, 1e-3)()
@@ -176,6 +183,8 @@ def test_scale():
         params = leaves(64 * g)
         GradGuard(params, 1.0)(scale=scale)
         torch.testing.assert_close(params[0].grad, g / (5 + 1e-6), rtol=1e-6, atol=0)
+    wide = leaves(3 * g.double())
+    assert float(GradGuard(wide, INF)(scale=torch.tensor(3.0))) == pytest.approx(5.0, rel=1e-14)
 
 
 def test_views_of_gradients():
@@ -238,6 +247,7 @@ def test_raise_names_the_first_bad_parameter_and_changes_nothing():
     with pytest.raises(NonFiniteError, match=r"optim\.GradGuard: the gradient of `1\.weight` must be finite"):
         guard()
     assert_untouched(list(model.parameters()), before)
+    assert float(guard.found_inf) == 1 and int(guard.steps) == 2
     with pytest.raises(RuntimeError, match="call the guard before"):
         guard.step(torch.optim.SGD(model.parameters()))
 
@@ -325,8 +335,9 @@ def test_one_flag_serves_optimizers_for_good():
         second.step()
     assert float(first.state[p[0]]["step"]) == float(second.state[q[0]]["step"]) == 2
     guard()
+    own = first.found_inf = torch.tensor(1.0)  # of somebody else
     guard.step([first, second])
-    assert first.found_inf is guard.found_inf
+    assert first.found_inf is own and second.found_inf is guard.found_inf
 
 
 def test_gradient_accumulation():
@@ -510,6 +521,34 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="`parameter 1` must be dense"):
         GradGuard([p, table], 1.0)()
     assert torch.equal(p.grad, torch.full((2,), 10.0))
+
+
+def test_what_is_no_bound_no_veto_or_no_optimizer_changes_nothing():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.full((2,), 10.0)
+    guard = GradGuard([p], 1.0)
+    for bound, kind in ((-1.0, ValueError), (NAN, ValueError), ("1", TypeError), (None, TypeError)):
+        with pytest.raises(kind, match=r"stablekern\.optim\.GradGuard: `max_norm`"):
+            guard.max_norm = bound
+    for veto, got in (
+        (True, "bool"),
+        (torch.tensor([True]), r"\(1,\) torch.bool"),
+        (torch.tensor(1.0), r"\(\) torch.fl"),
+    ):
+        with pytest.raises(TypeError, match=rf"`veto` must be a 0-d bool tensor: got {got}"):
+            guard(veto=veto)
+    assert guard.max_norm == 1.0 and int(guard.steps) == int(guard.skipped) == 0
+    assert torch.equal(p.grad, torch.full((2,), 10.0))
+    guard.max_norm = 5
+    guard()
+    assert exact_norm([p]) == pytest.approx(5.0, rel=1e-6)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    for wrong in (None, "sgd", [optimizer, 3]):
+        with pytest.raises(TypeError, match="`optimizer` must be an optimizer or several: got (NoneType|str|int)"):
+            guard.step(wrong)
+    assert torch.equal(p.detach(), torch.ones(2))
+    guard.step(optimizer)  # still as ready as it was
+    assert not torch.equal(p.detach(), torch.ones(2))
 
 
 def test_moved_parameters_are_noticed():

@@ -333,6 +333,30 @@ def test_uncoupled_noise_is_the_same_draw():
     assert torch.equal(torch.complex(re, im), z) and float(z.detach().abs().min()) > 0
 
 
+@pytest.mark.parametrize("coupled", [True, False])
+def test_gradients_that_are_conjugate_views(coupled):
+    """Torch conjugates by a flag, which who reads the memory must heed."""
+    z, twin = (nn.Parameter(torch.ones(9, dtype=torch.complex64)) for _ in range(2))
+    ours, plain = (ComplexAdamW([p], coupled=coupled) for p in (z, twin))
+    for g in torch.randn(3, 9, dtype=torch.complex64):
+        z.grad, twin.grad = g.conj(), g.conj().resolve_conj()
+        assert z.grad.is_conj()
+        ours.step()
+        plain.step()
+    assert torch.equal(z, twin)
+
+
+def test_autograd_learns_of_a_step():
+    """A graph that saved the weights must not silently go backwards through those behind the step."""
+    p = nn.Parameter(torch.randn(5))
+    optimizer = ComplexAdamW([p])
+    late = p.square().sum()
+    p.grad = torch.ones(5)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +482,16 @@ def everything():
         return ComplexAdamW(groups, temperature=0.01, seed=77, amsgrad=True, pairs=[(values[2], values[3])], **options)
 
     return params, build
+
+
+def test_a_pickle_of_an_older_version_gets_the_options_that_it_lacks():
+    p = nn.Parameter(torch.randn(3))
+    saved = ComplexAdamW([p], capturable=True).__getstate__()
+    for key in ("capturable", "max_noise_gain"):
+        del saved["param_groups"][0][key]
+    again = ComplexAdamW.__new__(ComplexAdamW)
+    again.__setstate__(saved)
+    assert again.param_groups[0]["capturable"] is True and again.param_groups[0]["max_noise_gain"] == 1.0
 
 
 @pytest.mark.parametrize("through_a_file", [False, True])
@@ -844,17 +878,33 @@ def as_rank():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bfloat16])
+SHARDED = {
+    "real": ([torch.float32], {}),
+    "bf16": ([torch.bfloat16], {}),
+    "complex": ([torch.complex64], {}),
+    "uncoupled": ([torch.complex64], {"coupled": False}),
+    "pair": ([torch.float32] * 2, {}),
+    "uncoupled pair": ([torch.float32] * 2, {"coupled": False}),
+}
+
+
+@pytest.mark.parametrize("kind", SHARDED)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("size", [2, 4])
-def test_shards_take_the_same_steps(as_rank, dtype, dim, size):
+def test_shards_take_the_same_steps(as_rank, kind, dim, size):
     """Each rank's part of a sharded parameter, bit for bit, noise included; rows that do not divide evenly."""
     from torch.distributed.tensor import DTensor, Shard
 
-    start = torch.randn(7, 6, 2, dtype=dtype)
-    grads = [torch.randn_like(start) for _ in range(3)]
-    whole = nn.Parameter(start.clone())
-    run(ComplexAdamW([whole], temperature=0.1, seed=8), [whole], [[g] for g in grads])
+    dtypes, options = SHARDED[kind]
+    start = [torch.randn(7, 6, 2, dtype=dtype) for dtype in dtypes]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(3)]
+
+    def optimizer_of(params):
+        pairs = [tuple(params)] if len(params) == 2 else None
+        return ComplexAdamW(params, temperature=0.1, seed=8, pairs=pairs, **options)
+
+    whole = clone(start)
+    run(optimizer_of(whole), whole, grads)
     for rank in range(size):
         mesh = as_rank(rank, size)
 
@@ -866,12 +916,28 @@ def test_shards_take_the_same_steps(as_rank, dtype, dim, size):
             chunk = shard(t)
             return DTensor.from_local(chunk, mesh, [Shard(dim)], run_check=False, shape=t.shape, stride=t.stride())
 
-        p = nn.Parameter(part(start))
-        optimizer = ComplexAdamW([p], temperature=0.1, seed=8)
-        for g in grads:
-            p.grad = part(g)
+        params = [nn.Parameter(part(p)) for p in start]
+        optimizer = optimizer_of(params)
+        for step in grads:
+            for p, g in zip(params, step, strict=True):
+                p.grad = part(g)
             optimizer.step(found_inf=torch.tensor(0.0))
-        assert torch.equal(p.detach().to_local(), shard(whole))
+        for p, q in zip(params, whole, strict=True):
+            assert torch.equal(p.detach().to_local(), shard(q))
+
+
+def test_a_sharding_that_noise_cannot_follow_is_refused_before_anything_moves(as_rank):
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    p, mesh = nn.Parameter(torch.ones(3)), as_rank(0, 2)
+    strided = DTensor.from_local(torch.ones(2, 3), mesh, [_StridedShard(0, split_factor=2)], run_check=False)
+    q = nn.Parameter(strided)
+    p.grad, q.grad = torch.ones(3), strided.clone()
+    optimizer = ComplexAdamW([p, q], temperature=0.1)
+    with pytest.raises(ValueError, match="noise needs parameters that are replicated or `Shard`ed"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(3)) and not optimizer.state
 
 
 # ---- parameter groups ------------------------------------------------------------------------------------------------
@@ -904,6 +970,9 @@ class Block(nn.Module):
         self.A_log = nn.Parameter(torch.ones(4, 2))
         self.A_log._no_weight_decay = True
         self.gamma = nn.Parameter(torch.ones(4, 1, 1))
+        self.gate = nn.Parameter(torch.ones(4))
+        self.position_bias = nn.Parameter(torch.ones(3, 3))
+        self.bag = nn.EmbeddingBag(5, 4)
         self.phase = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
         self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
@@ -914,6 +983,7 @@ def test_parameter_groups():
     assert decayed["weight_decay"] == 0.1 and exempt["weight_decay"] == 0.0
     assert set(decayed["names"]) == {
         "embed.weight",
+        "bag.weight",
         "subnet_norm_proj.weight",
         "conv.parametrizations.weight.original1",
         "attention.in_proj_weight",
@@ -925,7 +995,7 @@ def test_parameter_groups():
     assert found.keys() == expected.keys() and all(found[name] is expected[name] for name in found)
     assert len(decayed["params"]) + len(exempt["params"]) == len(expected)
     undecayed = parameter_groups(model, 0.1, decay_embeddings=False)[1]["names"]
-    assert set(undecayed) - set(exempt["names"]) == {"embed.weight"}  # shared with `head`, listed once
+    assert set(undecayed) - set(exempt["names"]) == {"embed.weight", "bag.weight"}  # one shared with `head`
     for cls in (ComplexAdamW, torch.optim.AdamW):
         assert [g["weight_decay"] for g in cls(parameter_groups(model, 0.1)).param_groups] == [0.1, 0.0]
 

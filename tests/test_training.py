@@ -160,6 +160,24 @@ def test_fit_counts_steps_not_epochs_and_calls_back_in_order():
     assert seen[:2] == [("before", 1, (4, 3, 64), (4, 64)), ("after", 1)] and len(seen) == 16
 
 
+def test_the_course_of_the_rate_may_be_that_of_a_longer_run():
+    results = training.fit(Toy(), [batch()], steps=3, rate_steps=10, loss=LOSS, learning_rate=0.5, warmup=0.2)
+    expected = [0.5 * training.learning_rate_factor(s, 10, 0.2) for s in range(3)]
+    assert [r.learning_rate for r in results] == pytest.approx(expected)
+
+
+def test_autocast_is_for_the_model_alone():
+    model, seen = nn.Sequential(nn.Conv1d(3, 1, 5, padding=2), nn.Flatten(1)), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        seen.append(outputs.dtype)
+        return LOSS(outputs, labels)
+
+    (result,) = training.fit(model, [batch()], steps=1, loss=loss, autocast=torch.bfloat16)
+    assert seen == [torch.bfloat16, torch.float32] and result.finite
+
+
 def test_fit_learns_and_repeats_itself_under_one_seed():
     def run(seed: int) -> list[float]:
         torch.manual_seed(seed)
@@ -240,8 +258,8 @@ def recording(seconds: int = 100, marked: slice = slice(0, 160)) -> Recording:
 def test_random_windows_are_balanced_and_repeat_under_one_seed(monkeypatch):
     windows = WindowDataset(recording(), window_seconds=2, stride_seconds=0.25)  # a tenth holds a discharge
 
-    def draw(seed: int) -> tuple[list[int], list[bool]]:
-        loader = training.random_windows(windows, batch_size=5, steps=80, seed=seed)
+    def draw(seed: int, rank: int = 0) -> tuple[list[int], list[bool]]:
+        loader = training.random_windows(windows, batch_size=5, steps=80, seed=seed, rank=rank)
         starts, positive = [], []
         assert len(loader) == 80
         for data, labels in loader:
@@ -254,7 +272,7 @@ def test_random_windows_are_balanced_and_repeat_under_one_seed(monkeypatch):
     assert len(set(starts)) > 100 and all(p == (s < 160) for s, p in zip(starts, positive, strict=True))
     # 400 draws with probability 1/2 each: 4 standard deviations are 0.1.
     assert abs(np.mean(positive) - 0.5) < 0.1
-    assert draw(0)[0] == starts and draw(1)[0] != starts
+    assert draw(0)[0] == starts and draw(1)[0] != starts and draw(0, rank=1)[0] != starts
     monkeypatch.setenv("BGB_SMOKE_TEST", "1")
     assert np.mean(draw(0)[1]) < 0.2
 

@@ -205,6 +205,32 @@ def test_a_rate_that_stays_low_is_noticed_once(tmp_path):
     assert quick.report().notices == ()
 
 
+def test_rates_that_are_low_now_and_then_are_not(tmp_path):
+    guard = guarded(
+        tmp_path, torch.optim.SGD, lambda o: LambdaLR(o, lambda step: 1e-4 if step % 3 else 1.0), total_steps=50
+    )
+    run(guard, [batch() for _ in range(12)])  # eight low steps of which two follow each other: 5 % are 2.5
+    assert guard.report().notices == ()
+
+
+def test_a_rate_that_is_a_tensor_stays_that_tensor(tmp_path):
+    """A captured or compiled step reads it where it is: also behind a step that was left out, of a loop of its own."""
+    guard = guarded(tmp_path, OPTIMIZERS["tensor lr"], lambda o: StepLR(o, 1, 0.5), warmup_steps=4)
+    (optimizer,), (scheduler,) = guard.optimizers, guard.schedulers
+    rate = optimizer.param_groups[0]["lr"]
+    run(guard, [batch()])
+    assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.05)
+    value = guard.model(**batch(1.0)).square().mean()
+    value.backward()
+    guard.check(value)
+    guard.withhold()
+    optimizer.step()
+    scheduler.step()
+    guard.settle()
+    assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.05)
+    assert scheduler.last_epoch == 1
+
+
 def test_a_step_that_raises_leaves_the_rates(tmp_path):
     guard = guarded(tmp_path, torch.optim.SGD, warmup_steps=10)
     optimizer, original = guard.optimizers[0], torch.Tensor.add_
@@ -245,6 +271,15 @@ def test_poisoned_weights_come_back(name, what, tmp_path, late):
     assert all(t.isfinite().all() for s in guard.optimizers[0].state.values() for t in s.values() if torch.is_tensor(t))
     last = run(guard, [batch(), batch()])
     assert guard.report().taken == 7 and not same(last[0], last[1])
+
+
+def test_only_weights_of_a_step_that_was_taken_are_kept(tmp_path):
+    """Finite weights that give nothing but NaN are not what to go back to."""
+    guard = guarded(tmp_path, torch.optim.SGD, keep_every=1, rollback_after=2)
+    before = [p.detach().clone() for p in guard.model.parameters()]
+    course = run(guard, [batch(), batch(1.0), batch(1.0)])
+    assert guard.report().rollbacks == 1 and not same(course[0], before)
+    assert same([p.detach() for p in guard.model.parameters()], before)
 
 
 def test_values_that_were_moved_to_other_memory_are_seen(tmp_path):
@@ -466,6 +501,15 @@ def test_a_loss_scale_that_comes_down_is_no_hit(tmp_path):
     assert "1 steps left out while the loss scale came down" in str(report)
 
 
+def test_a_loss_scale_that_cannot_come_down_is_one(tmp_path):
+    guard = guarded(tmp_path, torch.optim.SGD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    value = guard.model(**batch(1.0)).square().mean()
+    scaler.scale(value).backward()
+    guard.step(value, scaler=scaler)
+    assert (guard.report().overflows, guard.report().gradients) == (0, 1)
+
+
 def test_state_survives_a_restart(tmp_path):
     guard = guarded(tmp_path, warmup_steps=10, halve_after=1)
     run(guard, [batch(), batch(1.0), batch()])
@@ -475,6 +519,29 @@ def test_state_survives_a_restart(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "guard.pt", weights_only=True))
     assert again.learning_rates() == guard.learning_rates() == [pytest.approx(0.1 * 0.5 * 0.3)]
     assert again.report().steps == 3
+
+
+def test_a_restart_goes_on_with_the_row_of_skipped_steps(tmp_path):
+    guard, again = guarded(tmp_path), guarded(tmp_path)
+    run(guard, [batch(), batch(1.0)])
+    again.load_state_dict(guard.state_dict())
+    run(again, [batch(1.0)])
+    assert (again.lr_factor, again.report().halvings) == (0.5, 1)
+
+
+def test_what_is_loaded_is_what_to_go_back_to(tmp_path):
+    """A checkpoint of an earlier step, brought into a run that has kept weights of its own."""
+    guard, early = guarded(tmp_path, torch.optim.SGD), guarded(tmp_path, torch.optim.SGD)
+    run(guard, [batch(), batch()])
+    guard.model.load_state_dict(early.model.state_dict())
+    guard.load_state_dict(early.state_dict())
+    (after,) = run(guard, [batch()])
+    with torch.no_grad():
+        guard.model.linear.weight.fill_(NAN)
+    run(guard, [batch()])
+    assert same([p.detach() for p in guard.model.parameters()], list(early.model.parameters())) and not same(
+        after, list(early.model.parameters())
+    )
 
 
 def test_closed_the_rates_are_the_schedulers(tmp_path):

@@ -222,7 +222,8 @@ def complex_adamw_kernel(
         gain = 1.0 / (_root(s) + scalar(noise_eps, WIDE))
         gain = tl.load(rates + 3) * tl.minimum(gain, tl.where(v == 0.0, tl.minimum(cap, 1.0), cap))
         if GIVEN:
-            n_re, n_im = _load_parts(normals_ptr, unit, first, size, WIDE, KIND, ALIGNED, BLOCK)
+            GIVEN_AS: tl.constexpr = COMPLEX if TWO else KIND  # a pair's, too, are side by side in one tensor
+            n_re, n_im = _load_parts(normals_ptr, unit, first, size, WIDE, GIVEN_AS, ALIGNED, BLOCK)
         else:
             COUNT: tl.constexpr = BLOCK * WIDTH // 4
             block = (tl.load(offsets_ptr + unit) + first) * WIDTH // 4 + tl.arange(0, COUNT)

@@ -1,11 +1,11 @@
-// Conjugate gradients, a whole solve at a time: dense systems a few per thread, in turns; sparse ones (cg_lanes.h) one
-// per lane.
+// Conjugate gradients for dense systems, a whole solve at a time and a few systems per thread, in turns. (Sparse ones:
+// cg_csr.cpp.)
 //
 // A product with a dense A is the sum of A's rows, each times one entry of the vector: for a Hermitian or symmetric A
 // rows serve as columns (conjugated, for a Hermitian one), so no sum runs across lanes but those of the inner products.
 // A small matrix stays in the first-level cache for all iterations; up to kHeld vectors long, A p never leaves the
 // registers.
-#include "stablekern/cg_lanes.h"
+#include "stablekern/cg_call.h"
 #include "stablekern/krylov.h"
 #include "stablekern/lanes.h"
 #include "stablekern/lapack.h"
@@ -33,7 +33,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPrefetched = 64 * 64, kPrefetchedPerIteration = 1024, kLine = 64;  // elements of a matrix; bytes
 constexpr int64_t kMostTurns = 4, kTurnBytes = 40 * 1024;  // systems that take turns, and the size of their matrices
-constexpr int64_t kRowsPerTask = 64;
 constexpr int kHeld = 4;  // vectors of a row in registers
 // A matrix of sizes within 2^30 is used as it is: no square of what it makes of numbers around 1 leaves float's range.
 constexpr int kPlainExponent = 30;
@@ -562,33 +561,28 @@ class Solver {
 
 // ---- all systems --------------------------------------------------------------------------------------------------
 
-// What a call gives to each thread.
 template <class S>
-struct DenseCall {
-  const S *A, *b, *x0, *blocks;
-  const RealOf<S>*rtol, *atol;
-  int64_t n, columns, block, block_count, each_rtol, each_atol, maxiter;
-  RealOf<S> asymmetry;
-  S* x;
-  int32_t *info, *iterations;
-  RealOf<S>* residual;
-
-  System<S> system(int64_t at) const {
-    return {b + at * n,
-            x0 == nullptr ? nullptr : x0 + at * n,
-            blocks == nullptr ? nullptr : blocks + at / columns * block_count,
-            block,
-            rtol[at * each_rtol],
-            atol[at * each_atol],
-            maxiter,
-            x + at * n};
-  }
-  void report(int64_t at, const Outcome<RealOf<S>>& out) const {
-    info[at] = out.info;
-    iterations[at] = static_cast<int32_t>(out.iterations);
-    residual[at] = out.residual;
-  }
+struct DenseCall : CgCall<S> {
+  const S* A;
 };
+
+template <class S>
+System<S> system_of(const CgCall<S>& call, int64_t at) {
+  return {call.b + at * call.n,
+          call.x0 == nullptr ? nullptr : call.x0 + at * call.n,
+          call.blocks == nullptr ? nullptr : call.blocks + at / call.columns * call.block_count,
+          call.block,
+          call.rtol[at * call.each_rtol],
+          call.atol[at * call.each_atol],
+          call.maxiter,
+          call.x + at * call.n};
+}
+template <class S>
+void report(const CgCall<S>& call, int64_t at, const Outcome<RealOf<S>>& out) {
+  call.info[at] = out.info;
+  call.iterations[at] = static_cast<int32_t>(out.iterations);
+  call.residual[at] = out.residual;
+}
 
 // Systems one after the other.
 template <class S, int W, int kMethod>
@@ -618,7 +612,7 @@ class Queue {
   const char *ahead = nullptr, *ahead_end = nullptr;
 
   SK_NOINLINE void next() {
-    call.report(at, solver.out);
+    report(call, at, solver.out);
     running = ++at < last;
     if (running) open();
   }
@@ -635,8 +629,8 @@ class Queue {
           ahead_end = reinterpret_cast<const char*>(here + 2 * entries);
         }
       }
-      if (solver.begin(matrix, call.system(at))) return;
-      call.report(at, solver.out);
+      if (solver.begin(matrix, system_of(call, at))) return;
+      report(call, at, solver.out);
       running = ++at < last;
       if (!running) return;
     }
@@ -692,156 +686,11 @@ Solve<S> solver_for(int64_t vectors, int method, bool preconditioned) {
 void cg_fwd(Tensor A, Tensor b, std::optional<Tensor> x0, std::optional<Tensor> blocks, Tensor rtol, Tensor atol,
             int64_t maxiter, int64_t method, double asymmetry, Tensor x, Tensor info, Tensor iterations,
             Tensor residual) {
-  const int64_t n = b.size(2);
   dispatch(b, [&]<class S>(S) {
-    using T = RealOf<S>;
-    const DenseCall<S> call{data<S>(A),
-                            data<S>(b),
-                            data<S>(x0),
-                            data<S>(blocks),
-                            data<T>(rtol),
-                            data<T>(atol),
-                            n,
-                            b.size(1),
-                            blocks ? blocks->size(2) : 0,
-                            blocks ? blocks->size(1) * blocks->size(2) * blocks->size(3) : 0,
-                            rtol.size(0) > 1,
-                            atol.size(0) > 1,
-                            maxiter,
-                            static_cast<T>(asymmetry),
-                            mutable_data<S>(x),
-                            mutable_data<int32_t>(info),
-                            mutable_data<int32_t>(iterations),
-                            mutable_data<T>(residual)};
-    const Solve<S> solve =
-        solver_for<S>((n + kLanes<T> - 1) / kLanes<T>, static_cast<int>(method), blocks.has_value());
-    torch::stable::parallel_for(0, b.size(0) * b.size(1), 1,
-                                [&](int64_t begin, int64_t end) { solve(call, begin, end); });
-  });
-}
-
-// ---- sparse systems, one per lane ---------------------------------------------------------------------------------
-
-// What a call gives to each group of lanes.
-template <class S>
-struct SparseCall {
-  Pattern pattern;
-  const S *values, *b, *x0, *blocks;
-  const RealOf<S>*rtol, *atol;
-  int64_t systems, columns, block, block_count, each_rtol, each_atol, maxiter;
-  RealOf<S> asymmetry;
-  S* x;
-  int32_t *info, *iterations;
-  RealOf<S>* residual;
-};
-
-// One system for each lane, at its offset in `from`; lanes beyond `lanes` are 0.
-template <class S>
-void fill_lanes(const S* from, const int64_t* offsets, int lanes, int64_t count, Element<S>* to) {
-  std::fill_n(to, count, Element<S>{});
-  for (int lane = 0; lane < lanes; ++lane)
-    for (int64_t i = 0; i < count; ++i) set_lane<S>(to, i, lane, from[offsets[lane] + i]);
-}
-
-template <class S, int kMethod>
-SK_NOINLINE void solve_group(const SparseCall<S>& call, int64_t first, const LaneRoom<S>& room) {
-  using T = RealOf<S>;
-  constexpr int L = kLanes<T>;
-  const Pattern& pattern = call.pattern;
-  const int lanes = static_cast<int>(std::min<int64_t>(L, call.systems - first));
-  const auto offsets = [&](int64_t size, int64_t divisor) {
-    std::array<int64_t, L> at{};
-    for (int lane = 0; lane < lanes; ++lane) at[lane] = (first + lane) / divisor * size;
-    return at;
-  };
-  const auto vectors = offsets(pattern.n, 1);
-  fill_lanes<S>(call.values, offsets(pattern.nnz, call.columns).data(), lanes, pattern.nnz, room.values);
-  fill_lanes<S>(call.b, vectors.data(), lanes, pattern.n, room.b);
-  LaneSolver<S, kMethod> solver{pattern, room, call.block, {}, {}, 0, call.asymmetry, {}, {}, {}};
-  solver.maxiter = static_cast<typename VecTypes<T>::integer>(call.maxiter);
-  for (int lane = 0; lane < lanes; ++lane) {
-    solver.rtol[lane] = call.rtol[(first + lane) * call.each_rtol];
-    solver.atol[lane] = call.atol[(first + lane) * call.each_atol];
-  }
-  Vec<T> probe{}, size{}, side_probe{};
-  for (int64_t t = 0; t < pattern.nnz; ++t) {
-    size = max(part_size(room.values[t]), size);
-    probe = probe_finite(room.values[t], probe);
-  }
-  const IVec<T> exponent = lane_exponents<T>(size);
-  const Vec<T> length = solver.largest(room.b, side_probe);
-  const IVec<T> scale = lane_exponents<T>(length), into = exponent - scale;
-  // What is not finite is passed over by `largest`, but not by its probe.
-  const Mask<T> zero = equal(length + side_probe, Vec<T>{});
-  for (int64_t t = 0; t < pattern.nnz; ++t) room.values[t] = lane_scaled<T>(room.values[t], -exponent);
-  for (int64_t i = 0; i < pattern.n; ++i) room.b[i] = lane_scaled<T>(room.b[i], -scale);
-  solver.atol = lane_scaled<T>(solver.atol, -scale);
-  if (call.block > 0) {
-    fill_lanes<S>(call.blocks, offsets(call.block_count, call.columns).data(), lanes, call.block_count, room.blocks);
-    for (int64_t i = 0; i < call.block_count; ++i) room.blocks[i] = lane_scaled<T>(room.blocks[i], exponent);
-  }
-  std::fill_n(room.y, pattern.n, Element<S>{});
-  if (call.x0 != nullptr) {
-    fill_lanes<S>(call.x0, vectors.data(), lanes, pattern.n, room.y);
-    for (int64_t i = 0; i < pattern.n; ++i) room.y[i] = lane_scaled<T>(room.y[i], into);
-    solver.largest(room.y, probe);
-  }
-  const Mask<T> readable = equal(probe + side_probe, Vec<T>{});
-  for (int64_t i = 0; i < pattern.n; ++i) room.y[i] = select(zero, Element<S>{}, room.y[i]);
-  solver.run(call.x0 != nullptr, zero, select_int<T>(readable | zero, IVec<T>{}, IVec<T>{} + kNonFinite));
-  solver.residual = lane_scaled<T>(solver.residual, scale);
-  for (int64_t i = 0; i < pattern.n; ++i) room.y[i] = lane_scaled<T>(room.y[i], -into);
-  const T nan = std::numeric_limits<T>::quiet_NaN();
-  for (int lane = 0; lane < lanes; ++lane) {
-    const int64_t at = first + lane;
-    const bool failed = solver.info[lane] >= kNonFinite;
-    call.info[at] = static_cast<int32_t>(solver.info[lane]);
-    call.iterations[at] = static_cast<int32_t>(solver.iterations[lane]);
-    call.residual[at] = failed ? nan : solver.residual[lane];
-    for (int64_t i = 0; i < pattern.n; ++i)
-      call.x[at * pattern.n + i] = failed ? S(nan) : get_lane<S>(room.y, i, lane);
-  }
-}
-
-void cg_csr_fwd(Tensor crow, Tensor col, Tensor values, Tensor b, std::optional<Tensor> x0,
-                std::optional<Tensor> blocks, Tensor rtol, Tensor atol, int64_t maxiter, int64_t method,
-                double asymmetry, Tensor x, Tensor info, Tensor iterations, Tensor residual) {
-  const int64_t n = b.size(2), nnz = col.size(0), systems = b.size(0) * b.size(1);
-  dispatch(b, [&]<class S>(S) {
-    using T = RealOf<S>;
-    constexpr int L = kLanes<T>;
-    const int64_t block_count = blocks ? blocks->size(1) * blocks->size(2) * blocks->size(3) : 0;
-    const SparseCall<S> call{{data<int64_t>(crow), data<int64_t>(col), n, nnz},
-                             data<S>(values),
-                             data<S>(b),
-                             data<S>(x0),
-                             data<S>(blocks),
-                             data<T>(rtol),
-                             data<T>(atol),
-                             systems,
-                             b.size(1),
-                             blocks ? blocks->size(2) : 0,
-                             block_count,
-                             rtol.size(0) > 1,
-                             atol.size(0) > 1,
-                             maxiter,
-                             static_cast<T>(asymmetry),
-                             mutable_data<S>(x),
-                             mutable_data<int32_t>(info),
-                             mutable_data<int32_t>(iterations),
-                             mutable_data<T>(residual)};
-    const auto solve = [&] {
-      if constexpr (kIsComplex<S>)
-        if (method == kSymmetric) return solve_group<S, kSymmetric>;
-      return method == kAny ? solve_group<S, kAny> : solve_group<S, kHermitian>;
-    }();
-    torch::stable::parallel_for(0, (systems + L - 1) / L, 1, [&](int64_t begin, int64_t end) {
-      Arena arena;
-      LaneRoom<S>::reserve(arena, n, nnz, block_count);
-      arena.allocate();
-      const LaneRoom<S> room(arena, n, nnz, block_count);
-      for (int64_t group = begin; group < end; ++group) solve(call, group * L, room);
-    });
+    constexpr int L = kLanes<RealOf<S>>;
+    const DenseCall<S> call{{b, x0, blocks, rtol, atol, maxiter, asymmetry, x, info, iterations, residual}, data<S>(A)};
+    const Solve<S> solve = solver_for<S>((call.n + L - 1) / L, static_cast<int>(method), blocks.has_value());
+    torch::stable::parallel_for(0, call.systems, 1, [&](int64_t begin, int64_t end) { solve(call, begin, end); });
   });
 }
 
@@ -893,26 +742,6 @@ void cg_bwd(Tensor adjoint, Tensor x, int64_t method, Tensor grad) {
   });
 }
 
-// The entries of the sum over k of -adjoint x^H that the pattern has.
-void cg_csr_bwd(Tensor crow, Tensor col, Tensor adjoint, Tensor x, Tensor grad) {
-  const int64_t batch = x.size(0), columns = x.size(1), n = x.size(2), nnz = col.size(0);
-  const auto *starts = data<int64_t>(crow), *places = data<int64_t>(col);
-  dispatch(x, [&]<class S>(S) {
-    const S *l = data<S>(adjoint), *v = data<S>(x);
-    S* out = mutable_data<S>(grad);
-    torch::stable::parallel_for(0, batch * n, kRowsPerTask, [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t item = at / n, i = at % n, first = item * columns * n;
-        for (int64_t t = starts[i]; t < starts[i + 1]; ++t) {
-          S sum(0);
-          for (int64_t k = 0; k < columns; ++k) sum -= l[first + k * n + i] * conjugate(v[first + k * n + places[t]]);
-          out[item * nnz + t] = sum;
-        }
-      }
-    });
-  });
-}
-
 }  // namespace
 }  // namespace stablekern
 
@@ -920,17 +749,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "cg_fwd(Tensor A, Tensor b, Tensor? x0, Tensor? blocks, Tensor rtol, Tensor atol, int maxiter, int method,"
       " float asymmetry, Tensor(a!) x, Tensor(b!) info, Tensor(c!) iterations, Tensor(d!) residual) -> ()");
-  m.def(
-      "cg_csr_fwd(Tensor crow, Tensor col, Tensor values, Tensor b, Tensor? x0, Tensor? blocks, Tensor rtol, Tensor atol,"
-      " int maxiter, int method, float asymmetry, Tensor(a!) x, Tensor(b!) info, Tensor(c!) iterations,"
-      " Tensor(d!) residual) -> ()");
-  m.def("cg_csr_bwd(Tensor crow, Tensor col, Tensor adjoint, Tensor x, Tensor(a!) grad_values) -> ()");
   m.def("cg_bwd(Tensor adjoint, Tensor x, int method, Tensor(a!) grad_A) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stablekern_native, CPU, m) {
   m.impl("cg_fwd", TORCH_BOX(&stablekern::cg_fwd));
-  m.impl("cg_csr_fwd", TORCH_BOX(&stablekern::cg_csr_fwd));
-  m.impl("cg_csr_bwd", TORCH_BOX(&stablekern::cg_csr_bwd));
   m.impl("cg_bwd", TORCH_BOX(&stablekern::cg_bwd));
 }

@@ -29,17 +29,19 @@ struct Stats {
   int64_t nan = 0, inf = 0;
   double low = std::numeric_limits<double>::infinity(), high = -low, sum = 0;
 
-  void add(double value) {
-    if (std::isnan(value)) {
+  // `size` stands for a number with the parts `re` and `im`; of finite parts it may be infinite.
+  void add(double re, double im, double size) {
+    if (std::isnan(re) || std::isnan(im)) {
       ++nan;
-    } else if (std::isinf(value)) {
+    } else if (std::isinf(re) || std::isinf(im)) {
       ++inf;
     } else {
-      low = std::min(low, value);
-      high = std::max(high, value);
-      sum += value;
+      low = std::min(low, size);
+      high = std::max(high, size);
+      sum += size;
     }
   }
+  void add(double value) { add(value, 0, value); }
   void join(const Stats& other) {
     nan += other.nan;
     inf += other.inf;
@@ -99,12 +101,11 @@ void add_halves(const S* p, int64_t n, Stats& stats) {
   }
 }
 
-// The modulus; NaN if either part is, else infinite if either part is.
 template <class T>
 void add_complex(const std::complex<T>* p, int64_t n, Stats& stats) {
   for (int64_t i = 0; i < n; ++i) {
     const double re = p[i].real(), im = p[i].imag();
-    stats.add(std::isnan(re) || std::isnan(im) ? std::numeric_limits<double>::quiet_NaN() : std::hypot(re, im));
+    stats.add(re, im, std::hypot(re, im));
   }
 }
 

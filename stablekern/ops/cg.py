@@ -140,8 +140,8 @@ def _(adjoint: Tensor, x: Tensor, method: int) -> Tensor:
 
 
 def _column(tolerance: Tensor, b: Tensor) -> Tensor:
-    """(m, k, 1), or one element."""
-    return tolerance.reshape(*b.shape[:2], 1) if tolerance.numel() > 1 else tolerance.reshape(1, 1, 1)
+    """One element for each row of b (..., n), or one for all; with the dimensions of b either way."""
+    return tolerance.reshape(*b.shape[:-1], 1) if tolerance.numel() > 1 else tolerance.reshape([1] * b.dim())
 
 
 def _block_product(blocks: Tensor, n: int) -> Callable[[Tensor], Tensor]:
@@ -441,7 +441,7 @@ class _Callable(NamedTuple):
                 forward, adjoint = adjoint, forward
         operator = _krylov.Operator(forward, exponent, adjoint, given and preconditioner)
         looks = 1 if b.device.type == "cpu" else 0 if torch.cuda.is_current_stream_capturing() else _CALLABLE_LOOKS
-        control = _krylov.Control(rtol[..., None], atol[..., None], maxiter, looks)
+        control = _krylov.Control(_column(rtol, b), _column(atol, b), maxiter, looks)
         info = torch.where(torch.isfinite(self.size), 0, NON_FINITE)
         # The size is that of A on one vector: |A| may be n^1/2 times that.
         symmetry = torch.full_like(self.size, numerics.CG_ASYMMETRY_ULPS.of(b.dtype) * b.shape[-1] ** 0.5)

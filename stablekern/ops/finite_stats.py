@@ -1,8 +1,9 @@
 r"""Counts of NaN and infinity, and the range of what is finite, for a list of tensors, without leaving the device.
 
 Each tensor gives one entry of every field. For a complex tensor an entry is NaN if either part is, else infinite if
-either part is, and the range is that of the modulus. The values are float64 whatever the input: sums of float32 and
-half-precision entries then neither overflow nor lose digits, and every such value is represented exactly.
+either part is, and the range is that of the modulus (inf beyond the largest float64). The values are float64 whatever
+the input: sums of float32 and half-precision entries then neither overflow nor lose digits, and every such value is
+represented exactly.
 
 No derivative, so no backward; the native kernel takes all tensors in one pass, as a table of addresses.
 """
@@ -37,7 +38,11 @@ class FiniteStats(NamedTuple):
 def _reference_of_one(x: Tensor) -> tuple[float, ...]:
     values = [complex(v) for v in x.flatten().tolist()]
     nan = sum(math.isnan(v.real) or math.isnan(v.imag) for v in values)
-    finite = [abs(v) if x.is_complex() else v.real for v in values if math.isfinite(v.real) and math.isfinite(v.imag)]
+    finite = [
+        math.hypot(v.real, v.imag) if x.is_complex() else v.real
+        for v in values
+        if math.isfinite(v.real) and math.isfinite(v.imag)
+    ]
     span = (min(finite), max(finite), math.fsum(finite) / len(finite)) if finite else (math.nan,) * 3
     return nan, len(values) - nan - len(finite), *span, len(values)
 

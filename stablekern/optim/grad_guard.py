@@ -281,7 +281,7 @@ class GradGuard:
         self._parameters = _named(params)
         self._names, self._tensors = tuple(name for name, _ in self._parameters), [p for _, p in self._parameters]
         self._room = room_for(len(self._parameters))  # of the native kernels' table
-        self.max_norm = _check.number(_WHERE, "max_norm", max_norm, low=0.0)
+        self.max_norm = max_norm
         _check.choice(_WHERE, "policy", policy, ("skip", "zero", "raise"))
         self.policy = policy
         device = self._parameters[0][1].device if self._parameters else torch.device("cpu")
@@ -292,6 +292,14 @@ class GradGuard:
         self._checked: tuple[tuple[str, ...], Tensor] | None = None
         self._bad = self.found_inf
         self._ready, self._unscaled = False, False
+
+    @property
+    def max_norm(self) -> float:
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        self._max_norm = _check.number(_WHERE, "max_norm", value, low=0.0)  # a negative one would turn gradients round
 
     def __repr__(self) -> str:
         return f"GradGuard({len(self._parameters)} parameters, max_norm={self.max_norm:g}, policy={self.policy!r})"
@@ -310,11 +318,12 @@ class GradGuard:
         **Returns:** the norm before clipping, a 0-d float64 tensor on the device of the first parameter; inf or NaN if
         a gradient is, unless the policy is "zero". 0 if there are no gradients.
 
-        **Raises:** `NonFiniteError` under "raise"; `TypeError` for sparse gradients, `ValueError` for a scale <= 0, for
-        a veto under another policy, or if the parameters were moved to another device after the guard was made.
+        **Raises:** `NonFiniteError` under "raise"; `TypeError` for sparse gradients or another veto, `ValueError` for a
+        scale <= 0, for a veto under another policy, or if the parameters were moved to another device since the guard
+        was made.
         """
-        if veto is not None and self.policy != "skip":
-            raise ValueError(message(_WHERE, '`veto` is for the policy "skip"', repr(self.policy)))
+        if veto is not None:
+            self._check_veto(veto)
         inverse = self._inverse(scale)
         gathered = self._gather()
         if gathered is None:
@@ -352,6 +361,13 @@ class GradGuard:
         self._bad = bad.to(torch.float32)
         self._ready, self._unscaled = True, scale is not None
         return norm
+
+    def _check_veto(self, veto: Any) -> None:
+        if self.policy != "skip":
+            raise ValueError(message(_WHERE, '`veto` is for the policy "skip"', repr(self.policy)))
+        if not isinstance(veto, Tensor) or veto.dtype != torch.bool or veto.dim() != 0:
+            got = f"{tuple(veto.shape)} {veto.dtype}" if isinstance(veto, Tensor) else type(veto).__name__
+            raise TypeError(message(_WHERE, "`veto` must be a 0-d bool tensor", got))
 
     def _gather(self) -> tuple[tuple[str, ...], list[Tensor], Tensor] | None:
         """Names, gradients and their table; None if the usual way must be taken."""
@@ -418,10 +434,13 @@ class GradGuard:
         clean and with a smaller scale. The scaler's record of these gradients is joined with the guard's, or made from
         it if the guard did the unscaling. Under "zero" the step is taken, and the scale still backs off.
 
-        **Raises:** `RuntimeError` if the guard was not called since the last `step`, or if the gradients are still
-        scaled, or were unscaled twice.
+        **Raises:** `TypeError` for what has no `step`; `RuntimeError` if the guard was not called since the last
+        `step`, or if the gradients are still scaled, or were unscaled twice.
         """
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+        for one in optimizers:
+            if not callable(getattr(one, "step", None)):
+                raise TypeError(message(_WHERE, "`optimizer` must be an optimizer or several", type(one).__name__))
         if not self._ready:
             raise RuntimeError(message(_WHERE, "call the guard before `step`: these gradients have not been checked"))
         if scaler is not None and scaler.is_enabled():

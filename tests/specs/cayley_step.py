@@ -134,6 +134,7 @@ SPECS = (
                 r"`edges` must hold each undirected edge once: got \(\d, \d\) again",
             ),
             (_call(dt=float("nan")), ValueError, "`dt` must be a number: got nan"),
+            (_call(dt=float("inf")), ValueError, "`dt` must be finite: got inf"),
             (_call(dt=torch.ones(2)), ValueError, r"`dt` must have the shape \(\): got \(2,\)"),
             (_call(dt=torch.tensor(1)), TypeError, "`dt` must be one of .*: got int64"),
             (_call(method="cg"), ValueError, "`method` must be one of 'auto', 'chebyshev', 'dense', 'cocg': got 'cg'"),

@@ -29,12 +29,28 @@ def samples(g: torch.Generator) -> list[Sample]:
         Sample("complex", ([complex_],)),
         Sample("scalar", ([random()],)),
         Sample("integers", ([torch.tensor([3, -7, 5]), torch.tensor([True, False])],)),
+        Sample(
+            "every-integer",
+            (
+                [
+                    torch.tensor([low, high, 5], dtype=dtype)
+                    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+                    for low, high in [(max(torch.iinfo(dtype).min, -(2**53)), min(torch.iinfo(dtype).max, 2**53))]
+                ],
+            ),
+        ),
         Sample("length-1", ([random(1)],)),
         Sample("empty", ([random(0, 3), random(2)],)),
         # Several blocks of 16 384 numbers, with what counts in the first, in the last or in each of them.
         Sample("blocks", ([torch.cat([poor.flatten(), random(40_000).abs(), poor.flatten()]), random(16_384).abs()],)),
         Sample("falling", ([falling, -falling],)),  # a bad entry is no 0 to the minimum or maximum of the others
         Sample("complex-large", ([1e200 * torch.complex(random(7), random(7))],), dtypes=(torch.float64,)),
+        # Finite parts, of a modulus that is not: no infinite entry.
+        Sample(
+            "complex-largest",
+            ([1.7e308 * torch.ones(2, dtype=torch.complex128) * (1 + 1j), random(3)],),
+            dtypes=(torch.float64,),
+        ),
         Sample("permuted", ([random(4, 3).t(), poor.t()],)),
         Sample("largest", ([torch.full((3, 4), 6e4, dtype=torch.float64)],)),
     ]
