@@ -237,6 +237,17 @@ def test_a_limited_step_has_no_gradient_whatever_comes_back(backend_or_interpret
         assert (grad[0, 0, [0, 4]] == 0).all()
 
 
+@pytest.mark.parametrize("bias", [None, 0.5])
+def test_a_negative_step_is_refused(backend_or_interpreter, bias):
+    """Whatever the limits would make of it; a bias that lifts it, or softplus, makes it a step."""
+    x, dt, one = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1), -0.5 if bias is None else -1.0), torch.ones(1, 1, 1, 1)
+    named = {"dt_bias": None if bias is None else torch.full((1,), bias), "dt_limit": (0.1, 2.0)}
+    with pytest.raises(ValueError, match=r"ssd_scan: `dt` \+ `dt_bias` must be >= 0 without `dt_softplus`: got -0.5"):
+        ssd_scan(x, dt, -torch.ones(1), one, one, **named)
+    for fine in (named | {"dt_bias": torch.ones(1)}, named | {"dt_softplus": True}):
+        assert torch.isfinite(ssd_scan(x, dt, -torch.ones(1), one, one, **fine)).all()
+
+
 @pytest.mark.parametrize("value", [-200.0, -30.0, 0.0, 30.0, 1e30])
 def test_softplus_and_gate_take_any_number(backend_or_interpreter, value):
     """Very negative steps and gates go to 0, very large ones to themselves; no gradient is NaN."""

@@ -153,12 +153,8 @@ def _(*arguments):
     return outputs
 
 
-def _real_only(gate: Tensor, *others: object) -> str | None:
-    return "complex states" if gate.is_complex() else None
-
-
-@launcher("linear_scan_fwd", device="cuda", backend="triton", supports=_real_only)
-@launcher("linear_scan_fwd", device="cpu", backend="triton", supports=_real_only)
+@launcher("linear_scan_fwd", device="cuda", backend="triton")
+@launcher("linear_scan_fwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.linear_scan import linear_scan_fwd
 
@@ -167,8 +163,8 @@ def _(*arguments):
     return outputs
 
 
-@launcher("linear_scan_bwd", device="cuda", backend="triton", supports=_real_only)
-@launcher("linear_scan_bwd", device="cpu", backend="triton", supports=_real_only)
+@launcher("linear_scan_bwd", device="cuda", backend="triton")
+@launcher("linear_scan_bwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.linear_scan import linear_scan_bwd
 
