@@ -138,11 +138,7 @@ def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
     per_group = x.shape[1] // groups if groups else 1
     enter, leave = (M.to(A.dtype).repeat_interleave(per_group, dim=1) for M in (B, C))
     moved = torch.exp(step[..., None] * A) * state + (step * x)[..., None] * enter
-    if lower is not None:
-        moved = torch.clamp(moved, lower, upper)
-    elif upper is not None:
-        size = moved.abs()
-        moved = torch.where(size > upper, moved * (upper / size), moved)
+    moved = _state_clamp.clamped(moved, lower, upper)
     state.copy_(moved)
     y = (moved * leave).sum(-1)
     y = 2 * y.real if y.is_complex() else y
