@@ -237,6 +237,20 @@ def test_a_limited_step_has_no_gradient_whatever_comes_back(backend_or_interpret
         assert (grad[0, 0, [0, 4]] == 0).all()
 
 
+@pytest.mark.parametrize("head", range(3))
+@pytest.mark.parametrize("step", [0, 40])
+def test_one_negative_step_is_found(backend, head, step):
+    (x, dt, A, B, C), _ = case(2, 41, 3, 20, 1, 2)
+    dt[0, step, head] = -0.25
+    with pytest.raises(ValueError, match="got -0.25"):
+        ssd_scan(x, dt, A, B, C)
+    dt[0, step, head] = torch.nan
+    y = ssd_scan(x, dt, A, B, C, dt_limit=(0.1, 2.0), state_clamp=1.0)
+    assert torch.isnan(y[0, step:, head]).all(), "NaN passes the limits and the clamp"
+    y[0, step:, head] = 0
+    assert torch.isfinite(y).all()
+
+
 @pytest.mark.parametrize("bias", [None, 0.5])
 def test_a_negative_step_is_refused(backend_or_interpreter, bias):
     """Whatever the limits would make of it; a bias that lifts it, or softplus, makes it a step."""
@@ -271,7 +285,8 @@ def test_softplus_and_gate_take_any_number(backend_or_interpreter, value):
 @pytest.mark.parametrize(("width", "dtype"), [(3, torch.float32), (20, torch.float64)])
 def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_interpreter, width, dtype, direction):
     (x, dt, A, B, C), optional = case(2, 37, 4, width, 2, 5, dtype=dtype)
-    state, bounds = optional["initial_state"], {"state_clamp": (-0.3, 0.5), "initial_state": optional["initial_state"]}
+    # Bounds without 0 between them: what lies beside the states, and holds 0, must not be counted.
+    state, bounds = optional["initial_state"], {"state_clamp": (0.1, 0.5), "initial_state": optional["initial_state"]}
     y, share = ssd_scan(x, dt, A, B, C, **bounds, **direction, return_saturation=True)
     torch.testing.assert_close(y, ssd_scan(x, dt, A, B, C, **bounds, **direction), rtol=0, atol=0)
     backwards = torch.tensor(["reverse" in direction] * 2 + [bool(direction)] * 2)
@@ -280,7 +295,7 @@ def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_int
         place = torch.where(backwards, 36 - t, t)
         token, step, enter = ((M[:, place, [0, 1, 2, 3]]) for M in (x, dt, B.repeat_interleave(2, dim=2)))
         free = torch.exp(step * A)[..., None, None] * state + (step[..., None] * token)[..., None] * enter[..., None, :]
-        state = free.clamp(-0.3, 0.5)
+        state = free.clamp(0.1, 0.5)
         changed = changed + (state != free).sum((2, 3))
     assert 0 < share.min() < share.max() < 1
     torch.testing.assert_close(share, changed.to(dtype) / (37 * width * 5))
