@@ -367,9 +367,10 @@ def test_agrees_with_the_slow_path_of_transformers(backend):
 
 
 @pytest.mark.parametrize("clamp", [None, 0.4])
+@pytest.mark.parametrize("is_complex", [False, True], ids=["real", "complex"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_one_by_one_are_the_scan(backend, dtype, clamp):
-    args, optional = case(2, 20, 25, 2, 7, dtype=dtype)
+def test_steps_one_by_one_are_the_scan(backend, dtype, is_complex, clamp):
+    args, optional = case(2, 20, 25, 2, 7, dtype=dtype, is_complex=is_complex)
     (u, delta, A, B, C), state = args, optional.pop("initial_state")
     y, last = selective_scan(
         *args, **optional, delta_softplus=True, initial_state=state, state_clamp=clamp
@@ -382,6 +383,20 @@ def test_steps_one_by_one_are_the_scan(backend, dtype, clamp):
         )  # fmt: skip
         torch.testing.assert_close(step, y[..., t])
     torch.testing.assert_close(own, last)
+
+
+@pytest.mark.parametrize("clamp", [None, 1.0])
+@pytest.mark.parametrize("bad", [complex("nan"), complex(0, float("nan"))])
+def test_a_bad_complex_state_stays_alone(backend, clamp, bad):
+    """Either part of it, in the step that follows: its own next state and its channel's output, nothing else."""
+    g = torch.Generator().manual_seed(0)
+    x, dt, A = torch.randn(2, 5, generator=g), torch.rand(2, 5, generator=g), -torch.rand(5, 9, generator=g) + 1j
+    B, C = (torch.randn(2, 9, generator=g, dtype=torch.complex64) for _ in range(2))
+    state = torch.randn(2, 5, 9, generator=g, dtype=torch.complex64)
+    state[1, 3, 4] = bad
+    y = selective_state_update(state, x, dt, A, B, C, state_clamp=clamp)
+    assert torch.nonzero(torch.isnan(state)).tolist() == [[1, 3, 4]]
+    assert torch.nonzero(torch.isnan(y)).tolist() == [[1, 3]]
 
 
 def test_the_state_changes_in_place_whatever_its_strides(backend):

@@ -94,19 +94,20 @@ _fwd = define(
 )
 
 
-@launcher(
-    "selective_state_update_fwd",
-    device="cpu",
-    backend="native",
-    supports=lambda state, *_: "complex states" if state.is_complex() else None,
-)
-def _(state, *tensors_and_flag):
-    *tensors, dt_softplus = tensors_and_flag
-    dtype, wide = tensors[0].dtype, tensors[2].dtype
+@launcher("selective_state_update_fwd", device="cpu", backend="native")
+def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
+    dtype, wide = x.dtype, A.real.dtype if A.is_complex() else A.dtype
+    own = state.to(A.dtype).contiguous()
+    projections = [B, C]
+    rate, moving = A, own
+    if A.is_complex():  # parts as neighbours, and 2 Re(C h) as the inner product of parts
+        projections = [torch.view_as_real(M) for M in (B, 2 * C.conj())]
+        rate, moving = torch.view_as_real(A), torch.view_as_real(own)
+        upper = None if upper is None else upper.repeat_interleave(2, dim=-1)
+    tensors = (x, dt, rate, *projections, D, z, dt_bias, lower, upper)
     tensors = [None if tensor is None else tensor.to(wide).contiguous() for tensor in tensors]
-    own = state.to(wide).contiguous()
     y = torch.empty_like(tensors[0])
-    _load.native().selective_state_update_fwd(own, *tensors, dt_softplus, y)
+    _load.native().selective_state_update_fwd(moving, *tensors, dt_softplus, y)
     if own is not state:
         state.copy_(own)
     return y.to(dtype)
