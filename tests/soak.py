@@ -83,7 +83,10 @@ def eigh_case(case: int) -> dict[str, float]:
 
 
 def ssd_scan_case(case: int) -> dict[str, float]:
-    """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2)."""
+    """Outputs and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2).
+
+    Each optional input in half of the cases, softplus and limits of the steps, either direction or both.
+    """
     g = _generator("ssd_scan", case)
     b, length, h = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 5)
     p, n, groups = _integer(g, 1, 9), _integer(g, 1, 20), 1
@@ -94,36 +97,53 @@ def ssd_scan_case(case: int) -> dict[str, float]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).float()
 
-    inputs = [
-        normal(b, length, h, p), normal(b, length, h).abs() * 0.1 * spread, -normal(h).abs() - 0.01,
-        normal(b, length, groups, n), normal(b, length, groups, n),
-    ]  # fmt: skip
+    inputs = {
+        "x": normal(b, length, h, p), "dt": normal(b, length, h).abs() * 0.1 * spread, "A": -normal(h).abs() - 0.01,
+        "B": normal(b, length, groups, n), "C": normal(b, length, groups, n),
+    }  # fmt: skip
     clamp = 0.5 if _integer(g, 0, 3) == 0 else None
-    weight = normal(b, length, h, p)
+    weights = normal(b, length, h, p), normal(b, h, p, n)
+    optional = {
+        "D": normal(h, p) if _integer(g, 0, 1) else normal(h), "z": normal(b, length, h, p),
+        "dt_bias": normal(h).abs() * 0.1 * spread, "initial_state": normal(b, h, p, n),
+    }  # fmt: skip
+    inputs |= {name: tensor for name, tensor in optional.items() if _integer(g, 0, 1)}
+    options = {"dt_softplus": bool(_integer(g, 0, 1)), "state_clamp": clamp, "return_last_state": True}
+    if way := (None, None, "reverse", "bidirectional" if groups == 2 else None)[_integer(g, 0, 3)]:
+        options[way] = True
+    raw = inputs["dt"].double() + inputs.get("dt_bias", torch.zeros(())).double()
+    step = torch.nn.functional.softplus(raw) if options["dt_softplus"] else raw
+    limits = tuple(step.flatten().quantile(torch.tensor([0.1, 0.8], dtype=torch.float64)).tolist())
+    if _integer(g, 0, 2) == 0 and all(((step / limit - 1).abs() > 1e-5).all() for limit in limits):
+        options["dt_limit"] = limits  # not where rounding decides whether a step is limited
 
-    def run(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        y = function(*leaves, state_clamp=clamp)
-        return [y.detach(), *torch.autograd.grad((y * weight.to(dtype)).sum(), leaves)]
+    def run(function: Callable, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        outputs = function(**leaves, **options)
+        loss = sum((o * weight.to(dtype)).sum() for o, weight in zip(outputs, weights, strict=True))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return dict(zip(("y", "last state", *leaves), (*(o.detach() for o in outputs), *grads), strict=True))
 
     plain, ours = run(ssd_spine.reference, torch.float32), run(stablekern.ssd_scan, torch.float32)
-    # The gradient of A sums one term per item and step, which may cancel to a thousandth: what rounds is their size.
-    # A rate of its own for each item and step makes the terms visible in the exact gradient.
-    inputs[2] = inputs[2].expand(b, length, h)
+    # The gradient of a parameter sums one term per item and step, which may cancel to a thousandth: what rounds is
+    # their size. A parameter of its own for each item and step makes the terms visible in the exact gradient.
+    for name in inputs.keys() & {"A", "D", "dt_bias"}:
+        each = (b, length, h, p) if name == "D" else (b, length, h)
+        inputs[name] = inputs[name].view(h, -1).expand(each) if name == "D" else inputs[name].expand(each)
     exact = run(ssd_spine.reference, torch.float64)
-    scales = [truth.abs().max() for truth in exact]
-    scales[3] = exact[3].abs().sum((0, 1)).max()
-    exact[3] = exact[3].sum((0, 1))
     worst = 0.0
-    for mine, theirs, truth, scale in zip(ours, plain, exact, scales, strict=True):
+    for name, truth in exact.items():
+        scale = truth.abs().max()
+        if name in ("A", "D", "dt_bias"):
+            over = (0, 1, 3) if name == "D" and ours[name].dim() == 1 else (0, 1)
+            truth, scale = truth.sum(over), truth.abs().sum(over).max()
         scale = scale.clamp_min(1e-30)
         floor = 16 * torch.finfo(torch.float32).eps
-        error = float((mine.double() - truth).abs().max() / scale)
-        allowed = float((theirs.double() - truth).abs().max() / scale) + floor
+        error = float((ours[name].double() - truth).abs().max() / scale)
+        allowed = float((plain[name].double() - truth).abs().max() / scale) + floor
         if not error <= 2 * allowed:
-            raise AssertionError(
-                f"ssd_scan case {case}: b={b} l={length} h={h} p={p} n={n} clamp={clamp}: {error} for {allowed}"
-            )
+            sizes = f"b={b} l={length} h={h} p={p} n={n} g={groups} {options}"
+            raise AssertionError(f"ssd_scan case {case}: {sizes} {list(inputs)}, {name}: {error} for {allowed}")
         worst = max(worst, error / allowed)
     return {"error over that of the loop": worst}
 

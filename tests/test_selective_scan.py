@@ -158,9 +158,10 @@ def test_a_bad_number_stays_in_its_channel_and_item(backend, value):
         torch.testing.assert_close(spoilt[index][[0, 2]], clean[index][[0, 2]], rtol=0, atol=0)
 
 
-def test_nothing_leaks_out_of_unused_lanes(backend):
+@pytest.mark.parametrize("states", [2, 3])
+def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter, states):
     """Where B or C is infinite, lanes beyond the last channel hold 0 * inf; no result may see that."""
-    args, _ = case(2, 3, 20, 1, 2)
+    args, _ = case(2, 3, 20, 1, states)
     u, delta, A, B, C = args
     u.abs_(), C.abs_()
     B[..., 11] = float("inf")
@@ -170,6 +171,10 @@ def test_nothing_leaks_out_of_unused_lanes(backend):
     _, _, _, grad_B, grad_C = torch.autograd.grad(y.sum(), leaves)
     assert torch.isfinite(grad_B).all(), "d y / d B does not depend on B"
     assert torch.isfinite(grad_C[..., :11]).all() and torch.isposinf(grad_C[..., 11:]).all()
+    B.data.abs_().nan_to_num_(posinf=1.0), C.data[..., 11].fill_(float("inf"))
+    _, _, _, grad_B, grad_C = torch.autograd.grad(selective_scan(*leaves).sum(), leaves)
+    assert torch.isfinite(grad_C).all(), "d y / d C does not depend on C"
+    assert torch.isposinf(grad_B[..., :12]).all() and torch.isfinite(grad_B[..., 12:]).all()
 
 
 def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):

@@ -137,6 +137,31 @@ def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter):
     assert torch.isinf(y).all() and torch.isinf(last).all()
 
 
+@pytest.mark.parametrize("clamp", [None, (-1e30, torch.inf)])
+@pytest.mark.parametrize(("width", "states"), [(3, 2), (4, 3)])
+@pytest.mark.parametrize("infinite", ["B", "C"])
+def test_nothing_leaks_into_gradients(backend_or_interpreter, infinite, width, states, clamp):
+    """An infinite number in a step, all others positive: gradients are infinite or finite, and nowhere 0 * inf."""
+    args, optional = case(2, 7, 3, width, 1, states)
+    x, dt, A, B, C = args
+    for tensor in (x, dt, B, C, start := optional["initial_state"]):
+        tensor.abs_()
+    (B if infinite == "B" else C)[:, 4] = float("inf")
+    leaves = {"x": x, "dt": dt, "B": B, "C": C, "initial_state": start}
+    leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
+    y = ssd_scan(**leaves, A=A, state_clamp=clamp)
+    grads = dict(zip(leaves, torch.autograd.grad(y.sum(), list(leaves.values())), strict=True))
+    after = torch.arange(7) >= 4
+    if infinite == "B":
+        assert torch.isfinite(grads["B"]).all() and torch.isfinite(grads["initial_state"]).all()
+        assert torch.isposinf(grads["C"][:, after]).all() and torch.isfinite(grads["C"][:, ~after]).all()
+    else:
+        assert torch.isfinite(grads["C"]).all() and torch.isposinf(grads["initial_state"]).all()
+        later = torch.arange(7) > 4
+        assert torch.isposinf(grads["B"][:, ~later]).all() and torch.isfinite(grads["B"][:, later]).all()
+        assert torch.isposinf(grads["x"][:, ~later]).all() and torch.isfinite(grads["x"][:, later]).all()
+
+
 def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):
     args, _ = case(2, 60, 3, 6, 1, 9)
     _, last = ssd_scan(*args, state_clamp=(-0.25, 0.125), return_last_state=True)
