@@ -190,6 +190,21 @@ def test_a_saturated_step_forgets_its_past(backend_or_interpreter):
     torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not decay", "ignore:overflow encountered")  # ours, and the interpreter's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_growth_is_an_exponential_to_two_ulp(backend_or_interpreter, dtype):
+    """As below, up to where the numbers end; beyond, inf."""
+    largest = 88.7 if dtype == torch.float32 else 709.7
+    A = torch.cat([torch.linspace(0, largest, 2001), torch.tensor([largest + 0.1, 1e4, torch.inf])]).to(dtype)
+    x, nothing = torch.zeros(1, 1, A.numel(), 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    start = torch.ones(1, A.numel(), 1, 1, dtype=dtype)
+    _, last = ssd_scan(x, start[..., 0].mT, A, nothing, nothing, initial_state=start, return_last_state=True)
+    exact = torch.exp(A.double())[:-3]
+    spacing = (torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)) - exact.to(dtype)).double()
+    assert ((last.flatten()[:-3].double() - exact).abs() <= 2 * spacing).all()
+    assert torch.isposinf(last.flatten()[-3:]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_decay_is_an_exponential_to_two_ulp(backend_or_interpreter, dtype):
     """With nothing coming in, one step turns a state of 1 into exp(dt A): a sweep of `exp` through underflow to 0."""

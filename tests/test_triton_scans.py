@@ -88,3 +88,22 @@ def test_the_modulus_neither_overflows_nor_vanishes(backend, dtype, bound):
         )
     for state in (last, streamed):
         torch.testing.assert_close(state[0, :, 0], expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not decay", "ignore:overflow encountered")  # ours, and the interpreter's
+@pytest.mark.parametrize("spine", [ssd_scan, selective_scan], ids=["ssd", "selective"])
+def test_nothing_stays_nothing_where_a_segment_would_overflow(spine):
+    """States that double 185 times in a segment, cut along time: all zero until the last step comes."""
+    length = 96
+    step, one = torch.full((1, 1, length), 4.0), torch.ones(1, 1, 1, length)
+    x = torch.zeros(1, 1, length)
+    x[..., -1] = 3.0
+    with stablekern.use_backend("triton"):
+        if spine is selective_scan:
+            A = torch.ones(1, 1)
+            y, last = selective_scan.selective_scan(x, step, A, one, one, return_last_state=True)
+        else:
+            args = x.mT[..., None], step.mT, torch.ones(1), one.permute(0, 3, 1, 2), one.permute(0, 3, 1, 2)
+            y, last = ssd_scan.ssd_scan(*args, return_last_state=True)
+    torch.testing.assert_close(y.flatten(), 4 * x.flatten(), rtol=0, atol=0)
+    assert last.item() == 12
