@@ -173,6 +173,7 @@ def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter, states):
     assert torch.isfinite(grad_C[..., :11]).all() and torch.isposinf(grad_C[..., 11:]).all()
     B.data.abs_().nan_to_num_(posinf=1.0), C.data[..., 11].fill_(float("inf"))
     _, _, _, grad_B, grad_C = torch.autograd.grad(selective_scan(*leaves).sum(), leaves)
+    assert torch.isposinf(selective_scan(torch.full_like(u, torch.inf), *leaves[1:])).all(), "nor beyond the last state"
     assert torch.isfinite(grad_C).all(), "d y / d C does not depend on C"
     assert torch.isposinf(grad_B[..., :12]).all() and torch.isfinite(grad_B[..., 12:]).all()
 

@@ -128,11 +128,13 @@ def test_a_bad_item_stays_alone(backend, value):
         torch.testing.assert_close(spoilt[index][[0, 2]], clean[index][[0, 2]], rtol=0, atol=0)
 
 
-def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter):
-    """Infinite inputs make lanes beyond the last channel 0 * inf; no output may see that."""
-    args, optional = case(2, 5, 1, 3, 1, 2)
-    args[0].abs_(), args[4].abs_()
-    args[3][:] = float("inf")
+@pytest.mark.parametrize("states", [2, 3])
+@pytest.mark.parametrize("infinite", [0, 3], ids=["x", "B"])
+def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter, infinite, states):
+    """Infinite inputs make lanes beyond the last channel, or state, 0 * inf; no output may see that."""
+    args, optional = case(2, 5, 1, 3, 1, states)
+    args[0].abs_(), args[3].abs_(), args[4].abs_()
+    args[infinite][:] = float("inf")
     y, last = ssd_scan(*args, return_last_state=True)
     assert torch.isinf(y).all() and torch.isinf(last).all()
 
