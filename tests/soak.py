@@ -147,7 +147,7 @@ def ssd_scan_case(case: int) -> dict[str, float]:
         options["dt_limit"] = limits  # not where rounding decides whether a step is limited
 
     def run(function: Callable, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in inputs.items()}
         outputs = function(**leaves, **options)
         loss = sum((o * weight.to(dtype)).sum() for o, weight in zip(outputs, weights, strict=True))
         grads = torch.autograd.grad(loss, list(leaves.values()))

@@ -104,8 +104,8 @@ def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
         projections = [torch.view_as_real(M) for M in (B, 2 * C.conj())]
         rate, moving = torch.view_as_real(A), torch.view_as_real(own)
         upper = None if upper is None else upper.repeat_interleave(2, dim=-1)
-    tensors = (x, dt, rate, *projections, D, z, dt_bias, lower, upper)
-    tensors = [None if tensor is None else tensor.to(wide).contiguous() for tensor in tensors]
+    given = (x, dt, rate, *projections, D, z, dt_bias, lower, upper)
+    tensors = [None if tensor is None else tensor.to(wide).contiguous() for tensor in given]
     y = torch.empty_like(tensors[0])
     _load.native().selective_state_update_fwd(moving, *tensors, dt_softplus, y)
     if own is not state:
