@@ -106,7 +106,7 @@ def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
         upper = None if upper is None else upper.repeat_interleave(2, dim=-1)
     given = (x, dt, rate, *projections, D, z, dt_bias, lower, upper)
     tensors = [None if tensor is None else tensor.to(wide).contiguous() for tensor in given]
-    y = torch.empty_like(tensors[0])
+    y = x.new_empty(x.shape, dtype=wide)
     _load.native().selective_state_update_fwd(moving, *tensors, dt_softplus, y)
     if own is not state:
         state.copy_(own)

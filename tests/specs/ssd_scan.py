@@ -37,7 +37,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         return torch.randn(args[0].shape[2:], generator=g, dtype=torch.float64)
 
     def bounds(args, optional):
-        return -per_channel(args, optional).abs(), 0.5 * torch.ones(args[2].shape, dtype=torch.float64)
+        return -per_channel(args, optional).abs(), torch.linspace(0.2, 0.8, args[2].numel(), dtype=torch.float64)
 
     def yes(args, optional):
         return True
