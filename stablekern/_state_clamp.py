@@ -78,3 +78,29 @@ def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tupl
 def changed(free: Tensor, lower: Tensor | None, upper: Tensor) -> Tensor:
     """Where a clamp changes `free`, the states before it; `upper` alone is a modulus."""
     return free.abs() > upper if lower is None else (free < lower) | (free > upper)
+
+
+def clamped(free: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
+    """The states after a clamp; `upper` alone is a modulus, and without it there is no clamp."""
+    if upper is None:
+        return free
+    if lower is not None:
+        return torch.clamp(free, lower, upper)
+    modulus = free.abs()
+    outside = modulus > upper
+    # The unit vector first: it cannot overflow.
+    return torch.where(outside, free / torch.where(outside, modulus, 1.0) * upper, free)
+
+
+def through_clamp(grad: Tensor, free: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
+    """The gradient before the clamp, of what came out as `clamped(free)`."""
+    if upper is None:
+        return grad
+    if lower is not None:
+        return torch.where((free >= lower) & (free <= upper), grad, 0.0)
+    modulus = free.abs()
+    outside = modulus > upper
+    modulus = torch.where(outside, modulus, 1.0)
+    unit = free / modulus
+    along = unit.real * grad.real + unit.imag * grad.imag
+    return torch.where(outside, (upper / modulus) * (grad - unit * along), grad)

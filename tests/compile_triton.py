@@ -63,12 +63,12 @@ WIDE_PAIRS = dict.fromkeys(("grad_ptr", "edges_ptr", "inverse_ptr"), "*fp32")
 
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
 LINEAR = integers("rows", "first_channel", "some", "channels", "length") | {"changed_ptr": "*i32"}
-ROWS = {"STAGES": 4, "ROWS": 32, "COUNT": False}
 SSD = integers(
     *("length", "heads", "width", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length"),
     *("head_tiles", "column_tiles", "start_item", "start_segment", "start_n", "start_channel"),
-    *("carry_item", "carry_segment", "carry_n", "carry_channel"),
+    *("carry_item", "carry_segment", "carry_n", "carry_channel", "elements"),
 )
+SSD_STEPS = {"BLOCK": 256, "HAS_BIAS": True}
 
 STATE_UPDATE = dict.fromkeys(("HAS_D", "HAS_Z", "HAS_BIAS", "HAS_CLAMP", "SOFTPLUS"), True)
 STATE_UPDATE_TYPES = integers(
@@ -105,6 +105,12 @@ def ssd(io: str, P: int, K: int, N: int, R: int, **constants: bool) -> Launch:
     tile |= {"HAS_BACKWARD": False, "HAS_Z": False, "COUNT": False}
     types = SSD | {"changed_ptr": "*i32"}
     return Launch(tile | constants, types, (io,), warps=1, registers=255 if "HAS_CARRY" in constants else None)
+
+
+def linear(io_types: tuple[str, ...], **constants: bool) -> Launch:
+    """Rows with an initial state, as the launcher makes them."""
+    given = {"STAGES": 4, "ROWS": 32, "HAS_FIRST": True, "COMPLEX": False, "COUNT": False}
+    return Launch(given | constants, LINEAR, io_types, warps=1, registers=255)
 
 
 GRAPHS = integers(
@@ -234,6 +240,10 @@ LAUNCHES = {
         Launch({"HAS_FIRST": False, "FACTOR_PER_ROW": False, "REVERSE": True, "BLOCK": 128}, JOIN, REAL),
     ),
     # The streams of the detector (16 heads of 8, 16 states; 8 heads of 4, 8 states), and a large state.
+    **{
+        f"ssd_scan_{name}_kernel": tuple(Launch(SSD_STEPS | {"SOFTPLUS": yes}, SSD, REAL) for yes in (True, False))
+        for name in ("steps", "through_steps")
+    },
     "ssd_scan_segment_kernel": (
         ssd("fp32", 8, 4, 16, 8, REVERSE=False, HAS_BACKWARD=True),
         ssd("fp64", 4, 4, 8, 8, REVERSE=True, HAS_Z=True),
@@ -280,13 +290,17 @@ LAUNCHES = {
         selective("fp32", 1, 16, 1, backward=True, HAS_CLAMP=True, FULL=False, COMPLEX=True, HAS_BACKWARD=True),
     ),
     "linear_scan_fwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, ("fp64",), 1, 255),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS, "COUNT": True}, LINEAR, REAL, 1, 255),
+        linear(("fp32",), HAS_CLAMP=False, REVERSE=False),
+        linear(("fp64",), HAS_CLAMP=True, REVERSE=True),
+        linear(REAL, HAS_CLAMP=True, REVERSE=True, COUNT=True),
+        linear(("fp32",), HAS_CLAMP=False, REVERSE=False, COMPLEX=True),
+        linear(REAL, HAS_CLAMP=True, REVERSE=True, COMPLEX=True, COUNT=True),
     ),
     "linear_scan_bwd_kernel": (
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": False, "REVERSE": False, **ROWS}, LINEAR, ("fp32",), 1, 255),
-        Launch({"HAS_FIRST": True, "HAS_CLAMP": True, "REVERSE": True, **ROWS}, LINEAR, REAL, 1, 255),
+        linear(("fp32",), HAS_CLAMP=False, REVERSE=False),
+        linear(REAL, HAS_CLAMP=True, REVERSE=True),
+        linear(("fp32",), HAS_CLAMP=False, REVERSE=False, COMPLEX=True),
+        linear(REAL, HAS_CLAMP=True, REVERSE=True, COMPLEX=True),
     ),
     **{
         f"cosine_edges_{way}_kernel": (

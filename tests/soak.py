@@ -82,8 +82,40 @@ def eigh_case(case: int) -> dict[str, float]:
     return worst
 
 
+def _ssd_scan_sizes(inputs: dict, weights: tuple[torch.Tensor, torch.Tensor], options: dict) -> dict[str, torch.Tensor]:
+    """For the gradients of steps and rates, the largest sum of the sizes of their terms, one of each state and step.
+
+    They may cancel to a thousandth, and what rounds is their size. Every state is a head here, with a rate, a step and
+    a bias of its own at every step, so that the terms are gradients.
+    """
+    named = {name: tensor.double() for name, tensor in inputs.items()}
+    (b, length, h, p), n = named["x"].shape, named["B"].shape[3]
+    shape = b, length, h, p, n
+
+    def each(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.expand(shape).reshape(b, length, h * p * n)
+
+    def projection(M: torch.Tensor) -> torch.Tensor:
+        return each(M.repeat_interleave(h // M.shape[2], dim=2)[:, :, :, None])[..., None]
+
+    by_head = {name: each(named[name][..., None, None]) for name in ("dt", "A", "dt_bias") if name in named}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in by_head.items()}
+    rest = {"x": each(named["x"][..., None])[..., None], "B": projection(named["B"]), "C": projection(named["C"])}
+    if "initial_state" in named:
+        rest["initial_state"] = named["initial_state"].reshape(b, h * p * n, 1, 1)
+    weight = weights[0].double() * (torch.nn.functional.silu(named["z"]) if "z" in named else 1)
+    y, last = ssd_spine.reference(**leaves, **rest, **options)
+    loss = (y[..., 0] * each(weight[..., None])).sum() + (last.flatten(1) * weights[1].double().flatten(1)).sum()
+    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    found = {name: terms.abs().view(shape).sum((3, 4)) for name, terms in found.items()}
+    return {name: (sizes if name == "dt" else sizes.sum((0, 1))).max() for name, sizes in found.items()}
+
+
 def ssd_scan_case(case: int) -> dict[str, float]:
-    """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2)."""
+    """Outputs and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2).
+
+    Each optional input in half of the cases, softplus and limits of the steps, either direction or both.
+    """
     g = _generator("ssd_scan", case)
     b, length, h = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 5)
     p, n, groups = _integer(g, 1, 9), _integer(g, 1, 20), 1
@@ -94,36 +126,48 @@ def ssd_scan_case(case: int) -> dict[str, float]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).float()
 
-    inputs = [
-        normal(b, length, h, p), normal(b, length, h).abs() * 0.1 * spread, -normal(h).abs() - 0.01,
-        normal(b, length, groups, n), normal(b, length, groups, n),
-    ]  # fmt: skip
+    inputs = {
+        "x": normal(b, length, h, p), "dt": normal(b, length, h).abs() * 0.1 * spread, "A": -normal(h).abs() - 0.01,
+        "B": normal(b, length, groups, n), "C": normal(b, length, groups, n),
+    }  # fmt: skip
     clamp = 0.5 if _integer(g, 0, 3) == 0 else None
-    weight = normal(b, length, h, p)
+    weights = normal(b, length, h, p), normal(b, h, p, n)
+    optional = {
+        "D": normal(h, p) if _integer(g, 0, 1) else normal(h), "z": normal(b, length, h, p),
+        "dt_bias": normal(h).abs() * 0.1 * spread, "initial_state": normal(b, h, p, n),
+    }  # fmt: skip
+    inputs |= {name: tensor for name, tensor in optional.items() if _integer(g, 0, 1)}
+    options = {"dt_softplus": bool(_integer(g, 0, 1)), "state_clamp": clamp, "return_last_state": True}
+    if way := (None, None, "reverse", "bidirectional" if groups == 2 else None)[_integer(g, 0, 3)]:
+        options[way] = True
+    raw = inputs["dt"].double() + inputs.get("dt_bias", torch.zeros(())).double()
+    step = torch.nn.functional.softplus(raw) if options["dt_softplus"] else raw
+    limits = tuple(step.flatten().quantile(torch.tensor([0.1, 0.8], dtype=torch.float64)).tolist())
+    if _integer(g, 0, 2) == 0 and all(((step / limit - 1).abs() > 1e-5).all() for limit in limits):
+        options["dt_limit"] = limits  # not where rounding decides whether a step is limited
 
-    def run(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        y = function(*leaves, state_clamp=clamp)
-        return [y.detach(), *torch.autograd.grad((y * weight.to(dtype)).sum(), leaves)]
+    def run(function: Callable, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        outputs = function(**leaves, **options)
+        loss = sum((o * weight.to(dtype)).sum() for o, weight in zip(outputs, weights, strict=True))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return dict(zip(("y", "last state", *leaves), (*(o.detach() for o in outputs), *grads), strict=True))
 
     plain, ours = run(ssd_spine.reference, torch.float32), run(stablekern.ssd_scan, torch.float32)
-    # The gradient of A sums one term per item and step, which may cancel to a thousandth: what rounds is their size.
-    # A rate of its own for each item and step makes the terms visible in the exact gradient.
-    inputs[2] = inputs[2].expand(b, length, h)
-    exact = run(ssd_spine.reference, torch.float64)
-    scales = [truth.abs().max() for truth in exact]
-    scales[3] = exact[3].abs().sum((0, 1)).max()
-    exact[3] = exact[3].sum((0, 1))
+    exact, sizes = run(ssd_spine.reference, torch.float64), _ssd_scan_sizes(inputs, weights, options)
+    if "D" in inputs:
+        gate = torch.nn.functional.silu(inputs["z"]) if "z" in inputs else 1
+        terms = (weights[0] * gate * inputs["x"]).abs().sum((0, 1) if inputs["D"].dim() == 2 else (0, 1, 3))
+        sizes["D"] = terms.max()
     worst = 0.0
-    for mine, theirs, truth, scale in zip(ours, plain, exact, scales, strict=True):
-        scale = scale.clamp_min(1e-30)
+    for name, truth in exact.items():
+        scale = sizes.get(name, truth.abs().max()).clamp_min(1e-30)
         floor = 16 * torch.finfo(torch.float32).eps
-        error = float((mine.double() - truth).abs().max() / scale)
-        allowed = float((theirs.double() - truth).abs().max() / scale) + floor
+        error = float((ours[name].double() - truth).abs().max() / scale)
+        allowed = float((plain[name].double() - truth).abs().max() / scale) + floor
         if not error <= 2 * allowed:
-            raise AssertionError(
-                f"ssd_scan case {case}: b={b} l={length} h={h} p={p} n={n} clamp={clamp}: {error} for {allowed}"
-            )
+            drawn = f"b={b} l={length} h={h} p={p} n={n} g={groups} {options} {list(inputs)}"
+            raise AssertionError(f"ssd_scan case {case}: {drawn}, {name}: {error} for {allowed}")
         worst = max(worst, error / allowed)
     return {"error over that of the loop": worst}
 

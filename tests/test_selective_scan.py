@@ -158,9 +158,10 @@ def test_a_bad_number_stays_in_its_channel_and_item(backend, value):
         torch.testing.assert_close(spoilt[index][[0, 2]], clean[index][[0, 2]], rtol=0, atol=0)
 
 
-def test_nothing_leaks_out_of_unused_lanes(backend):
+@pytest.mark.parametrize("states", [2, 3])
+def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter, states):
     """Where B or C is infinite, lanes beyond the last channel hold 0 * inf; no result may see that."""
-    args, _ = case(2, 3, 20, 1, 2)
+    args, _ = case(2, 3, 20, 1, states)
     u, delta, A, B, C = args
     u.abs_(), C.abs_()
     B[..., 11] = float("inf")
@@ -170,6 +171,11 @@ def test_nothing_leaks_out_of_unused_lanes(backend):
     _, _, _, grad_B, grad_C = torch.autograd.grad(y.sum(), leaves)
     assert torch.isfinite(grad_B).all(), "d y / d B does not depend on B"
     assert torch.isfinite(grad_C[..., :11]).all() and torch.isposinf(grad_C[..., 11:]).all()
+    B.data.abs_().nan_to_num_(posinf=1.0), C.data[..., 11].fill_(float("inf"))
+    _, _, _, grad_B, grad_C = torch.autograd.grad(selective_scan(*leaves).sum(), leaves)
+    assert torch.isposinf(selective_scan(torch.full_like(u, torch.inf), *leaves[1:])).all(), "nor beyond the last state"
+    assert torch.isfinite(grad_C).all(), "d y / d C does not depend on C"
+    assert torch.isposinf(grad_B[..., :12]).all() and torch.isfinite(grad_B[..., 12:]).all()
 
 
 def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):
@@ -208,7 +214,9 @@ def test_saturation_is_the_share_of_states_that_the_clamp_changed(
 ):
     args, optional = case(2, channels, 37, 2, 5, dtype=dtype, is_complex=form.startswith("complex"))
     u, delta, A, B, _ = args = in_form(args, form)
-    optional |= {"return_last_state": False, "state_clamp": 0.5} | direction
+    is_complex = form.startswith("complex")
+    # Bounds without 0 between them: what lies beside the states, and holds 0, must not be counted.
+    optional |= {"return_last_state": False, "state_clamp": 0.5 if is_complex else (0.1, 0.5)} | direction
     y, share = selective_scan(*args, **optional, return_saturation=True)
     torch.testing.assert_close(y, selective_scan(*args, **optional), rtol=0, atol=0)
     each, half = torch.arange(channels), channels // 2
@@ -219,8 +227,9 @@ def test_saturation_is_the_share_of_states_that_the_clamp_changed(
         enter = B if B.dim() == 2 else B.repeat_interleave(half, dim=1).mT[:, each, place]
         now, token = (M[:, each, place, None] for M in (step, step * u))
         free = torch.exp(now * A) * state + token * enter
-        over = free.abs() > 0.5
-        state, changed = torch.where(over, 0.5 * torch.sgn(free), free), changed + over.sum(-1)
+        over = free.abs() > 0.5 if is_complex else (free < 0.1) | (free > 0.5)
+        bounded = torch.where(over, 0.5 * torch.sgn(free), free) if is_complex else free.clamp(0.1, 0.5)
+        state, changed = bounded, changed + over.sum(-1)
     assert share.min() < share.max() < 1
     torch.testing.assert_close(share, changed.to(dtype) / (37 * 5))
     with pytest.raises(ValueError, match=r"stablekern.selective_scan: `return_saturation` needs a `state_clamp`"):
@@ -364,9 +373,10 @@ def test_agrees_with_the_slow_path_of_transformers(backend):
 
 
 @pytest.mark.parametrize("clamp", [None, 0.4])
+@pytest.mark.parametrize("is_complex", [False, True], ids=["real", "complex"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_one_by_one_are_the_scan(backend, dtype, clamp):
-    args, optional = case(2, 20, 25, 2, 7, dtype=dtype)
+def test_steps_one_by_one_are_the_scan(backend, dtype, is_complex, clamp):
+    args, optional = case(2, 20, 25, 2, 7, dtype=dtype, is_complex=is_complex)
     (u, delta, A, B, C), state = args, optional.pop("initial_state")
     y, last = selective_scan(
         *args, **optional, delta_softplus=True, initial_state=state, state_clamp=clamp
@@ -379,6 +389,20 @@ def test_steps_one_by_one_are_the_scan(backend, dtype, clamp):
         )  # fmt: skip
         torch.testing.assert_close(step, y[..., t])
     torch.testing.assert_close(own, last)
+
+
+@pytest.mark.parametrize("clamp", [None, 1.0])
+@pytest.mark.parametrize("bad", [complex("nan"), complex(0, float("nan"))])
+def test_a_bad_complex_state_stays_alone(backend, clamp, bad):
+    """Either part of it, in the step that follows: its own next state and its channel's output, nothing else."""
+    g = torch.Generator().manual_seed(0)
+    x, dt, A = torch.randn(2, 5, generator=g), torch.rand(2, 5, generator=g), -torch.rand(5, 9, generator=g) + 1j
+    B, C = (torch.randn(2, 9, generator=g, dtype=torch.complex64) for _ in range(2))
+    state = torch.randn(2, 5, 9, generator=g, dtype=torch.complex64)
+    state[1, 3, 4] = bad
+    y = selective_state_update(state, x, dt, A, B, C, state_clamp=clamp)
+    assert torch.nonzero(torch.isnan(state)).tolist() == [[1, 3, 4]]
+    assert torch.nonzero(torch.isnan(y)).tolist() == [[1, 3]]
 
 
 def test_the_state_changes_in_place_whatever_its_strides(backend):

@@ -128,13 +128,40 @@ def test_a_bad_item_stays_alone(backend, value):
         torch.testing.assert_close(spoilt[index][[0, 2]], clean[index][[0, 2]], rtol=0, atol=0)
 
 
-def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter):
-    """Infinite inputs make lanes beyond the last channel 0 * inf; no output may see that."""
-    args, optional = case(2, 5, 1, 3, 1, 2)
-    args[0].abs_(), args[4].abs_()
-    args[3][:] = float("inf")
+@pytest.mark.parametrize("states", [2, 3])
+@pytest.mark.parametrize("infinite", [0, 3], ids=["x", "B"])
+def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter, infinite, states):
+    """Infinite inputs make lanes beyond the last channel, or state, 0 * inf; no output may see that."""
+    args, optional = case(2, 5, 1, 3, 1, states)
+    args[0].abs_(), args[3].abs_(), args[4].abs_()
+    args[infinite][:] = float("inf")
     y, last = ssd_scan(*args, return_last_state=True)
     assert torch.isinf(y).all() and torch.isinf(last).all()
+
+
+@pytest.mark.parametrize("clamp", [None, (-1e30, torch.inf)])
+@pytest.mark.parametrize(("width", "states"), [(3, 2), (4, 3)])
+@pytest.mark.parametrize("infinite", ["B", "C"])
+def test_nothing_leaks_into_gradients(backend_or_interpreter, infinite, width, states, clamp):
+    """An infinite number in a step, all others positive: gradients are infinite or finite, and nowhere 0 * inf."""
+    args, optional = case(2, 7, 3, width, 1, states)
+    x, dt, A, B, C = args
+    for tensor in (x, dt, B, C, start := optional["initial_state"]):
+        tensor.abs_()
+    (B if infinite == "B" else C)[:, 4] = float("inf")
+    leaves = {"x": x, "dt": dt, "B": B, "C": C, "initial_state": start}
+    leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
+    y = ssd_scan(**leaves, A=A, state_clamp=clamp)
+    grads = dict(zip(leaves, torch.autograd.grad(y.sum(), list(leaves.values())), strict=True))
+    after = torch.arange(7) >= 4
+    if infinite == "B":
+        assert torch.isfinite(grads["B"]).all() and torch.isfinite(grads["initial_state"]).all()
+        assert torch.isposinf(grads["C"][:, after]).all() and torch.isfinite(grads["C"][:, ~after]).all()
+    else:
+        assert torch.isfinite(grads["C"]).all() and torch.isposinf(grads["initial_state"]).all()
+        later = torch.arange(7) > 4
+        assert torch.isposinf(grads["B"][:, ~later]).all() and torch.isfinite(grads["B"][:, later]).all()
+        assert torch.isposinf(grads["x"][:, ~later]).all() and torch.isfinite(grads["x"][:, later]).all()
 
 
 def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):
@@ -163,6 +190,21 @@ def test_a_saturated_step_forgets_its_past(backend_or_interpreter):
     (grad,) = torch.autograd.grad(last.sum(), h0)
     torch.testing.assert_close(last.flatten(), torch.tensor([1.0, 1.0, 0.5]), rtol=0, atol=0)
     torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not decay", "ignore:overflow encountered")  # ours, and the interpreter's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_growth_is_an_exponential_to_two_ulp(backend_or_interpreter, dtype):
+    """As below, up to where the numbers end; beyond, inf."""
+    largest = 88.7 if dtype == torch.float32 else 709.7
+    A = torch.cat([torch.linspace(0, largest, 2001), torch.tensor([largest + 0.1, 1e4, torch.inf])]).to(dtype)
+    x, nothing = torch.zeros(1, 1, A.numel(), 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    start = torch.ones(1, A.numel(), 1, 1, dtype=dtype)
+    _, last = ssd_scan(x, start[..., 0].mT, A, nothing, nothing, initial_state=start, return_last_state=True)
+    exact = torch.exp(A.double())[:-3]
+    spacing = (torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)) - exact.to(dtype)).double()
+    assert ((last.flatten()[:-3].double() - exact).abs() <= 2 * spacing).all()
+    assert torch.isposinf(last.flatten()[-3:]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -237,6 +279,31 @@ def test_a_limited_step_has_no_gradient_whatever_comes_back(backend_or_interpret
         assert (grad[0, 0, [0, 4]] == 0).all()
 
 
+@pytest.mark.parametrize("head", range(3))
+@pytest.mark.parametrize("step", [0, 40])
+def test_one_negative_step_is_found(backend, head, step):
+    (x, dt, A, B, C), _ = case(2, 41, 3, 20, 1, 2)
+    dt[0, step, head] = -0.25
+    with pytest.raises(ValueError, match="got -0.25"):
+        ssd_scan(x, dt, A, B, C)
+    dt[0, step, head] = torch.nan
+    y = ssd_scan(x, dt, A, B, C, dt_limit=(0.1, 2.0), state_clamp=1.0)
+    assert torch.isnan(y[0, step:, head]).all(), "NaN passes the limits and the clamp"
+    y[0, step:, head] = 0
+    assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("bias", [None, 0.5])
+def test_a_negative_step_is_refused(backend_or_interpreter, bias):
+    """Whatever the limits would make of it; a bias that lifts it, or softplus, makes it a step."""
+    x, dt, one = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1), -0.5 if bias is None else -1.0), torch.ones(1, 1, 1, 1)
+    named = {"dt_bias": None if bias is None else torch.full((1,), bias), "dt_limit": (0.1, 2.0)}
+    with pytest.raises(ValueError, match=r"ssd_scan: `dt` \+ `dt_bias` must be >= 0 without `dt_softplus`: got -0.5"):
+        ssd_scan(x, dt, -torch.ones(1), one, one, **named)
+    for fine in (named | {"dt_bias": torch.ones(1)}, named | {"dt_softplus": True}):
+        assert torch.isfinite(ssd_scan(x, dt, -torch.ones(1), one, one, **fine)).all()
+
+
 @pytest.mark.parametrize("value", [-200.0, -30.0, 0.0, 30.0, 1e30])
 def test_softplus_and_gate_take_any_number(backend_or_interpreter, value):
     """Very negative steps and gates go to 0, very large ones to themselves; no gradient is NaN."""
@@ -260,7 +327,8 @@ def test_softplus_and_gate_take_any_number(backend_or_interpreter, value):
 @pytest.mark.parametrize(("width", "dtype"), [(3, torch.float32), (20, torch.float64)])
 def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_interpreter, width, dtype, direction):
     (x, dt, A, B, C), optional = case(2, 37, 4, width, 2, 5, dtype=dtype)
-    state, bounds = optional["initial_state"], {"state_clamp": (-0.3, 0.5), "initial_state": optional["initial_state"]}
+    # Bounds without 0 between them: what lies beside the states, and holds 0, must not be counted.
+    state, bounds = optional["initial_state"], {"state_clamp": (0.1, 0.5), "initial_state": optional["initial_state"]}
     y, share = ssd_scan(x, dt, A, B, C, **bounds, **direction, return_saturation=True)
     torch.testing.assert_close(y, ssd_scan(x, dt, A, B, C, **bounds, **direction), rtol=0, atol=0)
     backwards = torch.tensor(["reverse" in direction] * 2 + [bool(direction)] * 2)
@@ -269,7 +337,7 @@ def test_saturation_is_the_share_of_states_that_the_clamp_changed(backend_or_int
         place = torch.where(backwards, 36 - t, t)
         token, step, enter = ((M[:, place, [0, 1, 2, 3]]) for M in (x, dt, B.repeat_interleave(2, dim=2)))
         free = torch.exp(step * A)[..., None, None] * state + (step[..., None] * token)[..., None] * enter[..., None, :]
-        state = free.clamp(-0.3, 0.5)
+        state = free.clamp(0.1, 0.5)
         changed = changed + (state != free).sum((2, 3))
     assert 0 < share.min() < share.max() < 1
     torch.testing.assert_close(share, changed.to(dtype) / (37 * width * 5))

@@ -14,7 +14,7 @@ from stablekern.ops import selective_scan as selective
 from stablekern.ops import ssd_scan as ssd
 
 SYMMETRIC, LOPSIDED = 0.5, (-0.3, 0.6)
-CLAMPS = [SYMMETRIC, LOPSIDED, 0.05, 20.0, (0.0, 0.5), (-0.5, torch.inf)]
+CLAMPS = [SYMMETRIC, LOPSIDED, (-0.6, 0.3), 0.05, 20.0, (0.0, 0.5), (-0.5, torch.inf)]
 LENGTH, CHANNELS, STATES = 83, 37, 11  # no multiple of a block of steps, of lanes or of a tile
 
 
@@ -90,18 +90,23 @@ def test_quiet_and_saturated_steps_side_by_side(backend, name, clamp, gate):
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
-@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize(
+    "token, entering", [(1.0, 1.0), (1e-25, 1e25), (1e25, 1e-25), (1e-23, 1e18), (1e18, 1e-23)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SCANS)
-def test_bits_do_not_depend_on_what_the_neighbours_need(backend, name, dtype, size, clamp):
+def test_bits_do_not_depend_on_what_the_neighbours_need(backend, name, dtype, token, entering, clamp):
     """With NaN in one lane of each vector its neighbours get the full clamp; without, often less: the same bits.
 
-    At the sizes 1e-25 and 1e25 float32 loses the squares of the tokens at one end, and those of B at the other, though
-    their products are of the size 1.
+    Far from the size 1 float32 loses the squares of the tokens to 0 and those of B to infinity, or the other way round,
+    or only those that go to 0.
     """
     args, optional = SCANS[name][2](dtype, False)
-    args[0] *= size
-    args[3] /= size
+    size = token * entering
+    args[0] *= token
+    args[3] *= entering
+    optional["initial_state"] *= size
+    clamp = tuple(size * bound for bound in clamp) if isinstance(clamp, tuple) else size * clamp
     poisoned = optional | {"initial_state": optional["initial_state"].clone()}
     lanes = poisoned["initial_state"].flatten(1, -2)
     sick = torch.arange(lanes.shape[1]) % 4 == 0

@@ -66,19 +66,44 @@ def test_turning_states(dtype):
     assert (off <= eps * (4 + angles.abs())).all()
 
 
+@pytest.mark.parametrize("bound", [2.5, 1e-25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_modulus_neither_overflows_nor_vanishes(dtype):
-    """A clamp of complex states far from 1, at 0 and at inf: the bound, or the state itself."""
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_the_modulus_neither_overflows_nor_vanishes(backend, dtype, bound):
+    """A clamp of complex states far from 1, and at 0: the bound, though the ratio to it may vanish, or the state."""
     big, small = torch.finfo(dtype).max / 2, 8 * torch.finfo(dtype).smallest_normal
-    starts = torch.tensor([complex(big, big), complex(small, -small), 0j, complex(3, 4)]).to(dtype.to_complex())
-    if dtype == torch.float64:
-        starts[0], starts[1] = complex(big, big), complex(small, -small)
+    starts = torch.tensor([complex(big, big), complex(small, -small), 0j, complex(3, 4)], dtype=torch.complex128)
+    scale = torch.tensor([2**-0.5 / big, 1 / bound, 1 / bound, 1 / 5], dtype=torch.float64)
+    expected = (starts * scale * bound).to(dtype.to_complex())
+    starts = starts.to(dtype.to_complex())
     n = starts.numel()
     A = torch.full((n, 1), -1.0, dtype=dtype).to(starts.dtype)
     u, nothing = torch.zeros(1, n, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=starts.dtype)
-    with stablekern.use_backend("triton"):
-        _, last = selective_scan.selective_scan(
-            u, u, A, nothing, nothing, initial_state=starts[None, :, None], state_clamp=2.5, return_last_state=True
+    named = {"initial_state": starts[None, :, None], "state_clamp": bound, "return_last_state": True}
+    streamed = starts[None, :, None].clone()
+    with stablekern.use_backend(backend):
+        _, last = selective_scan.selective_scan(u, u, A, nothing, nothing, **named)
+        stablekern.selective_state_update(
+            streamed, u[..., 0], u[..., 0], A, nothing[..., 0], nothing[..., 0], state_clamp=bound
         )
-    expected = torch.stack([starts[0] / (big * 2**0.5) * 2.5, starts[1], starts[2], starts[3] / 2])
-    torch.testing.assert_close(last[0, :, 0], expected)
+    for state in (last, streamed):
+        torch.testing.assert_close(state[0, :, 0], expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not decay", "ignore:overflow encountered")  # ours, and the interpreter's
+@pytest.mark.parametrize("spine", [ssd_scan, selective_scan], ids=["ssd", "selective"])
+def test_nothing_stays_nothing_where_a_segment_would_overflow(spine):
+    """States that double 185 times in a segment, cut along time: all zero until the last step comes."""
+    length = 96
+    step, one = torch.full((1, 1, length), 4.0), torch.ones(1, 1, 1, length)
+    x = torch.zeros(1, 1, length)
+    x[..., -1] = 3.0
+    with stablekern.use_backend("triton"):
+        if spine is selective_scan:
+            A = torch.ones(1, 1)
+            y, last = selective_scan.selective_scan(x, step, A, one, one, return_last_state=True)
+        else:
+            args = x.mT[..., None], step.mT, torch.ones(1), one.permute(0, 3, 1, 2), one.permute(0, 3, 1, 2)
+            y, last = ssd_scan.ssd_scan(*args, return_last_state=True)
+    torch.testing.assert_close(y.flatten(), 4 * x.flatten(), rtol=0, atol=0)
+    assert last.item() == 12

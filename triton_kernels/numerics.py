@@ -9,6 +9,9 @@ HALF_PI_HIGH = tl.constexpr(math.floor(math.pi / 2 * 2**10) / 2**10)
 HALF_PI_LOW = tl.constexpr(math.pi / 2 - math.floor(math.pi / 2 * 2**10) / 2**10)
 HALF_PI_REST = tl.constexpr(math.sin(math.pi) / 2)  # what float64 lacks
 TWO_OVER_PI = tl.constexpr(2 / math.pi)
+LOG2_E = tl.constexpr(1 / math.log(2))
+LN_2_HIGH = tl.constexpr(math.floor(math.log(2) * 2**15) / 2**15)
+LN_2_LOW = tl.constexpr(math.log(2) - math.floor(math.log(2) * 2**15) / 2**15)
 
 
 @triton.jit
@@ -22,15 +25,44 @@ def scalar(value, WIDE: tl.constexpr):
 
 
 @triton.jit
-def softplus_tail(x):
-    """log(1 + exp(-|x|)), to be added to max(x, 0) for softplus(x) and to max(-x, 0) for softplus(-x).
+def exponential(x):
+    """exp(x) to 2 ulp, where the instruction for it is wrong by |x| ulp in float32.
+
+    Whole powers of two are taken off in two parts of ln 2, the first of which has so few bits that its multiples are
+    exact (Cody & Waite 1980), and put back by two factors, since the result may be subnormal; the rest is Taylor's
+    series. Beyond the bounds everything is 0 or inf; NaN passes.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        x = tl.where(x < -120.0, -120.0, tl.where(x > 100.0, 100.0, x))
+        power = tl.floor(x * LOG2_E + 0.5)
+        r = x - power * LN_2_HIGH - power * LN_2_LOW
+        series = r * 0.0 + 1.0
+        for i in tl.static_range(7, 0, -1):
+            series = 1.0 + r * series * (1.0 / i)
+        whole = tl.where(power == power, power, 0.0).to(tl.int32)
+        half = whole >> 1
+        low = ((half + 127) << 23).to(tl.float32, bitcast=True)
+        high = ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
+        return series * low * high
+
+
+@triton.jit
+def log_one_plus(e):
+    """log(1 + e) for e >= 0.
 
     `log(1 + e)` alone would lose e below one ulp of 1; dividing e by the rounded (1 + e) - 1 restores it
     (Goldberg 1991, theorem 4: log1p without a log1p instruction).
     """
-    e = tl.exp(-tl.abs(x))
     u = 1.0 + e
     return tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
+
+
+@triton.jit
+def softplus_tail(x):
+    """log(1 + exp(-|x|)), to be added to max(x, 0) for softplus(x) and to max(-x, 0) for softplus(-x)."""
+    return log_one_plus(tl.exp(-tl.abs(x)))
 
 
 @triton.jit

@@ -40,11 +40,67 @@ def changed_by(value, lower, upper):
 
 
 @triton.jit
-def within(re, im, radius):
-    """By how much a complex number is to be scaled to get a modulus of `radius` at most. NaN passes."""
-    size = modulus(re, im)
-    outside = size > radius
-    return tl.where(outside, radius / tl.where(outside, size, 1.0), 1.0)
+def get(ptr, at, mask, COMPLEX: tl.constexpr):
+    """A number as a pair, (re, im), two neighbours in memory; of a real one both are the same value."""
+    if COMPLEX:
+        return tl.load(ptr + 2 * at, mask=mask, other=0.0), tl.load(ptr + 2 * at + 1, mask=mask, other=0.0)
+    else:
+        value = tl.load(ptr + at, mask=mask, other=0.0)
+        return value, value
+
+
+@triton.jit
+def put(ptr, at, re, im, mask, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        tl.store(ptr + 2 * at, re, mask=mask)
+        tl.store(ptr + 2 * at + 1, im, mask=mask)
+    else:
+        tl.store(ptr + at, re, mask=mask)
+
+
+@triton.jit
+def outside(free, free_im, lower, upper, COMPLEX: tl.constexpr):
+    """Where `bounded` changes a state. NaN stays."""
+    if COMPLEX:
+        return modulus(free, free_im) > upper
+    else:
+        return changed_by(free, lower, upper)
+
+
+@triton.jit
+def bounded(free, free_im, lower, upper, HAS_CLAMP: tl.constexpr, COMPLEX: tl.constexpr):
+    """A state after the clamp. A complex one is scaled down to the modulus `upper`; NaN passes."""
+    if not HAS_CLAMP:
+        return free, free_im
+    elif COMPLEX:
+        size = modulus(free, free_im)
+        long = size > upper
+        size = tl.where(long, size, 1.0)
+        share = tl.where(long, upper, 1.0)
+        # The unit vector first: the ratio of the moduli may vanish.
+        return free / size * share, free_im / size * share
+    else:
+        state = clamped(free, lower, upper)
+        return state, state
+
+
+@triton.jit
+def through_clamp(grad, grad_im, free, free_im, lower, upper, COMPLEX: tl.constexpr):
+    """The gradient before the clamp of `free` from that after it."""
+    if COMPLEX:
+        size = modulus(free, free_im)
+        long = size > upper
+        size = tl.where(long, size, 1.0)
+        normal = free / size
+        normal_im = free_im / size
+        radial = normal * grad + normal_im * grad_im
+        share = upper / size
+        tangent = (grad - normal * radial) * share
+        tangent_im = (grad_im - normal_im * radial) * share
+        return tl.where(long, tangent, grad), tl.where(long, tangent_im, grad_im)
+    else:
+        grad = tl.where(clamped(free, lower, upper) == free, grad, 0.0)
+        return grad, grad
 
 
 # A row's steps are fetched together, since they lie together in memory, but a recurrence takes one after the other.

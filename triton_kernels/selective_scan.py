@@ -23,16 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.numerics import cos_sin, modulus, sigmoid, softplus_tail
+from stablekern.triton_kernels.numerics import cos_sin, sigmoid, softplus_tail
 from stablekern.triton_kernels.scan import (
     ALL_REGISTERS,
-    changed_by,
-    clamped,
+    bounded,
+    get,
     join,
+    outside,
+    put,
     segments_of,
     stack4,
+    through_clamp,
     unstack4,
-    within,
 )
 
 _LANE_CHANNELS = 8  # R
@@ -79,24 +81,6 @@ def _step_size(delta, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _get(ptr, at, mask, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return tl.load(ptr + 2 * at, mask=mask, other=0.0), tl.load(ptr + 2 * at + 1, mask=mask, other=0.0)
-    else:
-        value = tl.load(ptr + at, mask=mask, other=0.0)
-        return value, value
-
-
-@triton.jit
-def _put(ptr, at, re, im, mask, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        tl.store(ptr + 2 * at, re, mask=mask)
-        tl.store(ptr + 2 * at + 1, im, mask=mask)
-    else:
-        tl.store(ptr + at, re, mask=mask)
-
-
-@triton.jit
 def _decay(step, A, A_im, COMPLEX: tl.constexpr):
     size = tl.exp(step * A)
     if COMPLEX:
@@ -117,37 +101,6 @@ def _advance(state, state_im, step, token, A, A_im, enter, enter_im, COMPLEX: tl
     else:
         free = decay * state + token * enter
         return free, free
-
-
-@triton.jit
-def _bounded(free, free_im, lower, upper, HAS_CLAMP: tl.constexpr, COMPLEX: tl.constexpr):
-    if not HAS_CLAMP:
-        return free, free_im
-    elif COMPLEX:
-        share = within(free, free_im, upper)
-        return free * share, free_im * share
-    else:
-        state = clamped(free, lower, upper)
-        return state, state
-
-
-@triton.jit
-def _through_clamp(grad, grad_im, free, free_im, lower, upper, COMPLEX: tl.constexpr):
-    """The gradient before the clamp of `free` from that after it."""
-    if COMPLEX:
-        size = modulus(free, free_im)
-        outside = size > upper
-        size = tl.where(outside, size, 1.0)
-        normal = free / size
-        normal_im = free_im / size
-        radial = normal * grad + normal_im * grad_im
-        share = upper / size
-        tangent = (grad - normal * radial) * share
-        tangent_im = (grad_im - normal_im * radial) * share
-        return tl.where(outside, tangent, grad), tl.where(outside, tangent_im, grad_im)
-    else:
-        grad = tl.where(clamped(free, lower, upper) == free, grad, 0.0)
-        return grad, grad
 
 
 @triton.jit
@@ -296,11 +249,11 @@ def selective_scan_fwd_kernel(
     channel = tl.reshape(row, (K, R))
     exists = tl.reshape(real, (K, R))[:, None, :] & (n < states)[None, :, None]
     by_state = channel[:, None, :] * states + n[None, :, None]
-    A, A_im = _get(A_ptr, by_state, exists, COMPLEX)
+    A, A_im = get(A_ptr, by_state, exists, COMPLEX)
     if CONSTANT_B:
-        always_enter, always_enter_im = _get(B_ptr, by_state, exists, COMPLEX)
+        always_enter, always_enter_im = get(B_ptr, by_state, exists, COMPLEX)
     if CONSTANT_C:
-        always_leave, always_leave_im = _get(C_ptr, by_state, exists, COMPLEX)
+        always_leave, always_leave_im = get(C_ptr, by_state, exists, COMPLEX)
     lower = tl.load(lower_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP and not COMPLEX else 0.0
     upper = tl.load(upper_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP else 0.0
     bias = tl.load(bias_ptr + row, mask=real, other=0.0) if HAS_BIAS else 0.0
@@ -308,7 +261,7 @@ def selective_scan_fwd_kernel(
     if HAS_START:
         source = item * start_item + segment.to(tl.int64) * start_segment
         source += n[None, :, None].to(tl.int64) * start_n + channel[:, None, :].to(tl.int64) * start_channel
-        state, state_im = _get(start_ptr, source, exists, COMPLEX)
+        state, state_im = get(start_ptr, source, exists, COMPLEX)
     else:
         state = tl.zeros((K, N, R), wide)
         state_im = tl.zeros((K, N, R), wide)
@@ -323,18 +276,18 @@ def selective_scan_fwd_kernel(
         at = (item * channels + row[:, None]) * length + place_in_row[None, :]
         if first % chunk == 0:
             to = (item * tl.cdiv(length, chunk) + first // chunk) * states + n[None, :, None]
-            _put(chunk_ptr, to * channels + channel[:, None, :], state, state_im, exists, COMPLEX)
+            put(chunk_ptr, to * channels + channel[:, None, :], state, state_im, exists, COMPLEX)
         u = tl.load(u_ptr + at, mask=inside, other=0.0).to(wide)
         step = _step_size(tl.load(delta_ptr + at, mask=inside, other=0.0).to(wide), bias, HAS_BIAS, SOFTPLUS)
         step = tl.where(inside, step, 0.0)
         vector_at = ((item * groups + group) * states + n[:, None]) * length + place_in_row[None, :]
         some = (n < states)[:, None] & (time < end)[None, :]
         if not CONSTANT_B:
-            enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
+            enters_re, enters_at_once = get(B_ptr, vector_at, some, COMPLEX)
             enters = unstack4(enters_re.to(wide), N)
             enters_im = unstack4(enters_at_once.to(wide), N)
         if not CONSTANT_C:
-            leaves_re, leaves_at_once = _get(C_ptr, vector_at, some, COMPLEX)
+            leaves_re, leaves_at_once = get(C_ptr, vector_at, some, COMPLEX)
             leaves = unstack4(leaves_re.to(wide), N)
             leaves_im = unstack4(leaves_at_once.to(wide), N)
         steps = unstack4(step, K * R)
@@ -348,10 +301,10 @@ def selective_scan_fwd_kernel(
             leave_im = always_leave_im if CONSTANT_C else leaves_im[j][None, :, None]
             step_here = tl.reshape(steps[j], (K, R))
             free, free_im = _advance(state, state_im, step_here, token, A, A_im, enter, enter_im, COMPLEX)
-            state, state_im = _bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
+            state, state_im = bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
             if COUNT:
-                outside = modulus(free, free_im) > upper if COMPLEX else changed_by(free, lower, upper)
-                changed += tl.sum((outside & exists & (first + j < end)).to(tl.int32), 1)
+                outer = outside(free, free_im, lower, upper, COMPLEX)
+                changed += tl.sum((outer & exists & (first + j < end)).to(tl.int32), 1)
             # The real part of a product, not of one with a conjugate.
             read = _inner(state, -state_im, leave, leave_im, COMPLEX)
             read, _ = _masked(read, read, exists, FULL, COMPLEX)
@@ -369,7 +322,7 @@ def selective_scan_fwd_kernel(
         at_channel = item * channels + channel
         tl.store(changed_ptr + at_channel, changed, mask=tl.reshape(real, (K, R)))  # a clamped scan is not cut
     if segment == segments - 1:
-        _put(last_ptr, item * channels * states + by_state, state, state_im, exists, COMPLEX)
+        put(last_ptr, item * channels * states + by_state, state, state_im, exists, COMPLEX)
 
 
 @triton.jit
@@ -431,11 +384,11 @@ def selective_scan_bwd_kernel(
     channel = tl.reshape(row, (K, R))
     exists = tl.reshape(real, (K, R))[:, None, :] & (n < states)[None, :, None]
     by_state = channel[:, None, :] * states + n[None, :, None]
-    A, A_im = _get(A_ptr, by_state, exists, COMPLEX)
+    A, A_im = get(A_ptr, by_state, exists, COMPLEX)
     if CONSTANT_B:
-        always_enter, always_enter_im = _get(B_ptr, by_state, exists, COMPLEX)
+        always_enter, always_enter_im = get(B_ptr, by_state, exists, COMPLEX)
     if CONSTANT_C:
-        always_leave, always_leave_im = _get(C_ptr, by_state, exists, COMPLEX)
+        always_leave, always_leave_im = get(C_ptr, by_state, exists, COMPLEX)
     lower = tl.load(lower_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP and not COMPLEX else 0.0
     upper = tl.load(upper_ptr + by_state, mask=exists, other=0.0) if HAS_CLAMP else 0.0
     bias = tl.load(bias_ptr + row, mask=real, other=0.0) if HAS_BIAS else 0.0
@@ -443,7 +396,7 @@ def selective_scan_bwd_kernel(
     if HAS_CARRY:
         source = item * carry_item + segment.to(tl.int64) * carry_segment
         source += n[None, :, None].to(tl.int64) * carry_n + channel[:, None, :].to(tl.int64) * carry_channel
-        carry, carry_im = _get(carry_ptr, source, exists, COMPLEX)
+        carry, carry_im = get(carry_ptr, source, exists, COMPLEX)
     else:
         carry = tl.zeros((K, N, R), wide)
         carry_im = tl.zeros((K, N, R), wide)
@@ -468,8 +421,8 @@ def selective_scan_bwd_kernel(
         chunk_end = tl.minimum(chunk_begin + chunk, end)
         blocks = tl.cdiv(chunk_end - chunk_begin, STEPS)
         saved = (item * tl.cdiv(length, chunk) + chunk_begin // chunk) * states + n[None, :, None]
-        state, state_im = _get(chunk_ptr, saved * channels + channel[:, None, :], exists, COMPLEX)
-        _put(scratch, place, state, state_im, everywhere, COMPLEX)
+        state, state_im = get(chunk_ptr, saved * channels + channel[:, None, :], exists, COMPLEX)
+        put(scratch, place, state, state_im, everywhere, COMPLEX)
         for i in tl.range(0, blocks - 1, disable_licm=True):
             time = chunk_begin + i * STEPS + tl.arange(0, STEPS)
             place_in_row = _in_row(time, length, backward, HAS_BACKWARD)
@@ -480,7 +433,7 @@ def selective_scan_bwd_kernel(
             vector_at = ((item * groups + group) * states + n[:, None]) * length + place_in_row[None, :]
             some = (n < states)[:, None] & (time < length)[None, :]
             if not CONSTANT_B:
-                enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
+                enters_re, enters_at_once = get(B_ptr, vector_at, some, COMPLEX)
                 enters = unstack4(enters_re.to(wide), N)
                 enters_im = unstack4(enters_at_once.to(wide), N)
             steps = unstack4(step, K * R)
@@ -491,8 +444,8 @@ def selective_scan_bwd_kernel(
                 enter_im = always_enter_im if CONSTANT_B else enters_im[j][None, :, None]
                 step_here = tl.reshape(steps[j], (K, R))
                 free, free_im = _advance(state, state_im, step_here, token, A, A_im, enter, enter_im, COMPLEX)
-                state, state_im = _bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
-            _put(scratch + (i + 1) * TILE, place, state, state_im, everywhere, COMPLEX)
+                state, state_im = bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
+            put(scratch + (i + 1) * TILE, place, state, state_im, everywhere, COMPLEX)
         tl.debug_barrier()  # what one lane has stored another may load
 
         rate_of_chunk = tl.zeros((K, N, R), wide)
@@ -514,17 +467,17 @@ def selective_scan_bwd_kernel(
             vector_at = ((item * groups + group) * states + n[:, None]) * length + place_in_row[None, :]
             some = (n < states)[:, None] & (time < chunk_end)[None, :]
             if not CONSTANT_B:
-                enters_re, enters_at_once = _get(B_ptr, vector_at, some, COMPLEX)
+                enters_re, enters_at_once = get(B_ptr, vector_at, some, COMPLEX)
                 enters = unstack4(enters_re.to(wide), N)
                 enters_im = unstack4(enters_at_once.to(wide), N)
             if not CONSTANT_C:
-                leaves_re, leaves_at_once = _get(C_ptr, vector_at, some, COMPLEX)
+                leaves_re, leaves_at_once = get(C_ptr, vector_at, some, COMPLEX)
                 leaves = unstack4(leaves_re.to(wide), N)
                 leaves_im = unstack4(leaves_at_once.to(wide), N)
             steps = unstack4(step, K * R)
             tokens = unstack4(step * u, K * R)
             readings = unstack4(reading, K * R)
-            state, state_im = _get(scratch + block * TILE, place, exists, COMPLEX)
+            state, state_im = get(scratch + block * TILE, place, exists, COMPLEX)
             trail = (state,)  # unclamped, but for the first
             trail_im = (state_im,)
             for j in tl.static_range(STEPS):
@@ -534,7 +487,7 @@ def selective_scan_bwd_kernel(
                 step_here = tl.reshape(steps[j], (K, R))
                 free, free_im = _advance(state, state_im, step_here, token, A, A_im, enter, enter_im, COMPLEX)
                 free, free_im = _masked(free, free_im, exists, FULL, COMPLEX)
-                state, state_im = _bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
+                state, state_im = bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
                 trail = trail + (free,)
                 trail_im = trail_im + (free_im,)
             ys = ()
@@ -551,7 +504,7 @@ def selective_scan_bwd_kernel(
                 leave_im = always_leave_im if CONSTANT_C else leaves_im[j][None, :, None]
                 before = trail[j]
                 before_im = trail_im[j]
-                after, after_im = _bounded(trail[j + 1], trail_im[j + 1], lower, upper, HAS_CLAMP, COMPLEX)
+                after, after_im = bounded(trail[j + 1], trail_im[j + 1], lower, upper, HAS_CLAMP, COMPLEX)
                 read = tl.reshape(readings[j], (K, R))[:, None, :]
                 if COMPLEX:
                     read *= 2.0
@@ -559,8 +512,8 @@ def selective_scan_bwd_kernel(
                 grad_im = carry_im - read * leave_im
                 if HAS_CLAMP:
                     if j > 0:
-                        before, before_im = _bounded(before, before_im, lower, upper, HAS_CLAMP, COMPLEX)
-                    grad, grad_im = _through_clamp(grad, grad_im, trail[j + 1], trail_im[j + 1], lower, upper, COMPLEX)
+                        before, before_im = bounded(before, before_im, lower, upper, HAS_CLAMP, COMPLEX)
+                    grad, grad_im = through_clamp(grad, grad_im, trail[j + 1], trail_im[j + 1], lower, upper, COMPLEX)
                 grad, grad_im = _masked(grad, grad_im, exists, FULL, COMPLEX)
                 size = tl.reshape(steps[j], (K, R))[:, None, :]
                 decay, decay_im = _decay(size, A, A_im, COMPLEX)
@@ -619,25 +572,25 @@ def selective_scan_bwd_kernel(
             if not CONSTANT_B:
                 by_B = stack4(by_enters[0], by_enters[1], by_enters[2], by_enters[3], N)
                 by_B_im = stack4(by_enters_im[0], by_enters_im[1], by_enters_im[2], by_enters_im[3], N)
-                _put(dB_ptr, parts, by_B, by_B_im, some, COMPLEX)
+                put(dB_ptr, parts, by_B, by_B_im, some, COMPLEX)
             if not CONSTANT_C:
                 by_C = stack4(by_leaves[0], by_leaves[1], by_leaves[2], by_leaves[3], N)
                 by_C_im = stack4(by_leaves_im[0], by_leaves_im[1], by_leaves_im[2], by_leaves_im[3], N)
-                _put(dC_ptr, parts, by_C, by_C_im, some, COMPLEX)
+                put(dC_ptr, parts, by_C, by_C_im, some, COMPLEX)
         by_rate += rate_of_chunk
         by_rate_im += rate_of_chunk_im
         tl.debug_barrier()  # the next chunk overwrites the scratch memory
 
     part = (item * segments + segment) * channels
-    _put(dA_ptr, part * states + by_state, by_rate, by_rate_im, exists, COMPLEX)
+    put(dA_ptr, part * states + by_state, by_rate, by_rate_im, exists, COMPLEX)
     if CONSTANT_B:
-        _put(dB_ptr, part * states + by_state, by_enter, by_enter_im, exists, COMPLEX)
+        put(dB_ptr, part * states + by_state, by_enter, by_enter_im, exists, COMPLEX)
     if CONSTANT_C:
-        _put(dC_ptr, part * states + by_state, by_leave, by_leave_im, exists, COMPLEX)
+        put(dC_ptr, part * states + by_state, by_leave, by_leave_im, exists, COMPLEX)
     tl.store(dD_ptr + part + row, tl.sum(by_skip, 1), mask=real)
     tl.store(dbias_ptr + part + row, tl.sum(by_bias, 1), mask=real)
     if segment == 0:
-        _put(dstart_ptr, item * channels * states + by_state, carry, carry_im, exists, COMPLEX)
+        put(dstart_ptr, item * channels * states + by_state, carry, carry_im, exists, COMPLEX)
 
 
 # ---- kernel launchers ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stablekern.triton_kernels.numerics import cos_sin, sigmoid, softplus_tail
-from stablekern.triton_kernels.scan import clamped, within
+from stablekern.triton_kernels.scan import bounded, clamped
 
 # Bytes of a tile's states; the interpreter pays per operation.
 _TILE = {"cuda": 2**12, "cpu": 2**17}
@@ -88,9 +88,8 @@ def state_update_kernel(
         other = cos * other + sin * state + token * tl.load(B_ptr + vector + 1, mask=exists, other=0.0)
         state = moved
         if HAS_CLAMP:
-            share = within(state, other, tl.load(upper_ptr + bound, mask=exists, other=0.0))
-            state *= share
-            other *= share
+            upper = tl.load(upper_ptr + bound, mask=exists, other=0.0)
+            state, other = bounded(state, other, upper, upper, HAS_CLAMP, COMPLEX)
         tl.store(state_at + 1, other, mask=exists)
         read = 2.0 * (state * leave - other * tl.load(C_ptr + vector + 1, mask=exists, other=0.0))
     else:

@@ -8,6 +8,10 @@ and C are fetched several steps ahead. Where there are few programs, `scan.py` c
 Backward, per chunk from its saved start state: run forward once, keeping every SUB-th state in scratch memory, then go
 back over blocks of SUB steps whose states are recomputed and stay in registers. Every program writes its own part of
 dB, dC, dA and dD; the parts are added in a fixed order.
+
+A step size and its decay belong to a head: all its columns read them, in each of its tiles, forward and backward. So
+they are made once, by a kernel of their own, with an exponential that is exact to 2 ulp; another one leads their
+gradient back to `dt`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stablekern.triton_kernels.numerics import sigmoid
+from stablekern.triton_kernels.numerics import exponential, log_one_plus, scalar, sigmoid
 from stablekern.triton_kernels.scan import ALL_REGISTERS, changed_by, clamped, join, segments_of
 
 _LANE_CHANNELS = 8  # R
@@ -33,6 +37,7 @@ _SMALL_BACKWARD_TILE = {"cuda": {4: 128, 8: 64}, "cpu": {4: 2**15, 8: 2**14}}
 _SUB = 4
 _SHORTEST_SEGMENT = 32
 _STAGES = 4
+_STEPS_BLOCK = 256  # step sizes of a program
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +95,72 @@ def _advance(state, decay, token, enter, lower, upper, HAS_CLAMP: tl.constexpr):
     if HAS_CLAMP:
         state = clamped(state, lower[:, None, :], upper[:, None, :])
     return state
+
+
+@triton.jit
+def _unlimited_step(raw, e, SOFTPLUS: tl.constexpr):
+    """`e` is exp(-|raw|)."""
+    return tl.where(raw > 0, raw, 0.0) + log_one_plus(e) if SOFTPLUS else raw
+
+
+@triton.jit
+def ssd_scan_steps_kernel(
+    dt_ptr,  # (item, step, head)
+    bias_ptr,
+    A_ptr,
+    step_ptr,  # like dt
+    decay_ptr,
+    elements,
+    heads,
+    low: tl.float64,
+    high: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = at < elements
+    wide = dt_ptr.dtype.element_ty
+    raw = tl.load(dt_ptr + at, mask=real, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + at % heads, mask=real, other=0.0)
+    step = _unlimited_step(raw, exponential(-tl.abs(raw)), SOFTPLUS)
+    step = clamped(step, scalar(low, wide), scalar(high, wide))
+    rate = tl.load(A_ptr + at % heads, mask=real, other=0.0)
+    tl.store(step_ptr + at, step, mask=real)
+    tl.store(decay_ptr + at, exponential(step * rate), mask=real)
+
+
+@triton.jit
+def ssd_scan_through_steps_kernel(
+    dstep_ptr,  # (item, step, head, column tile)
+    dt_ptr,  # (item, step, head)
+    bias_ptr,
+    ddt_ptr,
+    elements,
+    heads,
+    column_tiles,
+    low: tl.float64,
+    high: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = at < elements
+    wide = dt_ptr.dtype.element_ty
+    raw = tl.load(dt_ptr + at, mask=real, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + at % heads, mask=real, other=0.0)
+    grad = tl.zeros((BLOCK,), wide)
+    for tile in range(column_tiles):
+        grad += tl.load(dstep_ptr + at * column_tiles + tile, mask=real, other=0.0)
+    e = exponential(-tl.abs(raw))
+    slope = tl.where(raw >= 0, 1.0, e) / (1.0 + e) if SOFTPLUS else tl.full((BLOCK,), 1.0, wide)
+    limited = changed_by(_unlimited_step(raw, e, SOFTPLUS), scalar(low, wide), scalar(high, wide))
+    slope = tl.where(limited, 0.0, slope)
+    # A limited step has no gradient, whatever comes back to it.
+    tl.store(ddt_ptr + at, tl.where(slope == 0.0, 0.0, slope * grad), mask=real)
 
 
 @triton.jit
@@ -541,9 +612,40 @@ class _Plan:
         return start
 
 
-def _decay(dt: Tensor, A: Tensor) -> Tensor:
-    """By torch: Triton's exponential of a float32 is wrong by |dt A| ulp, and this is read once per head only."""
-    return torch.exp(dt * A)
+@dataclass(frozen=True)
+class _Steps:
+    """How `dt` becomes step sizes."""
+
+    dt: Tensor
+    bias: Tensor | None
+    softplus: bool
+    low: float
+    high: float
+
+    def _launch(self, kernel: triton.JITFunction, *arguments: Tensor | int) -> None:
+        kernel[(triton.cdiv(self.dt.numel(), _STEPS_BLOCK),)](
+            *arguments,
+            self.low,
+            self.high,
+            HAS_BIAS=self.bias is not None,
+            SOFTPLUS=self.softplus,
+            BLOCK=_STEPS_BLOCK,
+            enable_fp_fusion=True,
+        )
+
+    @property
+    def _read(self) -> tuple[Tensor, Tensor]:
+        return self.dt, self.dt if self.bias is None else self.bias
+
+    def with_decays(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        step, decay = self.dt.new_empty(self.dt.shape), self.dt.new_empty(self.dt.shape)
+        self._launch(ssd_scan_steps_kernel, *self._read, A, step, decay, self.dt.numel(), self.dt.shape[2])
+        return step, decay
+
+    def backward(self, parts: Tensor, grad_dt: Tensor) -> None:
+        """`parts`: the gradients of the steps, (item, step, head, parts of a head), which are added."""
+        sizes = self.dt.numel(), self.dt.shape[2], parts.shape[3]
+        self._launch(ssd_scan_through_steps_kernel, parts, *self._read, grad_dt, *sizes)
 
 
 def ssd_scan_fwd(
@@ -554,10 +656,14 @@ def ssd_scan_fwd(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
     reverse_groups: int,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
     chunk: int,
     y: Tensor,
     last_state: Tensor,
@@ -572,12 +678,12 @@ def ssd_scan_fwd(
     count = saturation.numel() > 0
     tiles = _COUNTING_TILE if count else _FORWARD_TILE
     plan = _Plan.of(x, B, reverse_groups, tiles, min(chunk, _SHORTEST_SEGMENT), cut=lower is None)
-    decay = _decay(dt, A)
-    start = plan.boundaries(x, dt, decay, B, None, initial_state, reverse=False)
+    step, decay = _Steps(dt, dt_bias, dt_softplus, dt_low, dt_high).with_decays(A)
+    start = plan.boundaries(x, step, decay, B, None, initial_state, reverse=False)
     changed = dt.new_empty(x.shape[:1] + x.shape[2:] if count else (1,), dtype=torch.int32)
     ssd_scan_fwd_kernel[(plan.programs,)](
         x,
-        dt,
+        step,
         decay,
         B,
         C,
@@ -616,10 +722,14 @@ def ssd_scan_bwd(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
     chunk_states: Tensor,
     reverse_groups: int,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
     chunk: int,
     grad_x: Tensor,
     grad_dt: Tensor,
@@ -628,17 +738,19 @@ def ssd_scan_bwd(
     grad_C: Tensor,
     grad_D: Tensor,
     grad_z: Tensor,
+    grad_dt_bias: Tensor,
     grad_initial_state: Tensor,
 ) -> None:
     if x.numel() == 0:
-        for grad in (grad_dt, grad_A, grad_B, grad_C, grad_D):
+        for grad in (grad_dt, grad_A, grad_B, grad_C, grad_D, grad_dt_bias):
             grad.zero_()
         grad_initial_state.zero_() if grad_last_state is None else grad_initial_state.copy_(grad_last_state)
         return
     tiles = _BACKWARD_TILE if lower is None and not reverse_groups else _SMALL_BACKWARD_TILE
     plan = _Plan.of(x, B, reverse_groups, tiles, chunk, cut=lower is None)
-    decay = _decay(dt, A)
-    carry = plan.boundaries(grad_y, dt, decay, C, z, grad_last_state, reverse=True)
+    steps = _Steps(dt, dt_bias, dt_softplus, dt_low, dt_high)
+    step, decay = steps.with_decays(A)
+    carry = plan.boundaries(grad_y, step, decay, C, z, grad_last_state, reverse=True)
     tiles_of_group = plan.head_tiles * plan.column_tiles
     parts = {
         "dt": x.new_empty((*dt.shape, plan.column_tiles)),
@@ -652,7 +764,7 @@ def ssd_scan_bwd(
     ssd_scan_bwd_kernel[(plan.programs,)](
         grad_y,
         x,
-        dt,
+        step,
         decay,
         A,
         B,
@@ -681,7 +793,8 @@ def ssd_scan_bwd(
         maxnreg=ALL_REGISTERS,
         **plan.constants,
     )
-    torch.sum(parts["dt"], 3, out=grad_dt)
+    steps.backward(parts["dt"], grad_dt)
+    torch.sum(grad_dt, (0, 1), out=grad_dt_bias)
     torch.sum(parts["A"], (0, 1, 3), out=grad_A)
     torch.sum(parts["B"], 3, out=grad_B)
     torch.sum(parts["C"], 3, out=grad_C)

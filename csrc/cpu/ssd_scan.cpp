@@ -154,6 +154,7 @@ struct Strip {
   int64_t stride;          // from one step to the next in B and C
   Bounds<T> bounds[W];
   Vec<T> token_norm[W];
+  Mask<T> exists;  // lanes that are channels, of the only block: two go together backwards where both are full
   IVec<T> to_head[W];  // lane -> head, from the block's first head on
   int64_t heads[W];
 
@@ -166,6 +167,9 @@ struct Strip {
     leave = p.C + row * p.states;
     stride = at.direction * p.groups * p.states;
     const int64_t everywhere = at.channel + channel;
+    Vec<T> lanes;
+    for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = static_cast<T>(lane);
+    exists = less(lanes, splat<T>(static_cast<T>(count)));
     for (int w = 0; w < W; ++w) {
       heads[w] = (channel + w * kLanes<T>) / p.width;
       int64_t head = 0, next = (heads[w] + 1) * p.width - channel - w * kLanes<T>;
@@ -460,6 +464,8 @@ SK_NOINLINE void recompute_tile(const Strip<T, W>& s, const Scratch<T>& z, int64
         h[i][w] = advance<T, W, kClamp>(s, w, h[i][w], decay[w], token[w], b, [&](Vec<T> free, Vec<T> clamped) {
           z.inside[(t * N + i) * W + w] = equal(clamped, free);  // lower <= free <= upper, with one comparison
         });
+        // Lanes beyond the last channel may be 0 * inf, and must not get into sums over lanes.
+        if constexpr (W == 1) h[i][w] = select(s.exists, h[i][w], Vec<T>{});
         trail[i * W + w] = h[i][w];
         sum = fma(grad_y[w], h[i][w], sum);
         if constexpr (kGate) y[w] = fma(h[i][w], splat(leave[i]), y[w]);
@@ -499,6 +505,7 @@ SK_NOINLINE void adjoint_tile(const Strip<T, W>& s, const Scratch<T>& z, int64_t
       for (int w = 0; w < W; ++w) {
         Vec<T> grad = fma(grad_y[w], c, r[i][w]);
         if constexpr (kClamp) grad = select(z.inside[(t * N + i) * W + w], grad, Vec<T>{});
+        if constexpr (W == 1) grad = select(s.exists, grad, Vec<T>{});
         sum = fma(grad, token[w], sum);
         by_token[w] = fma(grad, b, by_token[w]);
         r[i][w] = decay[w] * grad;
@@ -641,9 +648,10 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
         std::fill(z.head_sums, z.head_sums + at.heads * padded, T(0));
         z.per_head.fill(p, at, start, steps, least);
         if constexpr (kClamp != Clamp::kNone) enter_norms(p, at, start, steps, z.norms);
-        for (int64_t b = 0; b < at.blocks(); b += 2) {
-          const auto strip = b + 1 < at.blocks() ? backward_strip<T, 2, kClamp, kGate> : backward_strip<T, 1, kClamp, kGate>;
-          strip(p, at, z, b * kLanes<T>, start, steps, grad_out, chunk_states, out.x, out.z);
+        for (int64_t channel = 0, both; channel < at.count; channel += both ? 2 * kLanes<T> : kLanes<T>) {
+          both = channel + 2 * kLanes<T> <= at.count;
+          const auto strip = both ? backward_strip<T, 2, kClamp, kGate> : backward_strip<T, 1, kClamp, kGate>;
+          strip(p, at, z, channel, start, steps, grad_out, chunk_states, out.x, out.z);
         }
         const int64_t first = at.place(start), row = first * p.groups + at.group;
         const int64_t to_next = at.direction * p.groups * p.states;

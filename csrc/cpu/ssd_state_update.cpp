@@ -41,8 +41,8 @@ struct Block {
       lower = load_first(heads.lower + channel, rows), upper = load_first(heads.upper + channel, rows);
     }
   }
-  SK_INLINE Vec<T> decay(int r, int64_t, int64_t) const { return splat<T>(decays[r]); }
-  SK_INLINE Vec<T> clamp(Vec<T> h, int r, int64_t, int64_t) const {
+  SK_INLINE Vec<T> next(Vec<T> h, Vec<T> entering, int r, int64_t, int64_t) const {
+    h = fma(splat<T>(decays[r]), h, entering);
     if constexpr (kClamp) return min(splat<T>(upper[r]), max(splat<T>(lower[r]), h));  // NaN, the second operand, passes
     return h;
   }

@@ -98,8 +98,9 @@ def mamba_chunk_scan_combined(
 
     **Different:** `chunk_size` changes nothing, since the recurrence is computed step by step and not by products of
     chunks whose length decides about the rounding. No exponent is positive, so no difference of cumulative sums can
-    overflow. `seq_idx`, `cu_seqlens` and `return_varlen_states`, sequences packed into one, raise `ValueError`: give
-    each sequence a row of its own.
+    overflow. A negative step without `dt_softplus`, which mamba_ssm clips to `dt_limit`, raises `ValueError` on a CPU.
+    `seq_idx`, `cu_seqlens` and `return_varlen_states`, sequences packed into one, raise it too: give each sequence a
+    row of its own.
     """
     name = "mamba_chunk_scan_combined"
     _check.integer(f"adapters.mamba_ssm.{name}", "chunk_size", chunk_size, low=1)

@@ -153,12 +153,8 @@ def _(*arguments):
     return outputs
 
 
-def _real_only(gate: Tensor, *others: object) -> str | None:
-    return "complex states" if gate.is_complex() else None
-
-
-@launcher("linear_scan_fwd", device="cuda", backend="triton", supports=_real_only)
-@launcher("linear_scan_fwd", device="cpu", backend="triton", supports=_real_only)
+@launcher("linear_scan_fwd", device="cuda", backend="triton")
+@launcher("linear_scan_fwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.linear_scan import linear_scan_fwd
 
@@ -167,39 +163,14 @@ def _(*arguments):
     return outputs
 
 
-@launcher("linear_scan_bwd", device="cuda", backend="triton", supports=_real_only)
-@launcher("linear_scan_bwd", device="cpu", backend="triton", supports=_real_only)
+@launcher("linear_scan_bwd", device="cuda", backend="triton")
+@launcher("linear_scan_bwd", device="cpu", backend="triton")
 def _(*arguments):
     from stablekern.triton_kernels.linear_scan import linear_scan_bwd
 
     outputs = _fake_bwd(*arguments)
     linear_scan_bwd(*_dense(*arguments[:-1]), arguments[-1], *outputs)
     return outputs
-
-
-def _clamped(free: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
-    if upper is None:
-        return free
-    if lower is not None:
-        return torch.clamp(free, lower, upper)
-    modulus = free.abs()
-    outside = modulus > upper
-    # The unit vector first: it cannot overflow.
-    return torch.where(outside, free / torch.where(outside, modulus, 1.0) * upper, free)
-
-
-def _through_clamp(grad: Tensor, free: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
-    """The gradient before the clamp, of what came out as `_clamped(free)`."""
-    if upper is None:
-        return grad
-    if lower is not None:
-        return torch.where((free >= lower) & (free <= upper), grad, 0.0)
-    modulus = free.abs()
-    outside = modulus > upper
-    modulus = torch.where(outside, modulus, 1.0)
-    unit = free / modulus
-    along = unit.real * grad.real + unit.imag * grad.imag
-    return torch.where(outside, (upper / modulus) * (grad - unit * along), grad)
 
 
 @launcher("linear_scan_fwd", device="cuda", backend="torch")
@@ -214,7 +185,7 @@ def _(gate, token, initial_state, lower, upper, reverse_channels, count):
         free = gate[..., t] * state + token[..., t]
         if count:
             changed += _state_clamp.changed(free, lower, upper)
-        state = _clamped(free, lower, upper)
+        state = _state_clamp.clamped(free, lower, upper)
         states[..., t] = state
     if count:
         torch.div(changed, max(token.shape[2], 1), out=saturation)
@@ -233,7 +204,7 @@ def _(grad_states, gate, token, states, initial_state, lower, upper, reverse_cha
         before = states[..., t - 1] if t else first
         grad = grad_states[..., t] + carry
         if token is not None:
-            grad = _through_clamp(grad, gate[..., t] * before + token[..., t], lower, upper)
+            grad = _state_clamp.through_clamp(grad, gate[..., t] * before + token[..., t], lower, upper)
         grad_token[..., t] = grad
         grad_gate[..., t] = grad * before.conj()
         carry = gate[..., t].conj() * grad

@@ -354,24 +354,7 @@ def _advance(
 ) -> tuple[Tensor, Tensor]:
     """The next state, and what it was before the clamp."""
     free = decay * state + enter
-    if upper is None:
-        return free, free
-    if lower is not None:
-        return torch.clamp(free, lower, upper), free
-    size = free.abs()
-    return torch.where(size > upper, free * (upper / size), free), free
-
-
-def _through_clamp(grad: Tensor, free: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
-    """The gradient with respect to `free` from that with respect to the clamped state."""
-    if upper is None:
-        return grad
-    if lower is not None:
-        return torch.where((free >= lower) & (free <= upper), grad, 0.0)
-    size = free.abs()
-    normal = free / size
-    tangent = grad - normal * (normal.conj() * grad).real
-    return torch.where(size > upper, tangent * (upper / size), grad)
+    return _state_clamp.clamped(free, lower, upper), free
 
 
 def _read(state: Tensor, leave: Tensor) -> Tensor:
@@ -454,7 +437,7 @@ def _(
             reading = factor * grad_read[..., t, None]
             add(grad_C, t, reading * state.conj())
             y[..., t] = _read(state, leave)
-            grad = _through_clamp(carry + reading * leave.conj(), before_clamp[t - start], lower, upper)
+            grad = _state_clamp.through_clamp(carry + reading * leave.conj(), before_clamp[t - start], lower, upper)
             add(grad_B, t, grad * token[..., t, None])
             into_token = (grad * enter.conj()).sum(-1)
             carry = decays[t - start].conj() * grad

@@ -94,19 +94,20 @@ _fwd = define(
 )
 
 
-@launcher(
-    "selective_state_update_fwd",
-    device="cpu",
-    backend="native",
-    supports=lambda state, *_: "complex states" if state.is_complex() else None,
-)
-def _(state, *tensors_and_flag):
-    *tensors, dt_softplus = tensors_and_flag
-    dtype, wide = tensors[0].dtype, tensors[2].dtype
-    tensors = [None if tensor is None else tensor.to(wide).contiguous() for tensor in tensors]
-    own = state.to(wide).contiguous()
-    y = torch.empty_like(tensors[0])
-    _load.native().selective_state_update_fwd(own, *tensors, dt_softplus, y)
+@launcher("selective_state_update_fwd", device="cpu", backend="native")
+def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
+    dtype, wide = x.dtype, A.real.dtype if A.is_complex() else A.dtype
+    own = state.to(A.dtype).contiguous()
+    projections = [B, C]
+    rate, moving = A, own
+    if A.is_complex():  # parts as neighbours, and 2 Re(C h) as the inner product of parts
+        projections = [torch.view_as_real(M) for M in (B, 2 * C.conj())]
+        rate, moving = torch.view_as_real(A), torch.view_as_real(own)
+        upper = None if upper is None else upper.repeat_interleave(2, dim=-1)
+    given = (x, dt, rate, *projections, D, z, dt_bias, lower, upper)
+    tensors = [None if tensor is None else tensor.to(wide).contiguous() for tensor in given]
+    y = x.new_empty(x.shape, dtype=wide)
+    _load.native().selective_state_update_fwd(moving, *tensors, dt_softplus, y)
     if own is not state:
         state.copy_(own)
     return y.to(dtype)
@@ -138,11 +139,7 @@ def _(state, x, dt, A, B, C, D, z, dt_bias, lower, upper, dt_softplus):
     per_group = x.shape[1] // groups if groups else 1
     enter, leave = (M.to(A.dtype).repeat_interleave(per_group, dim=1) for M in (B, C))
     moved = torch.exp(step[..., None] * A) * state + (step * x)[..., None] * enter
-    if lower is not None:
-        moved = torch.clamp(moved, lower, upper)
-    elif upper is not None:
-        size = moved.abs()
-        moved = torch.where(size > upper, moved * (upper / size), moved)
+    moved = _state_clamp.clamped(moved, lower, upper)
     state.copy_(moved)
     y = (moved * leave).sum(-1)
     y = 2 * y.real if y.is_complex() else y

@@ -191,24 +191,22 @@ def _require_steps(least: float) -> None:
         raise ValueError(message(_OP, "`dt` + `dt_bias` must be >= 0 without `dt_softplus`", f"{least:g}"))
 
 
-def _steps(dt: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float) -> tuple[Tensor, Tensor | None]:
-    """The step sizes, and their derivative with respect to `dt` (None: 1)."""
+def _steps(dt: Tensor, dt_bias: Tensor | None, softplus: bool, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The step sizes, and their derivative with respect to `dt`."""
     step = dt if dt_bias is None else dt + dt_bias
-    slope = None
     if softplus:
         step, slope = torch.logaddexp(step, step.new_zeros(())), torch.sigmoid(step)
-    elif _check.readable(step) and step.numel():
-        _require_steps(step.amin().item())
-    if low > 0 or high < torch.inf:
-        limited = (step < low) | (step > high)
-        slope = torch.where(limited, 0.0, torch.ones_like(step) if slope is None else slope)
-        step = step.clamp(low, high)
-    return step, slope
+    else:
+        slope = torch.ones_like(step)
+        if _check.readable(step) and step.numel():
+            _require_steps(step.amin().item())
+    limited = (step < low) | (step > high)
+    return step.clamp(low, high), torch.where(limited, 0.0, slope)
 
 
-def _through_steps(grad_step: Tensor, slope: Tensor | None) -> Tensor:
+def _through_steps(grad_step: Tensor, slope: Tensor) -> Tensor:
     """The gradient of `dt` from that of the steps; a limited step has none, whatever comes back to it."""
-    return grad_step if slope is None else torch.where(slope == 0, 0.0, slope * grad_step)
+    return torch.where(slope == 0, 0.0, slope * grad_step)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -267,9 +265,10 @@ def _(*arguments):
     from stablekern.triton_kernels.ssd_scan import ssd_scan_fwd
 
     outputs = _fake_fwd(*arguments)
-    x, dt, A, B, C, D, z, dt_bias, *bounds, reverse_groups, softplus, low, high, chunk, _ = arguments
-    step, _ = _steps(dt, dt_bias, softplus, low, high)  # one number a head: by torch, as its decay
-    ssd_scan_fwd(*_contiguous(x, step, A, B, C, D, z, *bounds), reverse_groups, chunk, *outputs)
+    dt, dt_bias, softplus = arguments[1], arguments[7], arguments[12]
+    if _check.readable(dt) and dt.numel() and not softplus:
+        _require_steps((dt if dt_bias is None else dt + dt_bias).amin().item())
+    ssd_scan_fwd(*_contiguous(*arguments[:11]), *arguments[11:-1], *outputs)
     return outputs
 
 
@@ -278,14 +277,8 @@ def _(*arguments):
 def _(*arguments):
     from stablekern.triton_kernels.ssd_scan import ssd_scan_bwd
 
-    outputs = _, grad_dt, *_, grad_bias, _ = _fake_bwd(*arguments)
-    *into, x, dt, A, B, C, D, z, dt_bias, lower, upper, chunk_states = arguments[:13]
-    reverse_groups, softplus, low, high, chunk = arguments[13:]
-    step, slope = _steps(dt, dt_bias, softplus, low, high)
-    inputs = _contiguous(*into, x, step, A, B, C, D, z, lower, upper, chunk_states)
-    ssd_scan_bwd(*inputs, reverse_groups, chunk, *(grad for grad in outputs if grad is not grad_bias))
-    grad_dt.copy_(_through_steps(grad_dt, slope))
-    torch.sum(grad_dt, (0, 1), out=grad_bias)
+    outputs = _fake_bwd(*arguments)
+    ssd_scan_bwd(*_contiguous(*arguments[:13]), *arguments[13:], *outputs)
     return outputs
 
 

@@ -97,7 +97,10 @@ SPECS = (
         interpreted=(
             *("typical", "no-state", "reverse", "clamped", "clamped-reverse", "odd", "odd-reverse", "rows", "length-1"),
             *("bidirectional", "bidirectional-clamped", "bidirectional-empty"),
-            *("empty", "empty-batch", "complex", "permuted", "strided", "extreme", "extreme-clamped"),
+            *("empty", "empty-batch", "permuted", "strided", "extreme", "extreme-clamped"),
+            *("complex", "complex-reverse", "complex-bidirectional", "complex-length-1", "complex-empty"),
+            *("complex-clamped", "complex-clamped-reverse", "complex-clamped-per-channel", "complex-odd"),
+            *("conjugated", "strided-complex", "extreme-complex-clamped"),
         ),
         dtypes=FLOATS + HALVES,
         errors=(

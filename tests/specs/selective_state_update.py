@@ -47,6 +47,8 @@ def samples(g: torch.Generator) -> list[Sample]:
         sample("clamped-heads", 2, (2, 3), 1, 4, state_clamp=0.4),
         sample("complex", 2, (5,), None, 3, is_complex=True, dt_softplus=True),
         sample("complex-clamped", 2, (5,), 5, 3, is_complex=True, state_clamp=0.5),
+        sample("complex-odd", 3, (21,), 3, 19, is_complex=True, state_clamp=0.7, dt_softplus=True),
+        sample("complex-heads", 2, (4, 6), 2, 16, is_complex=True, dt_softplus=True),
         sample("length-1", 1, (1,), None, 1),
         sample("no-states", 2, (5,), None, 0),
         sample("empty", 0, (5,), None, 3),

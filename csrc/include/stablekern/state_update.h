@@ -33,8 +33,8 @@ SK_INLINE Vec<T> step_size(Vec<T> dt, bool with_softplus) {
 }
 
 // `count` channels of one batch item and group, from `row` on (a row is a channel of one batch item). `block` knows what
-// differs between scans: `step`, a lane a row, then of the states i, i + 1, ... (`left` in number) of row r the `decay`,
-// and the `clamp` of what they become.
+// differs between scans: `step`, a lane a row, and what the states i, i + 1, ... (`left` in number) of row r become: the
+// `next` ones, by their decay, by what enters and by a clamp.
 template <class T, class Block>
 SK_INLINE void update_rows(const StateUpdate<T>& p, int64_t row, int64_t group, int count, const Block& block) {
   const T *enter = p.B + group * p.states, *leave = p.C + group * p.states;
@@ -45,8 +45,7 @@ SK_INLINE void update_rows(const StateUpdate<T>& p, int64_t row, int64_t group, 
     const Vec<T> own_token = splat<T>(token[r]);
     for (int64_t i = 0; i < p.states; i += kLanes<T>) {
       const int64_t left = p.states - i;
-      Vec<T> h = fma(block.decay(r, i, left), load_block(state + i, 0, left), own_token * load_block(enter + i, 0, left));
-      h = block.clamp(h, r, i, left);
+      Vec<T> h = block.next(load_block(state + i, 0, left), own_token * load_block(enter + i, 0, left), r, i, left);
       store_block(state + i, h, 0, left);
       // Lanes beyond the last state are 0 * 0, or NaN where the token is not finite: they must not be summed.
       if (left < kLanes<T>) h = load_block(state + i, 0, left);
