@@ -15,6 +15,7 @@ A complex parameter that is not coupled is `REAL` with its parts as a last dimen
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,21 +77,24 @@ def _table(
     values, grads, exp_avgs, squares, largest, steps, rounded, normals, kinds, parameters, offsets
 ) -> Tensor:  # (units, numbers of a row)
     """The rows of what the op is given; the tensors must outlive its use."""
-    halves = iter(rounded)
-    rows = []
-    member = 0
-    for i, kind in enumerate(kinds):
-        own = slice(member, member + (2 if kind == PAIR else 1))
-        member = own.stop
-        types = (_NUMBER_TYPES[values[own.start].dtype], _NUMBER_TYPES[grads[own.start].dtype])
-        half = [next(halves) if grad.dtype in _check.HALF else None for grad in grads[own]]
-        row = [kind, squares[i].numel(), offsets[i], parameters[i], *types]
-        for tensors in (values[own], grads[own], exp_avgs[own], steps[own], half):
-            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            row += addresses if len(addresses) == 2 else (addresses[0], 0)
-        row += (squares[i].data_ptr(), largest[i].data_ptr() if largest else 0, normals[i].data_ptr() if normals else 0)
-        rows.append(row)
-    return torch.tensor(rows, dtype=torch.int64)
+    of_value, of_grad = ([_NUMBER_TYPES[tensor.dtype] for tensor in tensors] for tensors in (values, grads))
+    members = [list(map(Tensor.data_ptr, tensors)) for tensors in (values, grads, exp_avgs, steps)]
+    halves = map(Tensor.data_ptr, rounded)
+    members.append([next(halves) if grad.dtype in _check.HALF else 0 for grad in grads])
+    sizes = map(Tensor.numel, squares)
+    units = [list(map(Tensor.data_ptr, tensors)) or [0] * len(kinds) for tensors in (squares, largest, normals)]
+    numbers = array("q")  # torch.tensor takes ten times as long for a list
+    at = 0
+    for kind, size, offset, parameter, *own in zip(kinds, sizes, offsets, parameters, *units, strict=True):
+        numbers.extend((kind, size, offset, parameter, of_value[at], of_grad[at]))
+        end = at + 2 if kind == PAIR else at + 1
+        for addresses in members:
+            numbers.extend(addresses[at:end])
+            if kind != PAIR:
+                numbers.append(0)
+        numbers.extend(own)
+        at = end
+    return torch.frombuffer(numbers, dtype=torch.int64).view(-1, _ROW_NUMBERS)
 
 
 def gathered(
