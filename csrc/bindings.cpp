@@ -30,7 +30,10 @@ PYBIND11_MODULE(_native, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target") = "2.10";
   const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");  // torch keeps the type
-  const stablekern::Exchange exchange{tensor.ptr(), stablekern::exchange_of(tensor.ptr())};
+  const pybind11::object parameter = pybind11::module_::import("torch.nn").attr("Parameter");
+  const pybind11::object is_conj = tensor.attr("is_conj"), is_neg = tensor.attr("is_neg");
+  const stablekern::Exchange exchange{tensor.ptr(), parameter.ptr(), is_conj.ptr(), is_neg.ptr(),
+                                      stablekern::exchange_of(tensor.ptr())};
   // The gradients of a list of parameters, with one row for each in the int64 table at an address; None: not all plain.
   m.def("gather_gradients", [exchange](pybind11::list parameters, uintptr_t table) {
     return given(stablekern::gather_gradients(parameters.ptr(), reinterpret_cast<int64_t*>(table), exchange));
@@ -43,6 +46,12 @@ PYBIND11_MODULE(_native, m) {
     auto* known = reinterpret_cast<int64_t*>(seen);
     return given(stablekern::gradients_finite(parameters.ptr(), known, unless_seen, exchange));
   });
+  // The parameters of a list that have a gradient, with the rows of the optimizer's table; None: not all plain.
+  m.def("gather_adamw", [exchange](pybind11::list parameters, pybind11::dict state, int64_t first, bool coupled,
+                                   bool amsgrad, uintptr_t table) {
+    auto* rows = reinterpret_cast<stablekern::AdamwRow*>(table);
+    return given(stablekern::gather_adamw(parameters.ptr(), state.ptr(), first, coupled, amsgrad, rows, exchange));
+  });
   // Memory for results (stablekern/pool.h): a DLPack capsule; the bytes that wait in the pool and that tensors hold.
   m.def("pooled_empty", [](std::vector<int64_t> shape, uint8_t code, uint8_t bits, size_t limit) {
     return given(stablekern::pooled_capsule(std::move(shape), code, bits, limit));
@@ -50,10 +59,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("pool_bytes", [] { return std::pair(stablekern::pool().held(), stablekern::pool().lent()); });
   m.def("pool_clear", [] { stablekern::pool().clear(); });
   m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-    stablekern::Words word[1][4];
-    stablekern::philox4x32<1>({stablekern::Words{} + c0}, c1, {c2, c3, k0, k1}, word);
+    constexpr int lanes = stablekern::kWordLanes / 2;
+    stablekern::WideWords word[1][4];
+    stablekern::philox4x32<1>({stablekern::WideWords{} + c0}, c1, {c2, c3, k0, k1}, word);
     pybind11::tuple answer(4);
-    for (int k = 0; k < 4; ++k) answer[k] = static_cast<uint32_t>(word[0][k][k % stablekern::kWordLanes]);  // all alike
+    for (int k = 0; k < 4; ++k) answer[k] = static_cast<uint32_t>(word[0][k][k % lanes]);  // all alike
     return answer;
   });
   m.attr("lapack") = stablekern::lapack_found();  // whether torch brings what "stablekern/lapack.h" calls

@@ -27,6 +27,7 @@ __all__ = [
     "define",
     "direct",
     "explain",
+    "is_watched",
     "launcher",
     "ops",
     "use_backend",
@@ -144,6 +145,15 @@ def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any
         return function(*arguments)
 
 
+def is_watched() -> bool:
+    """Whether a compiler, a transform or a mode wants to see what ops are called."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def direct(name: str, *arguments: Any) -> Any:
     """The op of this dispatcher name by its launcher, where nobody wants to see the op itself.
 
@@ -152,9 +162,7 @@ def direct(name: str, *arguments: Any) -> Any:
     """
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     seen = (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+        is_watched()
         or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
         or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or tensors[0].device.type not in _KEYS

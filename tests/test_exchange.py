@@ -1,13 +1,17 @@
-"""What the native library reads of Python tensors in one pass: `all_finite`, `gradients_finite`."""
+"""What the native library reads of Python tensors in one pass: `all_finite`, `gradients_finite`, `gather_adamw`."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablekern import _load
+from stablekern import _load, use_backend
 from stablekern.health.watch import _versions
+from stablekern.optim import ComplexAdamW, _adamw_step, complex_adamw
 
 REASON = _load.native_reason("grad_guard")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
@@ -78,3 +82,133 @@ def test_gradients_are_read_again_only_if_written_to():
     assert finite(True) is False
     parameters[3].grad = torch.ones(3).to_sparse()
     assert finite(True) is None
+
+
+# ---- the table of an optimizer's step --------------------------------------------------------------------------------
+
+
+def stepped(options, dtypes=(torch.float32, torch.complex64, torch.float64, torch.complex128)):
+    """Parameters of several shapes that have taken a step, one of them without a gradient, and their optimizer."""
+    torch.manual_seed(0)
+    shapes = [(3, 5), (), (0,), (1, 7), (6,)]
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for dtype in dtypes for shape in shapes]
+    optimizer = ComplexAdamW(params, lr=0.1, temperature=0.1, seed=5, **options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    params[1].grad = None
+    return params, optimizer
+
+
+def gathered(params, optimizer, first=0):
+    group = optimizer.param_groups[0]
+    options = {"coupled": group["coupled"], "amsgrad": group["amsgrad"]}
+    return _adamw_step.gathered(params, optimizer.state, first, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupled": False}, {"amsgrad": True}, {"amsgrad": True, "coupled": False}])
+def test_the_table_is_that_of_the_lists(options, monkeypatch):
+    """Gathered in C, and row by row from the lists that the op takes."""
+    params, optimizer = stepped(options)
+    found, grads, table = gathered(params, optimizer, first=7)
+    assert [id(p) for p in found] == [id(p) for p in params if p.grad is not None]
+    assert [id(grad) for grad in grads] == [id(p.grad) for p in found]
+    tables = []
+    monkeypatch.setattr(_adamw_step, "step_rows", lambda table, *_: tables.append(table))
+    monkeypatch.setattr(complex_adamw, "gathered", lambda *_, **__: None)
+    optimizer.step()
+    (wanted,) = tables
+    assert torch.equal(table[:, 3], wanted[:, 3] + 7)  # of the streams
+    assert torch.equal(table[:, :3], wanted[:, :3]) and torch.equal(table[:, 4:], wanted[:, 4:])
+
+
+@pytest.mark.parametrize("options", [{}, {"coupled": False}, {"amsgrad": True, "maximize": True}])
+def test_gathered_steps_are_those_of_the_op(options, monkeypatch):
+    params, optimizer = stepped(options)
+    both = copy.deepcopy((params, optimizer))
+    for p, q in zip(params, both[0], strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    versions = [p._version for p in params]
+    for _ in range(3):
+        optimizer.step()
+    assert [p._version - before for p, before in zip(params, versions, strict=True)] == [
+        3 * (p.grad is not None) for p in params
+    ]
+    monkeypatch.setattr(complex_adamw, "gathered", lambda *_, **__: None)
+    for _ in range(3):
+        both[1].step()
+    for p, q in zip(params, both[0], strict=True):
+        assert torch.equal(p, q)
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, both[1].state[q][key]), key
+    assert optimizer.state[params[0]]["step"] == 4 and optimizer.state[params[1]]["step"] == 1
+
+
+def _with_state(key, change):
+    def spoil(params, optimizer):
+        state = optimizer.state[params[-1]]
+        state[key] = change(state[key])
+
+    return spoil
+
+
+def _with_grad(change):
+    def spoil(params, optimizer):
+        params[-1].grad = change(params[-1].grad)
+
+    return spoil
+
+
+class _Own(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _with_grad(torch.conj),
+        _with_grad(torch._neg_view),
+        _with_grad(torch.Tensor.to_sparse),
+        _with_grad(lambda grad: grad.as_subclass(_Own)),
+        _with_grad(lambda grad: torch.stack((grad, grad), dim=-1)[..., 0]),
+        _with_state("exp_avg", torch.real),
+        _with_state("exp_avg", lambda moment: moment[:-1]),
+        _with_state("exp_avg_sq", torch.Tensor.float),
+        _with_state("exp_avg_sq", lambda moment: moment.to(torch.complex128)),
+        _with_state("step", torch.Tensor.float),
+        _with_state("step", lambda step: step.repeat(2)),
+        _with_state("step", float),
+        lambda params, optimizer: optimizer.state.pop(params[-1]),
+        lambda params, optimizer: optimizer.state[params[-1]].pop("exp_avg"),
+        lambda params, optimizer: setattr(params[-1], "data", params[-1].data.conj()),
+    ],
+)
+def test_a_step_of_what_is_not_plain_is_left_to_the_op(spoil):
+    params, optimizer = stepped({})
+    assert gathered(params, optimizer) is not None
+    spoil(params, optimizer)
+    assert gathered(params, optimizer) is None
+    assert gathered(params[:-1], optimizer) is not None
+
+
+def test_half_precision_and_forced_backends_are_left_to_the_op():
+    params, optimizer = stepped({}, dtypes=(torch.bfloat16,))
+    assert gathered(params, optimizer) is None
+    params, optimizer = stepped({})
+    with use_backend("torch"):
+        assert gathered(params, optimizer) is None
+    assert gathered(params, optimizer) is not None and gathered([], optimizer) is None
+
+
+def test_a_mode_sees_the_op():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    _, optimizer = stepped({})
+    with Watch():
+        optimizer.step()
+    assert "stablekern::complex_adamw" in seen

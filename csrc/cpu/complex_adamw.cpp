@@ -16,9 +16,11 @@
 #include <optional>
 #include <vector>
 
+#include "stablekern/adamw_rows.h"
 #include "stablekern/caches.h"
 #include "stablekern/philox.h"
 #include "stablekern/simd.h"
+#include "stablekern/spans.h"
 
 namespace stablekern {
 namespace {
@@ -30,31 +32,13 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;  // elements of one piece of work, a multiple of kTile
 constexpr int kQuietTile = 256;    // elements at a time where no normals are drawn
-constexpr int kTilesAhead = 2;     // whose numbers are under way while the normals of one tile are drawn
+constexpr int kTilesAhead = 4;     // whose numbers are under way while the normals of one tile are drawn
 
-// As stablekern/optim/complex_adamw.py numbers them.
-enum class Kind : int64_t {
-  kReal = 0,     // one number per element
-  kComplex = 1,  // re and im side by side, one second moment for both
-  kPair = 2,     // re and im in two tensors, one second moment for both
-  kFirst = 3,    // re of a pair, a real parameter of its own; its normals are the even ones of the pair's stream
-  kSecond = 4,   // im of a pair: the odd ones
-};
+using Kind = UnitKind;
 
-struct Unit {
-  Kind kind;
-  int64_t size;    // elements
-  int64_t offset;  // of the first element within the whole parameter
-  Stream stream;
+struct Unit : AdamwRow {
   int members;
-  void* value[2];
-  const void* grad[2];
-  void* exp_avg[2];
-  void* rounded[2];  // the half-precision parameters behind float32 values
-  void* square;
-  void* largest;      // null: no amsgrad
-  const void* given;  // normals drawn by the caller; null: draw them here
-  ScalarType value_type, grad_type;
+  Stream stream;
   double step_size, inverse_root;
 };
 
@@ -118,7 +102,7 @@ SK_INLINE Vec<T> gain_of(Vec<T> square, Vec<T> r, const Rule<T>& rule) {
 }
 
 // Elements i to i + kLanes, or the first `here` of them.
-template <class T, Kind kKind>
+template <class T, Kind kKind, Layout kLayout>
 SK_INLINE void update_vector(const Pointers<T>& at, int i, int here, const Rule<T>& rule, T step_size, T inverse_root) {
   constexpr bool side_by_side = kKind == Kind::kComplex;
   constexpr int parts = kKind == Kind::kComplex || kKind == Kind::kPair ? 2 : 1;
@@ -156,7 +140,12 @@ SK_INLINE void update_vector(const Pointers<T>& at, int i, int here, const Rule<
       p[0] = fma(gain, take(at.normals + i, here), p[0]);
     } else {
       Vec<T> n[2];
-      take_pairs(at.normals + 2 * i, here, n[0], n[1]);
+      if constexpr (kLayout == Layout::kPlanes) {
+        n[0] = take(at.normals + i, here);
+        n[1] = take(at.normals + kTile / 2 + i, here);
+      } else {
+        take_pairs(at.normals + 2 * i, here, n[0], n[1]);
+      }
       p[0] = fma(gain, n[kKind == Kind::kSecond ? 1 : 0], p[0]);
       if constexpr (parts == 2) p[1] = fma(gain, n[1], p[1]);
     }
@@ -172,12 +161,12 @@ SK_INLINE void update_vector(const Pointers<T>& at, int i, int here, const Rule<
   }
 }
 
-template <class T, Kind kKind>
+template <class T, Kind kKind, Layout kLayout>
 SK_INLINE void update(const Pointers<T>& at, int count, const Rule<T>& rule, T step_size, T inverse_root) {
   constexpr int lanes = kLanes<T>;
   int i = 0;
-  for (; i + lanes <= count; i += lanes) update_vector<T, kKind>(at, i, lanes, rule, step_size, inverse_root);
-  if (i < count) update_vector<T, kKind>(at, i, count - i, rule, step_size, inverse_root);
+  for (; i + lanes <= count; i += lanes) update_vector<T, kKind, kLayout>(at, i, lanes, rule, step_size, inverse_root);
+  if (i < count) update_vector<T, kKind, kLayout>(at, i, count - i, rule, step_size, inverse_root);
 }
 
 // A float32 value whose rounded form is no longer the parameter has been written from outside: it follows.
@@ -212,13 +201,14 @@ SK_INLINE void prefetch_tile(const Unit& unit, int64_t e) {
   for (int part = 0; part < unit.members; ++part)
     for (const void* numbers : {static_cast<const void*>(unit.value[part]), unit.grad[part],
                                 static_cast<const void*>(unit.exp_avg[part])})
-      prefetch<bytes * kStep<kKind>>(numbers, e * kStep<kKind> * sizeof(T));
-  prefetch<bytes>(unit.square, e * sizeof(T));
+      prefetch<bytes * kStep<kKind>, 2>(numbers, e * kStep<kKind> * sizeof(T));
+  prefetch<bytes, 2>(unit.square, e * sizeof(T));
 }
 
 template <class T, Kind kKind>
 void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
   constexpr int width = kWidth<kKind>, step = kStep<kKind>;
+  constexpr Layout layout = width == 2 ? Layout::kPlanes : Layout::kStream;  // of what is drawn here
   const bool draws = rule.noisy && unit.given == nullptr;
   alignas(kVectorBytes) T drawn[kTile];
   alignas(kVectorBytes) float wide[2][kQuietTile * step];
@@ -226,11 +216,11 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
     int64_t stop = std::min<int64_t>(end, e + kQuietTile);
     const T* normals = static_cast<const T*>(unit.given);
     if (draws) {
-      const int64_t first = (unit.offset + e) * width, tile = first / kTile;
+      const int64_t tile = (unit.offset + e) * width / kTile;
       stop = std::min(end, (tile + 1) * (kTile / width) - unit.offset);
       prefetch_tile<T, kKind>(unit, e);
-      draw_tile(tile, unit.stream, drawn);
-      normals = drawn + (first - tile * kTile);
+      draw_tile<layout>(tile, unit.stream, drawn);
+      normals = drawn + (unit.offset + e - tile * (kTile / width));
     } else if (rule.noisy) {
       normals += e * width;
     }
@@ -255,17 +245,21 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
         widen(static_cast<const S*>(unit.grad[part]) + e * step, wide[part], count * step);
         at.grad[part] = wide[part];
       };
-      if (unit.grad_type == ScalarType::BFloat16) each_member(BFloat16{}, before);
-      if (unit.grad_type == ScalarType::Half) each_member(Half{}, before);
+      if (unit.grad_type == SpanType::kBfloat16) each_member(BFloat16{}, before);
+      if (unit.grad_type == SpanType::kHalf) each_member(Half{}, before);
     }
-    update<T, kKind>(at, count, rule, static_cast<T>(unit.step_size), static_cast<T>(unit.inverse_root));
+    const auto step_size = static_cast<T>(unit.step_size), inverse_root = static_cast<T>(unit.inverse_root);
+    if (draws)
+      update<T, kKind, layout>(at, count, rule, step_size, inverse_root);
+    else
+      update<T, kKind, Layout::kStream>(at, count, rule, step_size, inverse_root);
     if constexpr (std::is_same_v<T, float>) {
       const auto after = [&](auto* tag, int part) {
         using S = std::remove_pointer_t<decltype(tag)>;
         round_to(at.value[part], static_cast<S*>(unit.rounded[part]) + e * step, count * step);
       };
-      if (unit.grad_type == ScalarType::BFloat16) each_member(BFloat16{}, after);
-      if (unit.grad_type == ScalarType::Half) each_member(Half{}, after);
+      if (unit.grad_type == SpanType::kBfloat16) each_member(BFloat16{}, after);
+      if (unit.grad_type == SpanType::kHalf) each_member(Half{}, after);
     }
     e = stop;
   }
@@ -312,16 +306,53 @@ Rule<T> rule_of(const Options& o) {
   return rule;
 }
 
-// `values`, `grads`, `exp_avgs`, `steps` and, for half-precision parameters, `rounded` have one entry per member;
-// `squares` and `largest` (empty without amsgrad) one per unit; `normals` one per unit, of which an empty one means that
-// they are drawn here.
-void complex_adamw(std::vector<Tensor> values, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                   std::vector<Tensor> squares, std::vector<Tensor> largest, std::vector<Tensor> steps,
-                   std::vector<Tensor> rounded, std::vector<Tensor> normals, std::vector<int64_t> kinds,
-                   std::vector<int64_t> parameters, std::vector<int64_t> offsets, Tensor lr,
-                   std::optional<Tensor> temperature, std::optional<Tensor> found_inf, std::optional<Tensor> grad_scale,
-                   double beta1, double beta2, double eps, double weight_decay, double noise_eps,
-                   double max_noise_gain, bool maximize, int64_t seed_low, int64_t seed_high) {
+// What depends on the number of the step, which most units share.
+struct Correction {
+  double count, step_size, inverse_root;
+
+  Correction(double step, const Options& o)
+      : count(step),
+        step_size(o.lr / (1 - std::pow(o.beta1, step))),
+        inverse_root(1 / std::sqrt(1 - std::pow(o.beta2, step))) {}
+};
+
+Unit unit_of(const AdamwRow& row, const Correction& correction, uint32_t seed_low, uint32_t seed_high) {
+  Unit unit{row};
+  unit.members = unit.kind == Kind::kPair ? 2 : 1;
+  // A normal that the caller drew is the member's own: there is no partner's to pass over.
+  if (unit.given != nullptr && (unit.kind == Kind::kFirst || unit.kind == Kind::kSecond)) unit.kind = Kind::kReal;
+  unit.step_size = correction.step_size;
+  unit.inverse_root = correction.inverse_root;
+  const auto step = static_cast<uint32_t>(static_cast<int64_t>(correction.count));
+  unit.stream = Stream{static_cast<uint32_t>(unit.parameter), step, seed_low, seed_high};
+  return unit;
+}
+
+void step_units(const std::vector<Unit>& units, const Options& options) {
+  std::vector<int64_t> ends(units.size());  // of each unit's blocks
+  int64_t blocks = 0;
+  for (size_t i = 0; i < units.size(); ++i) ends[i] = blocks += (units[i].size + kBlock - 1) / kBlock;
+  const Rule<float> single = rule_of<float>(options);
+  const Rule<double> twofold = rule_of<double>(options);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t block = begin; block < end; ++block) {
+      while (block >= ends[i]) ++i;
+      const Unit& unit = units[i];
+      const int64_t own = block - (i == 0 ? 0 : ends[i - 1]);
+      const int64_t from = own * kBlock, to = std::min(unit.size, from + kBlock);
+      if (unit.value_type == SpanType::kDouble)
+        run_any<double>(unit, from, to, twofold);
+      else
+        run_any<float>(unit, from, to, single);
+    }
+  });
+}
+
+// `table` is rows of `AdamwRow`. Where `found_inf` is not 0, nothing changes.
+void complex_adamw(Tensor table, Tensor lr, std::optional<Tensor> temperature, std::optional<Tensor> found_inf,
+                   std::optional<Tensor> grad_scale, double beta1, double beta2, double eps, double weight_decay,
+                   double noise_eps, double max_noise_gain, bool maximize, int64_t seed_low, int64_t seed_high) {
   if (found_inf && read(*found_inf) != 0) return;
   const Options options{read(lr),
                         temperature ? read(*temperature) : 0.0,
@@ -335,57 +366,17 @@ void complex_adamw(std::vector<Tensor> values, std::vector<Tensor> grads, std::v
                         temperature.has_value(),
                         maximize,
                         grad_scale.has_value()};
-  std::vector<Unit> units(kinds.size());
-  std::vector<int64_t> ends(kinds.size());  // of each unit's blocks
-  int64_t blocks = 0;
-  size_t member = 0, half = 0;
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    Unit& unit = units[i];
-    unit = Unit{};
-    unit.kind = static_cast<Kind>(kinds[i]);
-    unit.members = unit.kind == Kind::kPair ? 2 : 1;
-    unit.size = squares[i].numel();
-    unit.offset = offsets[i];
-    unit.value_type = values[member].scalar_type();
-    unit.grad_type = grads[member].scalar_type();
-    unit.square = squares[i].mutable_data_ptr();
-    if (!largest.empty()) unit.largest = largest[i].mutable_data_ptr();
-    if (!normals.empty() && normals[i].numel() > 0) unit.given = normals[i].const_data_ptr();
-    // A normal that the caller drew is the member's own: there is no partner's to pass over.
-    if (unit.given != nullptr && (unit.kind == Kind::kFirst || unit.kind == Kind::kSecond)) unit.kind = Kind::kReal;
-    double count = 0;
-    for (int part = 0; part < unit.members; ++part, ++member) {
-      unit.value[part] = values[member].mutable_data_ptr();
-      unit.grad[part] = grads[member].const_data_ptr();
-      unit.exp_avg[part] = exp_avgs[member].mutable_data_ptr();
-      double& step = *static_cast<double*>(steps[member].mutable_data_ptr());
-      step += 1;
-      if (part == 0) count = step;
-      if (unit.grad_type == ScalarType::BFloat16 || unit.grad_type == ScalarType::Half)
-        unit.rounded[part] = rounded[half++].mutable_data_ptr();
-    }
-    unit.step_size = options.lr / (1 - std::pow(beta1, count));
-    unit.inverse_root = 1 / std::sqrt(1 - std::pow(beta2, count));
-    unit.stream = Stream{static_cast<uint32_t>(parameters[i]), static_cast<uint32_t>(static_cast<int64_t>(count)),
-                         static_cast<uint32_t>(seed_low), static_cast<uint32_t>(seed_high)};
-    blocks += (unit.size + kBlock - 1) / kBlock;
-    ends[i] = blocks;
+  const auto* row = static_cast<const AdamwRow*>(table.const_data_ptr());
+  std::vector<Unit> units;
+  units.reserve(table.size(0));
+  Correction correction(1, options);
+  for (int64_t i = 0; i < table.size(0); ++i, ++row) {
+    for (double* step : row->step)
+      if (step != nullptr) *step += 1;
+    if (*row->step[0] != correction.count) correction = Correction(*row->step[0], options);
+    units.push_back(unit_of(*row, correction, static_cast<uint32_t>(seed_low), static_cast<uint32_t>(seed_high)));
   }
-  const Rule<float> single = rule_of<float>(options);
-  const Rule<double> twofold = rule_of<double>(options);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (int64_t block = begin; block < end; ++block) {
-      while (block >= ends[i]) ++i;
-      const Unit& unit = units[i];
-      const int64_t own = block - (i == 0 ? 0 : ends[i - 1]);
-      const int64_t from = own * kBlock, to = std::min(unit.size, from + kBlock);
-      if (unit.value_type == ScalarType::Double || unit.value_type == ScalarType::ComplexDouble)
-        run_any<double>(unit, from, to, twofold);
-      else
-        run_any<float>(unit, from, to, single);
-    }
-  });
+  step_units(units, options);
 }
 
 void philox_normal(int64_t start, int64_t seed_low, int64_t seed_high, Tensor step, int64_t parameter, Tensor out) {
@@ -417,10 +408,8 @@ void philox_normal(int64_t start, int64_t seed_low, int64_t seed_high, Tensor st
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
-      "complex_adamw(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] squares,"
-      " Tensor(d!)[] largest, Tensor(e!)[] steps, Tensor(f!)[] rounded, Tensor[] normals, int[] kinds, int[] parameters,"
-      " int[] offsets, Tensor lr, Tensor? temperature, Tensor? found_inf, Tensor? grad_scale, float beta1, float beta2,"
-      " float eps, float weight_decay, float noise_eps, float max_noise_gain, bool maximize, int seed_low,"
+      "complex_adamw(Tensor table, Tensor lr, Tensor? temperature, Tensor? found_inf, Tensor? grad_scale, float beta1,"
+      " float beta2, float eps, float weight_decay, float noise_eps, float max_noise_gain, bool maximize, int seed_low,"
       " int seed_high) -> ()");
   m.def(
       "philox_normal(int start, int seed_low, int seed_high, Tensor step, int parameter, Tensor(a!) out) -> ()");

@@ -15,18 +15,21 @@ A complex parameter that is not coupled is `REAL` with its parts as a last dimen
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablekern import _check, _load
-from stablekern._registry import define, launcher
+from stablekern._registry import backend_for, define, is_watched, launcher
 from stablekern.optim.philox import normal
 
-__all__ = ["COMPLEX", "FIRST", "PAIR", "REAL", "SECOND", "adamw_step", "normals_per_element"]
+__all__ = ["COMPLEX", "FIRST", "PAIR", "REAL", "SECOND", "adamw_step", "gathered", "normals_per_element", "step_rows"]
 
 REAL, COMPLEX, PAIR, FIRST, SECOND = range(5)
+_LISTS = 11  # arguments of the op before the scalars
 _NATIVE_DTYPES = frozenset((*_check.REAL, *_check.COMPLEX))
 
 # `values`, `grads`, `exp_avgs`, `steps` and `rounded` have one entry per member; `rounded`, the half-precision
@@ -48,9 +51,7 @@ def normals_per_element(kind: int) -> int:
     return 1 if kind == REAL else 2
 
 
-def _needs_dense(
-    values, grads, exp_avgs, squares, largest, steps, rounded, normals, kinds, parameters, offsets, *scalars
-) -> str | None:
+def _needs_dense(values, grads, exp_avgs, squares, largest, steps, rounded, normals=(), *_) -> str | None:
     for tensors in (values, grads, exp_avgs, squares, largest, rounded, normals):
         if not all(map(Tensor.is_contiguous, tensors)):
             return "a tensor is not contiguous"
@@ -59,9 +60,79 @@ def _needs_dense(
     return None
 
 
+# ---- on a CPU: a table of addresses, whose rows "csrc/include/stablekern/adamw_rows.h" declares ----------------------
+
+_ROW_NUMBERS = 19
+_NUMBER_TYPES = {
+    torch.float32: 0,
+    torch.complex64: 0,
+    torch.float64: 1,
+    torch.complex128: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}
+
+
+def _table(
+    values, grads, exp_avgs, squares, largest, steps, rounded, normals, kinds, parameters, offsets
+) -> Tensor:  # (units, numbers of a row)
+    """The rows of what the op is given; the tensors must outlive its use."""
+    of_value, of_grad = ([_NUMBER_TYPES[tensor.dtype] for tensor in tensors] for tensors in (values, grads))
+    members = [list(map(Tensor.data_ptr, tensors)) for tensors in (values, grads, exp_avgs, steps)]
+    halves = map(Tensor.data_ptr, rounded)
+    members.append([next(halves) if grad.dtype in _check.HALF else 0 for grad in grads])
+    sizes = map(Tensor.numel, squares)
+    units = [list(map(Tensor.data_ptr, tensors)) or [0] * len(kinds) for tensors in (squares, largest, normals)]
+    numbers = array("q")  # torch.tensor takes ten times as long for a list
+    at = 0
+    for kind, size, offset, parameter, *own in zip(kinds, sizes, offsets, parameters, *units, strict=True):
+        numbers.extend((kind, size, offset, parameter, of_value[at], of_grad[at]))
+        end = at + 2 if kind == PAIR else at + 1
+        for addresses in members:
+            numbers.extend(addresses[at:end])
+            if kind != PAIR:
+                numbers.append(0)
+        numbers.extend(own)
+        at = end
+    return torch.frombuffer(numbers, dtype=torch.int64).view(-1, _ROW_NUMBERS)
+
+
+def gathered(
+    parameters: list[Tensor], state: dict[Tensor, Any], first: int, *, coupled: bool, amsgrad: bool
+) -> tuple[list[Tensor], list[Tensor], Tensor] | None:
+    """The table of parameters on a CPU whose streams are numbered from `first`, in one pass of C over them.
+
+    Lists of a hundred parameters with their moments take the dispatcher longer than a step over their first million
+    numbers takes the kernel.
+
+    **Returns:** those that have a gradient; the gradients, which the table needs alive; the table. None if any is not
+    plain (another device, in half precision, not contiguous, a subclass of Tensor) or has no state yet, if another
+    backend is to run, or if somebody is watching what ops are called.
+    """
+    if not parameters or parameters[0].device.type != "cpu" or is_watched():
+        return None
+    if backend_for("complex_adamw", *[[]] * 7) != "native":
+        return None
+    table = torch.empty((len(parameters), _ROW_NUMBERS), dtype=torch.int64)
+    found = _load.native_module().gather_adamw(parameters, state, first, coupled, amsgrad, table.data_ptr())
+    if found is None:
+        return None
+    stepped, owners = found
+    return stepped, owners, table[: len(stepped)]
+
+
+def step_rows(table: Tensor, *options) -> None:
+    """`adamw_step` on a table; `options` are its arguments from `lr` on."""
+    _load.native().complex_adamw(table, *options)
+
+
 @launcher("complex_adamw", device="cpu", backend="native", supports=_needs_dense)
 def _(*arguments):
-    _load.native().complex_adamw(*arguments)
+    lists = arguments[:_LISTS]
+    step_rows(_table(*lists), *arguments[_LISTS:])
+
+
+# ---- by Triton -------------------------------------------------------------------------------------------------------
 
 
 @launcher("complex_adamw", device="cuda", backend="triton", supports=_needs_dense)

@@ -44,7 +44,7 @@ from torch.optim import Optimizer
 from stablekern import _check
 from stablekern.errors import message
 from stablekern.optim import _shards
-from stablekern.optim._adamw_step import COMPLEX, FIRST, PAIR, REAL, SECOND, adamw_step
+from stablekern.optim._adamw_step import COMPLEX, FIRST, PAIR, REAL, SECOND, adamw_step, gathered, step_rows
 from stablekern.optim.philox import normal
 
 __all__ = ["ComplexAdamW"]
@@ -456,38 +456,78 @@ class ComplexAdamW(Optimizer):
                 loss = closure()
         flags = [flag for flag in (found_inf, getattr(self, "found_inf", None)) if flag is not None]
         scale = getattr(self, "grad_scale", None)
-        self._check_step(flags, scale)
+        self._check_options(flags, scale)
+        plain = self._gather()
+        self._check_tensors(plain)
         first = 0
-        for group in self.param_groups:
-            by_device: dict[torch.device, list[_Unit]] = {}
-            for unit in self._units(group, first):
-                by_device.setdefault(unit.members[0].device, []).append(unit)
-            for device, units in by_device.items():
-                here_flags = [_scalar(flag.reshape(()), device) for flag in flags]
-                skip = None
-                for flag in here_flags:
-                    skip = flag if skip is None else torch.where(flag != 0, flag, skip)
-                here = None if scale is None else _scalar(scale.reshape(()), device)
-                self._step_units(group, units, skip, here)
+        for group, found in zip(self.param_groups, plain, strict=True):
+            if found is None:
+                by_device: dict[torch.device, list[_Unit]] = {}
+                for unit in self._units(group, first):
+                    by_device.setdefault(unit.members[0].device, []).append(unit)
+                for device, units in by_device.items():
+                    self._step_units(group, units, self._arguments(group, device, flags, scale))
+            elif found[0]:
+                stepped, _, table = found
+                torch.autograd.graph.increment_version(stepped)  # before the step drives them out of the caches
+                step_rows(table, *self._arguments(group, stepped[0].device, flags, scale))
             first += len(group["params"])
         return loss
 
-    def _check_step(self, flags: list[Any], scale: Any) -> None:
+    def _gather(self) -> list[tuple[list[Tensor], list[Tensor], Tensor] | None]:
+        """For each group the table of its step, if all that it holds is plain (`_adamw_step.gathered`)."""
+        found: list[tuple[list[Tensor], list[Tensor], Tensor] | None] = []
+        first = 0
+        for group in self.param_groups:
+            params, options = group["params"], {"coupled": group["coupled"], "amsgrad": group["amsgrad"]}
+            found.append(None if group["pairs"] else gathered(params, self.state, first, **options))
+            first += len(params)
+        return found
+
+    def _check_options(self, flags: list[Any], scale: Any) -> None:
         for flag in flags:
             _check_flag("found_inf", flag)
         if scale is not None:
             _check_flag("grad_scale", scale)
         for group in self.param_groups:
             _check_options(group)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            if not all(group["capturable"] for group in self.param_groups):
+                raise RuntimeError(message(_WHERE, "capture in a CUDA graph needs `capturable=True` in every group"))
+
+    def _check_tensors(self, plain: list[Any]) -> None:
+        """Those of the groups of which `_gather` found that they are not plain."""
+        for group, found in zip(self.param_groups, plain, strict=True):
             noisy = isinstance(group["temperature"], Tensor) or group["temperature"] > 0
-            for p in group["params"]:
+            for p in group["params"] if found is None else ():
                 if noisy:
                     _shards.box(p)  # raises for a sharding whose elements it cannot place
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise TypeError(message(_WHERE, "gradients must be dense", p.grad.layout))
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            if not all(group["capturable"] for group in self.param_groups):
-                raise RuntimeError(message(_WHERE, "capture in a CUDA graph needs `capturable=True` in every group"))
+
+    def _arguments(
+        self, group: dict[str, Any], device: torch.device, flags: list[Tensor], scale: Tensor | None
+    ) -> tuple[Any, ...]:
+        """Those of the kernel from `lr` on."""
+        temperature = group["temperature"]
+        noisy = isinstance(temperature, Tensor) or temperature > 0
+        skip = None
+        for flag in [_scalar(flag.reshape(()), device) for flag in flags]:
+            skip = flag if skip is None else torch.where(flag != 0, flag, skip)
+        return (
+            _scalar(group["lr"], device),
+            _scalar(temperature, device) if noisy else None,
+            skip,
+            None if scale is None else _scalar(scale.reshape(()), device),
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["noise_eps"],
+            group["max_noise_gain"],
+            group["maximize"],
+            group["seed"] & 0xFFFFFFFF,
+            group["seed"] >> 32,
+        )
 
     def _units(self, group: dict[str, Any], first: int) -> list[_Unit]:
         """The units of a group that have a gradient; `first` is the id of the group's first parameter."""
@@ -505,11 +545,8 @@ class ComplexAdamW(Optimizer):
                 units.append(_Unit((p,), first + owners.get(i, i), lane))
         return [unit for unit in units if any(p.grad is not None for p in unit.members)]
 
-    def _step_units(
-        self, group: dict[str, Any], units: list[_Unit], skip: Tensor | None, grad_scale: Tensor | None
-    ) -> None:
+    def _step_units(self, group: dict[str, Any], units: list[_Unit], arguments: tuple[Any, ...]) -> None:
         """Hand the units of one device to the kernel. What is not dense in memory goes in a call of its own."""
-        device = units[0].members[0].device
         temperature = group["temperature"]
         noisy = isinstance(temperature, Tensor) or temperature > 0
         dense, scattered = _Lists(), _Lists()
@@ -518,23 +555,8 @@ class ComplexAdamW(Optimizer):
             if not self._add_plain(group, unit, dense):
                 self._add(group, unit, noisy, dense, scattered)
         for lists in (dense, scattered):
-            if not lists.kinds:
-                continue
-            adamw_step(
-                *lists.arguments(),
-                _scalar(group["lr"], device),
-                _scalar(temperature, device) if noisy else None,
-                skip,
-                grad_scale,
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                group["noise_eps"],
-                group["max_noise_gain"],
-                group["maximize"],
-                group["seed"] & 0xFFFFFFFF,
-                group["seed"] >> 32,
-            )
+            if lists.kinds:
+                adamw_step(*lists.arguments(), *arguments)
         torch.autograd.graph.increment_version([p for unit in units for p in unit.members])
 
     def _add_plain(self, group: dict[str, Any], unit: _Unit, lists: _Lists) -> bool:

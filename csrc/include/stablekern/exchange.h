@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "stablekern/adamw_rows.h"
 #include "stablekern/finite.h"
 #include "stablekern/pool.h"
 #include "stablekern/spans.h"
@@ -120,9 +121,10 @@ inline PyObject* pooled_capsule(std::vector<int64_t> shape, uint8_t code, uint8_
   });
 }
 
-// Torch's tensor type and functions.
+// Torch's tensor types, methods of the former and functions; torch keeps them.
 struct Exchange {
-  PyObject* tensor_type;
+  PyObject *tensor_type, *parameter_type;
+  PyObject *is_conj, *is_neg;
   const DlpackExchange* functions;
 };
 
@@ -156,6 +158,97 @@ inline PyObject* gather_gradients(PyObject* parameters, int64_t* table, const Ex
     table += kSpanColumns;
   }
   return gradients.release();
+}
+
+// Numbers of a plain dense tensor.
+struct Numbers {
+  void* data;
+  int64_t count;  // of real numbers
+  SpanType type;
+  bool pairs;
+};
+
+inline bool numbers_of(const Exchange& exchange, PyObject* object, Numbers* out) {
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  DlpackTensor tensor;
+  int64_t row[kSpanColumns];
+  const bool plain = (type == exchange.tensor_type || type == exchange.parameter_type) &&
+                     exchange.functions->tensor_from_object(object, &tensor) == 0 && span_row(tensor, row);
+  if (!plain) {
+    PyErr_Clear();
+    return false;
+  }
+  const Span span = span_of(row);
+  *out = {span.data, span.size, span.type, tensor.code == kDlpackComplex};
+  return span.data != nullptr || span.size == 0;
+}
+
+// Whether a tensor is negated or conjugated only when it is read.
+inline bool is_lazy(const Exchange& exchange, PyObject* tensor, bool complex) {
+  const Owned negated(PyObject_Vectorcall(exchange.is_neg, &tensor, 1, nullptr));
+  const Owned conjugated(complex ? PyObject_Vectorcall(exchange.is_conj, &tensor, 1, nullptr) : nullptr);
+  PyErr_Clear();
+  return negated.get() != Py_False || (complex && conjugated.get() != Py_False);
+}
+
+// One row of the table for each parameter of a list that has a gradient, its moments taken from the optimizer's `state`
+// and its number, which counts from `first`, for its stream. Returned are those parameters and their gradients, which
+// the caller keeps alive. None, with no error set, if any is not plain or has no state yet.
+inline PyObject* gather_adamw(PyObject* parameters, PyObject* state, int64_t first, bool coupled, bool amsgrad,
+                              AdamwRow* row, const Exchange& exchange) {
+  const auto interned = [](const char* name) { return PyUnicode_InternFromString(name); };
+  static PyObject* const grad_name = interned("grad");
+  static PyObject* const names[] = {interned("exp_avg"), interned("exp_avg_sq"), interned("step"),
+                                    interned("max_exp_avg_sq")};
+  if (exchange.functions == nullptr || !PyList_Check(parameters) || !PyDict_Check(state)) Py_RETURN_NONE;
+  const Owned stepped(PyList_New(0)), gradients(PyList_New(0));
+  if (stepped == nullptr || gradients == nullptr) return nullptr;
+  const int count = amsgrad ? 6 : 5;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(parameters); ++i) {
+    PyObject* parameter = PyList_GET_ITEM(parameters, i);
+    const Owned grad(PyObject_GetAttr(parameter, grad_name));
+    if (grad == nullptr) return nullptr;
+    if (grad.get() == Py_None) continue;
+    PyObject* own = PyDict_GetItemWithError(state, parameter);
+    if (own == nullptr || !PyDict_Check(own)) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    PyObject* tensors[6] = {parameter, grad.get()};
+    Numbers numbers[6];
+    for (int k = 0; k < count; ++k) {
+      if (k >= 2) tensors[k] = PyDict_GetItemWithError(own, names[k - 2]);
+      if (tensors[k] == nullptr || !numbers_of(exchange, tensors[k], &numbers[k])) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+      }
+    }
+    const auto& [value, gradient, average, square, step, largest] = numbers;
+    const bool shared = coupled && value.pairs;  // one second moment for re and im
+    const auto is_like_value = [&](const Numbers& x, bool halved) {
+      const int64_t size = halved ? value.count / 2 : value.count;
+      return x.type == value.type && x.pairs == (value.pairs && !halved) && x.count == size;
+    };
+    if ((value.type != SpanType::kFloat && value.type != SpanType::kDouble) || !is_like_value(gradient, false) ||
+        !is_like_value(average, false) || !is_like_value(square, shared) ||
+        (amsgrad && !is_like_value(largest, shared)) || step.type != SpanType::kDouble || step.pairs ||
+        step.count != 1 || is_lazy(exchange, parameter, value.pairs) || is_lazy(exchange, grad.get(), value.pairs))
+      Py_RETURN_NONE;
+    *row = AdamwRow{};
+    row->kind = shared ? UnitKind::kComplex : UnitKind::kReal;
+    row->size = square.count;
+    row->parameter = first + i;
+    row->value_type = row->grad_type = value.type;
+    row->value[0] = value.data;
+    row->grad[0] = gradient.data;
+    row->exp_avg[0] = average.data;
+    row->step[0] = static_cast<double*>(step.data);
+    row->square = square.data;
+    if (amsgrad) row->largest = largest.data;
+    ++row;
+    if (PyList_Append(stepped.get(), parameter) != 0 || PyList_Append(gradients.get(), grad.get()) != 0) return nullptr;
+  }
+  return PyTuple_Pack(2, stepped.get(), gradients.get());
 }
 
 // Whether all of a list of tensors are finite throughout: True or False; None if any is no plain tensor.

@@ -46,31 +46,27 @@ struct Stream {
 
 // Several sets of blocks at a time, so that one's multiplications hide the latency of another's.
 template <int kSets>
-SK_INLINE void philox4x32(const Words (&block_low)[kSets], uint32_t block_high, const Stream& stream,
-                          Words (&word)[kSets][4]) {
-  WideWords x[2 * kSets][4];  // the even lanes of a set, and the odd ones
-  for (int i = 0; i < 2 * kSets; ++i) {
-    const WideWords both = (WideWords)block_low[i / 2];
-    x[i][0] = i % 2 == 0 ? both : both >> 32;
-    x[i][1] = WideWords{} + block_high;
-    x[i][2] = WideWords{} + stream.parameter;
-    x[i][3] = WideWords{} + stream.step;
+SK_INLINE void philox4x32(const WideWords (&block_low)[kSets], uint32_t block_high, const Stream& stream,
+                          WideWords (&word)[kSets][4]) {
+  for (int i = 0; i < kSets; ++i) {
+    word[i][0] = block_low[i];
+    word[i][1] = WideWords{} + block_high;
+    word[i][2] = WideWords{} + stream.parameter;
+    word[i][3] = WideWords{} + stream.step;
   }
   uint32_t k0 = stream.key_low, k1 = stream.key_high;
 #pragma GCC unroll 10  // the first rounds have constant words, which then leave the loop over blocks
   for (int round = 0; round < 10; ++round) {
-    for (auto& lanes : x) {
-      const WideWords first = multiply_words(lanes[0], 0xd2511f53u), second = multiply_words(lanes[2], 0xcd9e8d57u);
-      lanes[0] = (second >> 32) ^ lanes[1] ^ k0;
-      lanes[1] = second;
-      lanes[2] = (first >> 32) ^ lanes[3] ^ k1;
-      lanes[3] = first;
+    for (auto& x : word) {
+      const WideWords first = multiply_words(x[0], 0xd2511f53u), second = multiply_words(x[2], 0xcd9e8d57u);
+      x[0] = (second >> 32) ^ x[1] ^ k0;
+      x[1] = second;
+      x[2] = (first >> 32) ^ x[3] ^ k1;
+      x[3] = first;
     }
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   }
-  for (int i = 0; i < kSets; ++i)
-    for (int k = 0; k < 4; ++k) word[i][k] = merge_words(x[2 * i][k], x[2 * i + 1][k]);
 }
 
 SK_INLINE Vec<float> unsigned_to_float(Words a) {
@@ -149,72 +145,74 @@ SK_INLINE void box_muller(const Words (&first)[kCount], const Words (&second)[kC
   }
 }
 
-// Four vectors as the columns of 4 x 4 blocks, one block per 128 bits: rows to columns within each.
-SK_INLINE void transpose_quads(Vec<float> v[4]) {
-#if defined(SK_AVX512)
-  auto* x = reinterpret_cast<__m512*>(v);
-  const __m512d a = (__m512d)_mm512_unpacklo_ps(x[0], x[1]), b = (__m512d)_mm512_unpackhi_ps(x[0], x[1]);
-  const __m512d c = (__m512d)_mm512_unpacklo_ps(x[2], x[3]), d = (__m512d)_mm512_unpackhi_ps(x[2], x[3]);
-  x[0] = (__m512)_mm512_unpacklo_pd(a, c);
-  x[1] = (__m512)_mm512_unpackhi_pd(a, c);
-  x[2] = (__m512)_mm512_unpacklo_pd(b, d);
-  x[3] = (__m512)_mm512_unpackhi_pd(b, d);
-#else
-  for (int quad = 0; quad < kWordLanes; quad += 4)
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < i; ++j) {
-        const float other = v[j][quad + i];
-        v[j][quad + i] = v[i][quad + j];
-        v[i][quad + j] = other;
-      }
-#endif
-}
-
 constexpr int kTile = 128;  // normals that are drawn together: 32 blocks
 
+// How a tile lies in memory.
+enum class Layout {
+  kStream,  // in the order of the stream
+  kPlanes,  // the even ones, re of complex numbers, before the odd ones
+};
+
 // Normals kTile * tile and on of a stream.
+template <Layout kLayout = Layout::kStream>
 SK_INLINE void draw_tile(int64_t tile, const Stream& stream, float* out) {
-  constexpr int quads = kWordLanes / 4;
-  // Lane 4 i + k takes block quads * k + i: then the transposed vectors are consecutive.
-  Words lane;
-  for (int i = 0; i < quads; ++i)
-    for (int k = 0; k < 4; ++k) lane[4 * i + k] = static_cast<uint32_t>(quads * k + i);
+  constexpr int lanes = kWordLanes, blocks = lanes / 2;  // of a set: two pairs of words each
+  constexpr int sets = 4;
+  WideWords lane;
+  for (int i = 0; i < blocks; ++i) lane[i] = static_cast<uint64_t>(i);
   const uint64_t first = static_cast<uint64_t>(tile) * (kTile / 4);  // a multiple of 32: no carry within a tile
-  const auto high = static_cast<uint32_t>(first >> 32);
-  constexpr int sets = kWordLanes >= 8 ? 2 : 1;
-  for (int at = 0; at < kTile / 4; at += sets * kWordLanes) {
-    Words block[sets], word[sets][4];
-    for (int i = 0; i < sets; ++i) block[i] = lane + static_cast<uint32_t>(first + at + i * kWordLanes);
+  const auto high = static_cast<uint32_t>(first >> 32), low = static_cast<uint32_t>(first);
+  for (int at = 0; at < kTile / 4; at += sets * blocks) {
+    WideWords block[sets], word[sets][4];
+    for (int i = 0; i < sets; ++i) block[i] = lane + static_cast<uint64_t>(low + at + i * blocks);
     philox4x32<sets>(block, high, stream, word);
-    for (int i = 0; i < sets; ++i) {
+    for (int i = 0; i < sets; i += 2) {
+      Words radius[2], angle[2];
+      for (int k = 0; k < 2; ++k) {  // lane 2 j is of words 0 and 1 of block j, lane 2 j + 1 of words 2 and 3
+        radius[k] = merge_words(word[i + k][0], word[i + k][2]);
+        angle[k] = merge_words(word[i + k][1], word[i + k][3]);
+      }
       Vec<float> even[2], odd[2];
-      box_muller<2>({word[i][0], word[i][2]}, {word[i][1], word[i][3]}, even, odd);
-      Vec<float> normal[4] = {even[0], odd[0], even[1], odd[1]};
-      transpose_quads(normal);
-      for (int k = 0; k < 4; ++k) store(out + 4 * (at + i * kWordLanes) + k * kWordLanes, normal[k]);
+      box_muller<2>(radius, angle, even, odd);
+      for (int k = 0; k < 2; ++k) {
+        const int from = 2 * at + (i + k) * lanes;
+        if constexpr (kLayout == Layout::kPlanes) {
+          store(out + from, even[k]);
+          store(out + kTile / 2 + from, odd[k]);
+        } else {
+          Vec<float> head, tail;
+          interleave<float>(even[k], odd[k], head, tail);
+          store(out + 2 * from, head);
+          store(out + 2 * from + lanes, tail);
+        }
+      }
     }
   }
 }
 
+template <Layout kLayout = Layout::kStream>
 SK_INLINE void draw_tile(int64_t tile, const Stream& stream, double* out) {
-  Words lane;
-  for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+  constexpr int blocks = kWordLanes / 2;
+  WideWords lane;
+  for (int i = 0; i < blocks; ++i) lane[i] = static_cast<uint64_t>(i);
   const uint64_t first = static_cast<uint64_t>(tile) * (kTile / 4);
-  const auto high = static_cast<uint32_t>(first >> 32);
-  for (int at = 0; at < kTile / 4; at += kWordLanes) {
-    Words word[1][4];
-    philox4x32<1>({lane + static_cast<uint32_t>(first + at)}, high, stream, word);
-    for (int i = 0; i < kWordLanes; ++i)
+  const auto high = static_cast<uint32_t>(first >> 32), low = static_cast<uint32_t>(first);
+  for (int at = 0; at < kTile / 4; at += blocks) {
+    WideWords word[1][4];
+    philox4x32<1>({lane + static_cast<uint64_t>(low + at)}, high, stream, word);
+    for (int i = 0; i < blocks; ++i)
       for (int half = 0; half < 2; ++half) {
-        const float scaled = static_cast<float>(word[0][2 * half][i]) * 0x1p-32f;
+        const float scaled = static_cast<float>(static_cast<uint32_t>(word[0][2 * half][i])) * 0x1p-32f;
         const double radius = std::sqrt(-2.0 * std::log(static_cast<double>(scaled + 0x1p-33f)));
-        const uint32_t second = word[0][2 * half + 1][i], quarter = (second + 0x20000000u) >> 30;
+        const auto second = static_cast<uint32_t>(word[0][2 * half + 1][i]);
+        const uint32_t quarter = (second + 0x20000000u) >> 30;
         const double angle = static_cast<int32_t>(second - (quarter << 30)) * kAngle;
         double cosine = std::cos(angle), sine = std::sin(angle);
         if (quarter & 1u) std::swap(cosine, sine);
-        double* to = out + 4 * (at + i) + 2 * half;
-        to[0] = radius * ((quarter + 1u) & 2u ? -cosine : cosine);
-        to[1] = radius * (quarter & 2u ? -sine : sine);
+        const int pair = 2 * (at + i) + half;
+        constexpr bool planes = kLayout == Layout::kPlanes;
+        out[planes ? pair : 2 * pair] = radius * ((quarter + 1u) & 2u ? -cosine : cosine);
+        out[planes ? kTile / 2 + pair : 2 * pair + 1] = radius * (quarter & 2u ? -sine : sine);
       }
   }
 }
