@@ -840,6 +840,12 @@ def test_a_state_that_does_not_fit_changes_nothing():
     lone = ComplexAdamW([nn.Parameter(torch.ones(1))])
     for saved, text in [
         ({"state": {}}, "must have the keys"),
+        (None, "`state_dict` must be a dictionary"),
+        (broken(lambda s: s["state"][0].update(step="3")), "`step` of parameter 0 must be a number >= 0"),
+        (broken(lambda s: s["state"][0].update(step=torch.ones(4))), "`step` of parameter 0 must be a number >= 0"),
+        (broken(lambda s: s["state"][0].update(step=-1.0)), "`step` of parameter 0 must be a number >= 0"),
+        (broken(lambda s: s["state"][0].update(exp_avg="x")), "`exp_avg` of parameter 0 must be a tensor"),
+        (broken(lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"].to(torch.complex64))), "must be real"),
         (lone.state_dict(), r"groups of \[1, 5\]"),
         (broken(lambda s: s["state"][0].pop("exp_avg")), "must have the keys"),
         (broken(lambda s: s["state"][0].pop("max_exp_avg_sq")), "must have the keys"),

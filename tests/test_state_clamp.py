@@ -24,7 +24,10 @@ def selective_inputs(dtype: torch.dtype, gate: bool) -> tuple[list[torch.Tensor]
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g, dtype=dtype)
 
-    u = normal(2, CHANNELS, LENGTH) * torch.tensor([0.1, 1.0, 30.0], dtype=dtype)[torch.arange(CHANNELS) % 3, None]
+    # Sizes differ from channel to channel, and a few quiet vectors of channels lie beside loud ones.
+    sizes = torch.tensor([0.1, 1.0, 30.0], dtype=dtype)[torch.arange(CHANNELS) % 3]
+    sizes[:8] *= 1e-3
+    u = normal(2, CHANNELS, LENGTH) * sizes[:, None]
     u[..., 20:40] *= 1e-3  # quiet in between
     delta = 0.01 + 0.2 * torch.rand(2, CHANNELS, LENGTH, generator=g, dtype=dtype)
     A = -torch.rand(CHANNELS, STATES, generator=g, dtype=dtype) * 5

@@ -212,7 +212,8 @@ class ComplexAdamW(Optimizer):
     never shares memory with what was loaded.
 
     **Skipping.** `step(found_inf=flag)`, or an attribute `optimizer.found_inf` (as `torch.amp.GradScaler` and torch's
-    fused optimizers use it, or set once to `guard.found_inf`): where the 0-d tensor is not 0, parameters, moments and
+    fused optimizers use it, or set once to `guard.found_inf`; a copy
+    of the optimizer does not have it, set it again): where the 0-d tensor is not 0, parameters, moments and
     step counters stay as they are, bit for bit, decided on the device. An attribute `optimizer.grad_scale` divides the
     gradients (`.grad` itself is left as it is). Without a flag a non-finite gradient poisons its parameter, as in
     torch, and one above the square root of the largest float makes v infinite and stops its element: put `GradGuard` in
@@ -328,8 +329,10 @@ class ComplexAdamW(Optimizer):
         """Restore a `state_dict` of this optimizer or of `torch.optim.AdamW`: moments, steps, seed and all options.
 
         `ValueError`, before anything is written, if it does not fit: other groups or shapes, other pairs, a moment
-        missing, an option out of range.
+        missing or no tensor, a complex one for a real parameter, a step that is no count, an option out of range.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(message(_WHERE, "`state_dict` must be a dictionary", type(state_dict).__name__))
         incoming: dict[str, Any] = {}
 
         def checked(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
@@ -382,7 +385,7 @@ class ComplexAdamW(Optimizer):
             for key, p in zip(saved_group["params"], group["params"], strict=False):
                 own = state.get(key) or {}
                 for name, value in own.items():
-                    if name not in _MOMENTS or not p.is_complex() or value.is_complex():
+                    if name not in _MOMENTS or not isinstance(value, Tensor) or not p.is_complex() or value.is_complex():
                         continue
                     if tuple(value.shape) != (*p.shape, 2):
                         continue
@@ -418,12 +421,22 @@ class ComplexAdamW(Optimizer):
                 if not set(required) <= state.keys():
                     rule = f"the saved state of parameter {i} must have the keys {', '.join(required)}"
                     raise ValueError(message(_WHERE, rule, ", ".join(sorted(state))))
+                step = torch.as_tensor(state["step"]) if isinstance(state["step"], (int, float, Tensor)) else None
+                if step is None or step.numel() != 1 or step.is_complex() or not 0 <= step.item() < math.inf:
+                    rule = f"the saved `step` of parameter {i} must be a number >= 0"
+                    raise ValueError(message(_WHERE, rule, state["step"] if step is None else step.tolist()))
                 for key, value in ((key, state[key]) for key in (*_MOMENTS, "master") if key in state):
+                    if not isinstance(value, Tensor):
+                        rule = f"the saved `{key}` of parameter {i} must be a tensor"
+                        raise ValueError(message(_WHERE, rule, type(value).__name__))
                     if value.shape != p.shape or _shards.is_sharded(value) != _shards.is_sharded(p):
                         rule = f"the saved `{key}` of parameter {i} must be {tuple(p.shape)} and sharded like it"
                         raise ValueError(message(_WHERE, rule, tuple(value.shape)))
                     if self._moment_dtype(key, p, options).is_complex and not value.is_complex():
                         rule = f"the saved `{key}` of parameter {i} must be complex"
+                        raise ValueError(message(_WHERE, rule, value.dtype))
+                    if value.is_complex() and not p.is_complex():
+                        rule = f"the saved `{key}` of parameter {i} must be real"
                         raise ValueError(message(_WHERE, rule, value.dtype))
 
     def _adopt(self, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
