@@ -93,9 +93,7 @@ def test_quiet_and_saturated_steps_side_by_side(backend, name, clamp, gate):
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
-@pytest.mark.parametrize(
-    "token, entering", [(1.0, 1.0), (1e-25, 1e25), (1e25, 1e-25), (1e-23, 1e18), (1e18, 1e-23)]
-)
+@pytest.mark.parametrize("token, entering", [(1.0, 1.0), (1e-25, 1e25), (1e25, 1e-25), (1e-23, 1e18), (1e18, 1e-23)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SCANS)
 def test_bits_do_not_depend_on_what_the_neighbours_need(backend, name, dtype, token, entering, clamp):

@@ -104,7 +104,7 @@ _COMPILED = "torch.compile of the sequential loop"
 _PSCAN = "mambapy's parallel scan (MambaBlock.selective_scan)"
 _LOOP = "sequential torch loop over views unbound beforehand"
 _SLOW = "transformers' mamba_selective_scan, its loop"
-# The clamp's price: the same call without it is the baseline, so the ratio is at least 1 / 1.12 where no state saturates
+# The clamp's price: the same call without it is the baseline. The ratio is at least 1 / 1.12 where no state saturates
 # and 1 / 1.15 anywhere. At 2 none does, though some come near; at 0.3 it is one in a hundred, at 0.1 one in ten.
 _FREE = "itself without the clamp"
 _PRICE, _PRICE_ANYWHERE = ({"fwd": 1 / price, "fwd+bwd": 1 / price} for price in (1.12, 1.15))

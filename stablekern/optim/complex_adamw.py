@@ -385,7 +385,12 @@ class ComplexAdamW(Optimizer):
             for key, p in zip(saved_group["params"], group["params"], strict=False):
                 own = state.get(key) or {}
                 for name, value in own.items():
-                    if name not in _MOMENTS or not isinstance(value, Tensor) or not p.is_complex() or value.is_complex():
+                    if (
+                        name not in _MOMENTS
+                        or not isinstance(value, Tensor)
+                        or not p.is_complex()
+                        or value.is_complex()
+                    ):
                         continue
                     if tuple(value.shape) != (*p.shape, 2):
                         continue
