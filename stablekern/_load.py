@@ -20,6 +20,16 @@ import torch
 from stablekern import _build, _nvrtc, settings
 from stablekern.errors import BackendUnavailableError, BuildError, message
 
+# How "csrc/include/stablekern/exchange.h" numbers the types of real numbers.
+NUMBER_TYPES = {
+    torch.float32: 0,
+    torch.complex64: 0,
+    torch.float64: 1,
+    torch.complex128: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}
+
 __all__ = ["cuda_reason", "native", "native_module", "native_reason", "triton_reason"]
 
 _lock = threading.RLock()

@@ -98,6 +98,14 @@ def _advance(state, decay, token, enter, lower, upper, HAS_CLAMP: tl.constexpr):
 
 
 @triton.jit
+def _raw_step(dt_ptr, bias_ptr, at, real, heads, HAS_BIAS: tl.constexpr):
+    raw = tl.load(dt_ptr + at, mask=real, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + at % heads, mask=real, other=0.0)
+    return raw
+
+
+@triton.jit
 def _unlimited_step(raw, e, SOFTPLUS: tl.constexpr):
     """`e` is exp(-|raw|)."""
     return tl.where(raw > 0, raw, 0.0) + log_one_plus(e) if SOFTPLUS else raw
@@ -121,9 +129,7 @@ def ssd_scan_steps_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < elements
     wide = dt_ptr.dtype.element_ty
-    raw = tl.load(dt_ptr + at, mask=real, other=0.0)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + at % heads, mask=real, other=0.0)
+    raw = _raw_step(dt_ptr, bias_ptr, at, real, heads, HAS_BIAS)
     step = _unlimited_step(raw, exponential(-tl.abs(raw)), SOFTPLUS)
     step = clamped(step, scalar(low, wide), scalar(high, wide))
     rate = tl.load(A_ptr + at % heads, mask=real, other=0.0)
@@ -149,9 +155,7 @@ def ssd_scan_through_steps_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < elements
     wide = dt_ptr.dtype.element_ty
-    raw = tl.load(dt_ptr + at, mask=real, other=0.0)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + at % heads, mask=real, other=0.0)
+    raw = _raw_step(dt_ptr, bias_ptr, at, real, heads, HAS_BIAS)
     grad = tl.zeros((BLOCK,), wide)
     for tile in range(column_tiles):
         grad += tl.load(dstep_ptr + at * column_tiles + tile, mask=real, other=0.0)

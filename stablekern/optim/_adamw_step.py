@@ -63,21 +63,13 @@ def _needs_dense(values, grads, exp_avgs, squares, largest, steps, rounded, norm
 # ---- on a CPU: a table of addresses, whose rows "csrc/include/stablekern/adamw_rows.h" declares ----------------------
 
 _ROW_NUMBERS = 19
-_NUMBER_TYPES = {
-    torch.float32: 0,
-    torch.complex64: 0,
-    torch.float64: 1,
-    torch.complex128: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-}
 
 
 def _table(
     values, grads, exp_avgs, squares, largest, steps, rounded, normals, kinds, parameters, offsets
 ) -> Tensor:  # (units, numbers of a row)
     """The rows of what the op is given; the tensors must outlive its use."""
-    of_value, of_grad = ([_NUMBER_TYPES[tensor.dtype] for tensor in tensors] for tensors in (values, grads))
+    of_value, of_grad = ([_load.NUMBER_TYPES[tensor.dtype] for tensor in tensors] for tensors in (values, grads))
     members = [list(map(Tensor.data_ptr, tensors)) for tensors in (values, grads, exp_avgs, steps)]
     halves = map(Tensor.data_ptr, rounded)
     members.append([next(halves) if grad.dtype in _check.HALF else 0 for grad in grads])

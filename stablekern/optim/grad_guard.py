@@ -70,28 +70,19 @@ _gradient_norms = define(
 _multiply_gradients = define(
     "multiply_gradients(Tensor(a!)[] gradients, Tensor factor) -> ()", fake=lambda gradients, factor: None
 )
-# How "csrc/include/stablekern/exchange.h" numbers the types of real numbers.
-_SPAN_TYPES = {
-    torch.float32: 0,
-    torch.complex64: 0,
-    torch.float64: 1,
-    torch.complex128: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-}
 _SPAN_COLUMNS = 3
 
 
 def _needs_dense(gradients: list[Tensor], *_: Tensor) -> str | None:
     if not all(map(Tensor.is_contiguous, gradients)):
         return "a gradient is not contiguous"
-    unknown = set(map(_dtype, gradients)) - _SPAN_TYPES.keys()
+    unknown = set(map(_dtype, gradients)) - _load.NUMBER_TYPES.keys()
     return f"dtype {unknown}" if unknown else None
 
 
 def _table(gradients: list[Tensor]) -> Tensor:
     """Address, number of real numbers and type of each: (gradients, 3). They must outlive its use."""
-    rows = [(g.data_ptr(), g.numel() * (2 if g.is_complex() else 1), _SPAN_TYPES[g.dtype]) for g in gradients]
+    rows = [(g.data_ptr(), g.numel() * (2 if g.is_complex() else 1), _load.NUMBER_TYPES[g.dtype]) for g in gradients]
     return torch.tensor(rows, dtype=torch.int64)
 
 
