@@ -164,9 +164,9 @@ void states_out(const Vec<T>* inside, int64_t count, int64_t states, T* outside)
   }
 }
 
-// The laws of a slab of channels, and the fastest rate of each block.
+// The laws of a slab of channels, the fastest rate of each block, and how far its states may go.
 template <class T>
-void laws_in(const Problem<T>& p, const Place<T>& at, Law<T>* laws, Vec<T>* fastest) {
+void laws_in(const Problem<T>& p, const Place<T>& at, Law<T>* laws, Vec<T>* fastest, Reach<T>* reach) {
   constexpr int64_t apart = sizeof(Law<T>) / sizeof(Vec<T>);
   const int64_t own = at.channel * p.states;
   states_in(p.A + own, at.count, p.states, &laws->rate, apart);
@@ -176,13 +176,14 @@ void laws_in(const Problem<T>& p, const Place<T>& at, Law<T>* laws, Vec<T>* fast
   }
   for (int64_t b = 0; b < at.blocks(); ++b) {
     fastest[b] = Vec<T>{};
+    reach[b] = Reach<T>{};
     for (Law<T>* law = laws + b * p.states; law < laws + (b + 1) * p.states; ++law) {
       const Exponent<T> exponent(law->rate);
       law->high = exponent.high, law->low = exponent.low;
-      law->bounds.reach_where(less_equal(law->rate, Vec<T>{}));  // steps are >= 0, or nothing comes of it
-      law->bounds.reach_beyond(at.in_block(b));
       fastest[b] = max(fastest[b], abs(law->rate));
+      reach[b].include(law->bounds, less_equal(law->rate, Vec<T>{}));  // steps are >= 0, or nothing comes of it
     }
+    reach[b].leave_out_from(at.in_block(b));
   }
 }
 
@@ -328,6 +329,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
     const int64_t segment = std::min(kSegment, p.length), stride = padded_to_lanes<T>(p.states);
     Vec<T> *state, *fastest;
     Law<T>* laws;
+    Reach<T>* reach;
     Row<T>* rows;
     T *enter, *leave;
     T* norms;         // of `enter`, over each strip
@@ -335,6 +337,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
     Arena arena;
     const auto each = [&](const auto& visit) {
       visit(state, p.states * slabs.blocks()), visit(laws, p.states * slabs.blocks()), visit(fastest, slabs.blocks());
+      visit(reach, slabs.blocks());
       visit(rows, padded_to_lanes<T>(kBlockSteps));
       visit(enter, segment * stride), visit(leave, segment * stride);
       visit(norms, kClamp == Clamp::kNone ? 0 : segment * stride);
@@ -348,7 +351,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
       const Place<T> at(p, slabs, task);
       const int64_t boundary = (at.item * p.channels + at.channel) * p.states;
       states_in(initial_state ? initial_state + boundary : nullptr, at.count, p.states, state);
-      laws_in(p, at, laws, fastest);
+      laws_in(p, at, laws, fastest, reach);
       std::fill(changed, changed + slabs.size, 0.0);
       Vec<T> least{};
       // A segment's B and C stay in a cache, and a block's states and laws in the first level, while its steps go by.
@@ -387,9 +390,8 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
                 constexpr int N = decltype(size)::value;
                 Clamp needed = kClamp;
                 if constexpr (kClamp != Clamp::kNone)
-                  needed = clamp_needed<N>(
-                      tokens, norms + from + first, [&](int i) { return own[first + i]; },
-                      [&](int i) -> const Bounds<T>& { return s.laws[first + i].bounds; });
+                  needed = clamp_needed<N>(tokens, largest_norm<N>(norms + from + first),
+                                           [&](int i) { return own[first + i]; }, reach[b]);
                 with_clamp<kClamp>(needed, [&]<Clamp kDone>() { forward_tile<T, kDone, true, N>(s, first, own, count); });
               });
             else
@@ -439,6 +441,7 @@ template <class T>
 struct Scratch {
   Law<T>* laws;                       // [blocks][states]
   Vec<T>* fastest;                    // [blocks]
+  Reach<T>* reach;                    // [blocks]
   Vec<T> *carry, *grad_rate;          // [blocks][states]
   Vec<T> *grad_skip, *grad_bias;      // [blocks]
   RowBack<T>* rows;                   // [kGroup][steps]
@@ -455,7 +458,7 @@ struct Scratch {
   template <class Visit>
   void each(int64_t steps, int64_t states, int64_t blocks, bool clamped, const Visit& visit) {
     padded = padded_to_lanes<T>(steps);
-    visit(laws, blocks * states);
+    visit(laws, blocks * states), visit(reach, blocks);
     for (auto* all : {&carry, &grad_rate}) visit(*all, blocks * states);
     for (auto* all : {&fastest, &grad_skip, &grad_bias}) visit(*all, blocks);
     visit(rows, kGroup * padded);
@@ -720,9 +723,9 @@ void backward_group(const Problem<T>& p, const Place<T>& at, const Projections<T
       if constexpr (kClamp != Clamp::kNone && kTame) {
         needed = Clamp::kNone;
         for (int w = 0; w < W; ++w)
-          needed = std::max(needed, clamp_needed<N>(
-              z.tokens[k * kGroup + b + w], z.norms + k * shared.stride + first, [&](int i) { return state[w * N + i]; },
-              [&](int i) -> const Bounds<T>& { return s.laws[w * p.states + first + i].bounds; }));
+          needed = std::max(needed, clamp_needed<N>(z.tokens[k * kGroup + b + w],
+                                                    largest_norm<N>(z.norms + k * shared.stride + first),
+                                                    [&](int i) { return state[w * N + i]; }, z.reach[first_block + b + w]));
       }
       if constexpr (kClamp != Clamp::kNone) z.needed[k] = needed;
       with_clamp<kClamp>(needed, [&]<Clamp kDone>() {
@@ -779,7 +782,7 @@ void backward(const Problem<T>& p, const T* grad_out, const T* grad_last_state, 
       T* grad_B = slabs.count > 1 ? parts.data() + 2 * at.slab * projections : out.B;
       T* grad_C = slabs.count > 1 ? grad_B + projections : out.C;
       states_in(grad_last_state ? grad_last_state + boundary : nullptr, at.count, p.states, z.carry);
-      laws_in(p, at, z.laws, z.fastest);
+      laws_in(p, at, z.laws, z.fastest, z.reach);
       std::fill_n(z.grad_rate, at.blocks() * p.states, zero);
       std::fill_n(z.grad_skip, at.blocks(), zero);
       std::fill_n(z.grad_bias, at.blocks(), zero);

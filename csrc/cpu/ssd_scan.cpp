@@ -153,6 +153,7 @@ struct Strip {
   const T *enter, *leave;  // B and C of the first step
   int64_t stride;          // from one step to the next in B and C
   Bounds<T> bounds[W];
+  Reach<T> reach[W];
   Vec<T> token_norm[W];
   Mask<T> exists;  // lanes that are channels, of the only block: two go together backwards where both are full
   IVec<T> to_head[W];  // lane -> head, from the block's first head on
@@ -203,8 +204,8 @@ struct Strip {
     if constexpr (kClamp)
       for (int w = 0; w < W; ++w) {
         token_norm[w] = norm_bound<T>(squares[w], steps);
-        bounds[w].reach_where(less_equal(slowest[w], splat<T>(1)));
-        bounds[w].reach_beyond(std::max<int64_t>(0, count - w * kLanes<T>));
+        reach[w].include(bounds[w], less_equal(slowest[w], splat<T>(1)));
+        reach[w].leave_out_from(std::max<int64_t>(0, count - w * kLanes<T>));
       }
   }
 
@@ -213,9 +214,7 @@ struct Strip {
   SK_INLINE Clamp needed(const T* norms, const State& state) const {
     Clamp most = Clamp::kNone;
     for (int w = 0; w < W; ++w)
-      most = std::max(most, clamp_needed<N>(
-                                token_norm[w], norms, [&](int i) { return state(i, w); },
-                                [&](int) -> const Bounds<T>& { return bounds[w]; }));
+      most = std::max(most, clamp_needed<N>(token_norm[w], largest_norm<N>(norms), [&](int i) { return state(i, w); }, reach[w]));
     return most;
   }
 };

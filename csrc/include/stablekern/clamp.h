@@ -6,6 +6,7 @@
 // bounds, steps without a clamp give the same bits; where it is finite, no state on the way can be NaN.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -21,15 +22,7 @@ enum class Clamp { kNone, kModulus, kApply, kCount };
 template <class T>
 struct Bounds {
   Vec<T> lower, upper;
-  Vec<T> reach;  // the modulus within both, -inf where nothing is known of a state: where |a| <= 1 may not hold
 
-  SK_INLINE void reach_where(Mask<T> decays) {
-    reach = select(decays, min(upper, -lower), splat(-std::numeric_limits<T>::infinity()));
-  }
-  // Lanes from `lanes` on stand for no state, and hinder nothing.
-  void reach_beyond(int64_t lanes) {
-    for (int64_t k = lanes; k < kLanes<T>; ++k) upper[k] = reach[k] = std::numeric_limits<T>::infinity(), lower[k] = -upper[k];
-  }
   template <Clamp kClamp>
   SK_INLINE Vec<T> apply(Vec<T> h) const {
     if constexpr (kClamp == Clamp::kNone) return h;
@@ -39,13 +32,31 @@ struct Bounds {
   SK_INLINE Mask<T> changes(Vec<T> h) const { return less(h, lower) | less(upper, h); }
 };
 
+// Of some states together: moduli below `free` are within all their bounds, below `calm` kModulus does for them.
+template <class T>
+struct Reach {
+  Vec<T> free = splat(std::numeric_limits<T>::infinity()), calm = splat(std::numeric_limits<T>::max());
+
+  // `decays`: where |a| <= 1 holds, without which nothing is known of a state.
+  SK_INLINE void include(const Bounds<T>& bounds, Mask<T> decays) {
+    const Vec<T> none = splat(-std::numeric_limits<T>::infinity()), below = -bounds.lower;
+    free = min(free, select(decays, min(bounds.upper, below), none));
+    calm = min(calm, select(decays & equal(bounds.upper, below), calm, none));
+  }
+  // Lanes from `lanes` on stand for no state.
+  void leave_out_from(int64_t lanes) {
+    for (int64_t k = lanes; k < kLanes<T>; ++k) free[k] = Reach{}.free[k], calm[k] = Reach{}.calm[k];
+  }
+};
+
 // A bound of a norm by the sum of its `count` squares, of which none counts less than what it may have underflowed from.
 template <class T>
 SK_INLINE Vec<T> norm_bound(Vec<T> squares, int64_t count) {
   return sqrt(squares + splat(static_cast<T>(count) * std::numeric_limits<T>::min()));
 }
 
-// For each of `states` columns its norm over `steps` rows, which lie `stride` apart. `norms` holds whole vectors.
+// For each of `states` columns its norm over `steps` rows, which lie `stride` apart; infinite where one is NaN. `norms`
+// holds whole vectors.
 template <class T>
 void column_norms(const T* rows, int64_t stride, int64_t states, int64_t steps, T* norms) {
   for (int64_t i = 0; i < states; i += kLanes<T>) {
@@ -54,29 +65,32 @@ void column_norms(const T* rows, int64_t stride, int64_t states, int64_t steps, 
       const Vec<T> row = load_block(rows + t * stride + i, 0, states - i);
       squares = fma(row, row, squares);
     }
-    store(norms + i, norm_bound<T>(squares, steps));
+    const Vec<T> norm = norm_bound<T>(squares, steps), infinity = splat(std::numeric_limits<T>::infinity());
+    store(norms + i, select(less(norm, infinity), norm, infinity));
   }
 }
 
-// What needs to be done to N states from `state(i)` on, with `bounds(i)`, by the norms of their tokens and B. Where any of
-// it is NaN: kApply.
-template <int N, class T, class State, class BoundsOf>
-SK_INLINE Clamp clamp_needed(Vec<T> tokens, const T* norms, const State& state, const BoundsOf& bounds) {
+// The largest of the norms of N columns, for `clamp_needed`.
+template <int N, class T>
+SK_INLINE T largest_norm(const T* norms) {
+  T largest = norms[0];
+  for (int i = 1; i < N; ++i) largest = std::max(largest, norms[i]);
+  return largest;
+}
+
+// What needs to be done to N states from `state(i)` on, by the norms of their tokens and B. Where any of it is NaN: kApply.
+template <int N, class T, class State>
+SK_INLINE Clamp clamp_needed(Vec<T> tokens, T norm, const State& state, const Reach<T>& reach) {
   constexpr T kRounding = T(1.001);  // far more than that of the steps and norms
-  Vec<T> most[N];
-  Mask<T> free = !none_set<T>();
+  IVec<T> bits = (IVec<T>)abs(state(0));  // moduli are ordered as their bits are, and NaN comes last
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) {
-    most[i] = fma(tokens, splat(norms[i]), abs(state(i))) * splat(kRounding);
-    free = free & less(most[i], bounds(i).reach);
+  for (int i = 1; i < N; ++i) {
+    const IVec<T> own = (IVec<T>)abs(state(i));
+    bits = own > bits ? own : bits;
   }
-  if (!any(!free)) return Clamp::kNone;
-  Mask<T> calm = !none_set<T>();
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i)  // a reach of -inf is not the upper bound
-    calm = calm & less(most[i], splat(std::numeric_limits<T>::max())) & equal(bounds(i).upper, bounds(i).reach) &
-           equal(-bounds(i).lower, bounds(i).reach);
-  return any(!calm) ? Clamp::kApply : Clamp::kModulus;
+  const Vec<T> most = fma(tokens, splat(norm), (Vec<T>)bits) * splat(kRounding);
+  if (!any(!less(most, reach.free))) return Clamp::kNone;
+  return any(!less(most, reach.calm)) ? Clamp::kApply : Clamp::kModulus;
 }
 
 // f.operator()<what is done>(), where `kMost` is all that could be asked for and `needed` suffices.
