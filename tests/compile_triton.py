@@ -62,7 +62,7 @@ STRIDES = integers("nodes", "features", "steps", "x_item", "x_node", "x_step", "
 WIDE_PAIRS = dict.fromkeys(("grad_ptr", "edges_ptr", "inverse_ptr"), "*fp32")
 
 JOIN = integers("rows", "columns", "segments", "first_item", "first_row", "first_column")
-LINEAR = integers("rows", "first_channel", "some", "channels", "length") | {"changed_ptr": "*i32"}
+LINEAR = integers("rows", "first_channel", "some", "channels", "length") | {"changed_ptr": "*i32", "ties_ptr": "*i1"}
 SSD = integers(
     *("length", "heads", "width", "groups", "reverse_groups", "states", "chunk", "segments", "segment_length"),
     *("head_tiles", "column_tiles", "start_item", "start_segment", "start_n", "start_channel"),

@@ -163,6 +163,32 @@ def test_the_gradient_at_a_bound_is_that_of_clamp(backend_or_interpreter):
     torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(2, 37, 83), (1, 1, 2100)], ids=["rows", "one-row"])
+@pytest.mark.parametrize("clamp", [1.0, (-0.5, 1.5), (0.0, torch.inf)])
+def test_states_that_are_on_a_bound_by_themselves_pass_the_gradient(backend_or_interpreter, clamp, shape, reverse):
+    """Beside others that the clamp brought there, in the same row; and rows without any of the former."""
+    g = torch.Generator().manual_seed(6)
+    gate = torch.randint(0, 3, shape, generator=g) / 2
+    token = torch.randint(-4, 5, shape, generator=g) / 2
+    token[:, 5::6] += 0.0137  # never on a bound, nor at the next steps
+    gate[:, 5::6] *= 0.99
+    state = torch.randint(-1, 2, shape[:2], generator=g).float()
+    results = with_gradients(linear_scan, gate, token, state, state_clamp=clamp, reverse=reverse)
+    exact = with_gradients(reference, gate.double(), token.double(), state.double(), state_clamp=clamp, reverse=reverse)
+    lower, upper = clamp if isinstance(clamp, tuple) else (-clamp, clamp)
+    before = (
+        torch.cat((results[0][..., 1:], state[..., None]), -1)
+        if reverse
+        else torch.cat((state[..., None], results[0][..., :-1]), -1)
+    )
+    free = gate * before + token
+    bounds = [bound for bound in (lower, upper) if bound < torch.inf]
+    assert all(0.02 < (free[:, :5] == bound).float().mean() < 0.3 for bound in bounds)
+    for ours, theirs in zip(results, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_clamped_complex_state_keeps_its_direction_and_its_tangent(backend_or_interpreter):
     """3 + 4i at the radius 1: 0.6 + 0.8i; of a gradient, the fifth of its part along the circle is left."""
     token = torch.tensor([[[3 + 4j]]], requires_grad=True)

@@ -70,6 +70,7 @@ def linear_scan_fwd_kernel(
     upper_ptr,
     states_ptr,
     changed_ptr,
+    ties_ptr,
     rows,
     first_channel,
     some,
@@ -94,6 +95,7 @@ def linear_scan_fwd_kernel(
         state = tl.zeros((ROWS,), gate_ptr.dtype.element_ty)
         state_im = state
     changed = tl.zeros((ROWS,), tl.int32)
+    tie = tl.zeros((ROWS,), tl.int1)
     PARTS: tl.constexpr = 2 if COMPLEX else 1
     STEPS: tl.constexpr = FETCHED // PARTS
     place = tl.arange(0, FETCHED)
@@ -111,6 +113,8 @@ def linear_scan_fwd_kernel(
             free, free_im = _advance(gates[u], gates_im[u], state, state_im, tokens[u], tokens_im[u], COMPLEX)
             if COUNT:
                 changed += (outside(free, free_im, lower, upper, COMPLEX) & (start + u < length)).to(tl.int32)
+            if HAS_CLAMP and not COMPLEX:
+                tie = tie | (((free == lower) | (free == upper)) & (start + u < length))
             if HAS_CLAMP:
                 # In reverse, steps beyond the last come first, and the initial state is not to be clamped.
                 within, within_im = bounded(free, free_im, lower, upper, HAS_CLAMP, COMPLEX)
@@ -124,6 +128,8 @@ def linear_scan_fwd_kernel(
         _keep(states_ptr, at, states, states_im, inside, ROWS, COMPLEX)
     if COUNT:
         tl.store(changed_ptr + row, changed, mask=real)
+    if HAS_CLAMP and not COMPLEX:
+        tl.store(ties_ptr + row, tie, mask=real)
 
 
 @triton.jit
@@ -135,6 +141,7 @@ def linear_scan_bwd_kernel(
     first_ptr,
     lower_ptr,
     upper_ptr,
+    ties_ptr,
     dgate_ptr,
     dtoken_ptr,
     dfirst_ptr,
@@ -155,6 +162,10 @@ def linear_scan_bwd_kernel(
     row = number // some * channels + first_channel + number % some
     lower = tl.load(lower_ptr + row % channels, mask=real, other=0.0) if HAS_CLAMP and not COMPLEX else 0.0
     upper = tl.load(upper_ptr + row % channels, mask=real, other=0.0) if HAS_CLAMP else 0.0
+    # Rows whose tokens are to be read: elsewhere a real state tells whether it was clamped.
+    unsure = real
+    if HAS_CLAMP and not COMPLEX:
+        unsure = tl.load(ties_ptr + row, mask=real, other=0) != 0
     carry = tl.zeros((ROWS,), gate_ptr.dtype.element_ty)
     carry_im = carry
     if HAS_FIRST:
@@ -175,7 +186,7 @@ def linear_scan_bwd_kernel(
         grads, grads_im = _fetch(grad_ptr, at, inside, 0.0, ROWS, COMPLEX)
         states, states_im = _fetch(states_ptr, at, inside, 0.0, ROWS, COMPLEX)
         if HAS_CLAMP:
-            tokens, tokens_im = _fetch(token_ptr, at, inside, 0.0, ROWS, COMPLEX)
+            tokens, tokens_im = _fetch(token_ptr, at, inside & unsure[:, None], 0.0, ROWS, COMPLEX)
         edge = start + STEPS if REVERSE else start - 1  # the step that the scan took before this block
         edge_exists = edge < length if REVERSE else edge >= 0
         last, last_im = get(states_ptr, row * length + tl.where(edge_exists, edge, 0), real, COMPLEX)
@@ -199,6 +210,9 @@ def linear_scan_bwd_kernel(
             grad_im = grads_im[u] + carry_im
             if HAS_CLAMP:
                 free, free_im = _advance(gates[u], gates_im[u], before, before_im, tokens[u], tokens_im[u], COMPLEX)
+                if not COMPLEX:  # the state itself where it was not clamped, and NaN, which does not pass, where it was
+                    settled = tl.where((lower < states[u]) & (states[u] < upper), states[u], float("nan"))
+                    free = tl.where(unsure, free, settled)
                 through, through_im = through_clamp(grad, grad_im, free, free_im, lower, upper, COMPLEX)
                 grad = tl.where(start + u < length, through, grad)
                 grad_im = tl.where(start + u < length, through_im, grad_im)
@@ -259,10 +273,12 @@ def linear_scan_fwd(
     reverse_channels: int,
     states: Tensor,
     saturation: Tensor,
+    ties: Tensor,
 ) -> None:
-    """`saturation` is empty where nothing is to be counted."""
+    """`saturation` is empty where nothing is to be counted, and `ties` where there is no real clamp."""
     if states.numel() == 0:
         saturation.zero_()
+        ties.zero_()
         return
     count = saturation.numel() > 0
     changed = gate.new_empty(gate.shape[:2] if count else (1,), dtype=torch.int32)
@@ -274,6 +290,7 @@ def linear_scan_fwd(
         *optional,
         states,
         changed,
+        ties,
         first=initial_state,
         upper=upper,
         reverse_channels=reverse_channels,
@@ -291,6 +308,7 @@ def linear_scan_bwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
+    ties: Tensor,
     reverse_channels: int,
     grad_gate: Tensor,
     grad_token: Tensor,
@@ -299,7 +317,7 @@ def linear_scan_bwd(
     if states.numel() == 0:
         grad_initial_state.zero_()
         return
-    inputs = (grad_states, gate, token, states, initial_state, lower, upper)
+    inputs = (grad_states, gate, token, states, initial_state, lower, upper, ties)
     inputs = (gate if tensor is None else tensor for tensor in inputs)
     outputs = (grad_gate, grad_token, grad_initial_state)
     _launch(

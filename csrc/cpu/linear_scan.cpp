@@ -80,10 +80,16 @@ struct Real {
   }
   // Where the clamp changes y.
   static SK_INLINE Mask<T> outside(Vec<T> y, const Bounds& b) { return less(y, b.lower) | less(b.upper, y); }
+  // Where y is on a bound by itself, so that the clamped state does not tell that it was not clamped.
+  static constexpr bool kTies = true;
+  static SK_INLINE Mask<T> ties(Vec<T> y, const Bounds& b) { return equal(y, b.lower) | equal(y, b.upper); }
   static SK_INLINE Mask<T> may_be_clamped(Vec<T> h, const Bounds& b) { return !(less(b.lower, h) & less(h, b.upper)); }
-  static SK_INLINE Vec<T> through_clamp(Vec<T> grad, Vec<T> y, const Bounds& b) {
-    return select(less_equal(b.lower, y) & less_equal(y, b.upper), grad, Vec<T>{});
-  }
+  // What the way back through the clamp depends on: of y, or of h where that tells all.
+  using Passage = Mask<T>;
+  static SK_INLINE Passage passage(Vec<T> y, const Bounds& b) { return less_equal(b.lower, y) & less_equal(y, b.upper); }
+  static SK_INLINE Passage passage_by_state(Vec<T> h, const Bounds& b) { return !may_be_clamped(h, b); }
+  static SK_INLINE Passage choose(Mask<T> m, Passage yes, Passage no) { return (m & yes) | (!m & no); }
+  static SK_INLINE Vec<T> through_clamp(Vec<T> grad, Passage passes, const Bounds&) { return select(passes, grad, Vec<T>{}); }
 };
 
 template <class Scalar>
@@ -142,12 +148,17 @@ struct Complex {
     if (__builtin_expect(any(far), false)) y = select(far, polar(y, b).unit * b.radius, y);
     return y;
   }
+  static constexpr bool kTies = false;  // what passes depends on y itself
   // The modulus of what was clamped is the radius to a few ulp.
   static SK_INLINE Mask<T> may_be_clamped(Vec<T> h, const Bounds& b) {
     constexpr T kAlmostOne = 1 - 16 * std::numeric_limits<T>::epsilon();
     return !less(squared(h, b), splat<T>(kAlmostOne));
   }
-  static SK_INLINE Vec<T> through_clamp(Vec<T> grad, Vec<T> y, const Bounds& b) {
+  using Passage = Vec<T>;
+  static SK_INLINE Passage passage(Vec<T> y, const Bounds&) { return y; }
+  static SK_INLINE Passage passage_by_state(Vec<T> h, const Bounds&) { return h; }
+  static SK_INLINE Passage choose(Mask<T> m, Passage yes, Passage no) { return select(m, yes, no); }
+  static SK_INLINE Vec<T> through_clamp(Vec<T> grad, Passage y, const Bounds& b) {
     const Mask<T> far = outside(y, b);
     if (!any(far)) return grad;
     const Polar n = polar(y, b);
@@ -286,35 +297,46 @@ struct Forward {
   T* states;
   bool past_caches;
   int64_t* changed;  // (rows in memory) how many states the clamp has changed, if that is counted
+  bool* ties;        // (rows in memory) whether one was on a bound by itself
+
+  struct Seen {  // of the clamp's work, by lanes
+    IVec<T> changed{};
+    Mask<T> ties = none_set<T>();
+  };
 
   // A tile: `state` goes on, and `token` becomes what it was after each step.
   static SK_INLINE void advance(const Vec<T>* gate, Vec<T>* token, int width, Vec<T>& state, const Bounds& bounds,
-                                IVec<T>& count) {
+                                Seen& seen) {
     each_step<F, kReverse>(width, [&](int k) {
       state = F::multiply_add(F::factor(gate[k]), state, token[k]);
-      if constexpr (kClamp == Clamp::kCount) count += select_int<T>(F::outside(state, bounds), IVec<T>{} + 1, IVec<T>{});
+      if constexpr (kClamp == Clamp::kCount)
+        seen.changed += select_int<T>(F::outside(state, bounds), IVec<T>{} + 1, IVec<T>{});
+      if constexpr (kBounded && F::kTies) seen.ties = seen.ties | F::ties(state, bounds);
       if constexpr (kBounded) state = F::clamp(state, bounds);
       token[k] = state;
     });
   }
-  void add(const Rows<F>& rows, IVec<T> count) const {
+  void add(const Rows<F>& rows, const Seen& seen) const {
     if constexpr (kClamp == Clamp::kCount)
-      for (int i = 0; i < rows.count; ++i) changed[rows.row[i]] += count[i * F::kWords];
+      for (int i = 0; i < rows.count; ++i) changed[rows.row[i]] += seen.changed[i * F::kWords];
+    if constexpr (kBounded && F::kTies)
+      for (uint32_t lanes = lane_bits<T>(seen.ties), i = 0; lanes >> i; ++i)
+        if (lanes >> i & 1) ties[rows.row[i]] = true;
   }
 
   // Steps begin..end - 1 of all rows, step by step; the state after them.
   Vec<T> loop(const Rows<F>& rows, int64_t begin, int64_t end, Vec<T> state) const {
     if (begin == end) return state;
     const Bounds bounds = F::bounds(p, rows.row);
-    IVec<T> count{};
+    Seen seen;
     each_tile<F, kReverse>(begin, end, [&](int64_t at, int width) {
       Vec<T> gate[F::kRows], token[F::kRows];
       load_tile<F, kReverse>(p.gate, rows, at, width, gate);
       load_tile<F, kReverse>(p.token, rows, at, width, token);
-      advance(gate, token, width, state, bounds, count);
+      advance(gate, token, width, state, bounds, seen);
       store_tile<F>(token, rows, at, width, past_caches, states);
     });
-    add(rows, count);
+    add(rows, seen);
     return state;
   }
 
@@ -332,12 +354,12 @@ struct Forward {
     });
     if (!map.usable()) return false;
     Vec<T> starts = map.template starts<kReverse>(state);
-    IVec<T> count{};
+    Seen seen;
     each_tile<F, kReverse>(0, kStretch, [&](int64_t at, int width) {
-      advance(gate + at, token + at, width, starts, bounds, count);
+      advance(gate + at, token + at, width, starts, bounds, seen);
       store_tile<F>(token + at, lanes, at, width, past_caches, states);
     });
-    add(lanes, count);
+    add(lanes, seen);
     return true;
   }
 };
@@ -352,22 +374,30 @@ struct Backward {
   const Problem<T>& p;
   const T *grad_states, *states;
   T *grad_gate, *grad_token;
+  const bool* ties;  // of the forward pass, or null where it has left none
   bool past_caches;
 
   // What a tile of the adjoint reads. `state` holds what the scan made of the tile, and `before` it.
   struct Tile {
-    Vec<T> grad[F::kRows], gate[F::kRows], state[F::kRows], free[F::kRows];
+    Vec<T> grad[F::kRows], gate[F::kRows], state[F::kRows];
+    typename F::Passage passage[F::kRows];
     Vec<T> before;
-    bool clamped;  // perhaps; `free`, the states before the clamp, are there only then
+    bool clamped;  // perhaps; `passage` is there only then
 
     SK_INLINE Vec<T> state_before(int k, int width) const {
       return kReverse ? (k == width - 1 ? before : state[k + 1]) : (k == 0 ? before : state[k - 1]);
     }
   };
 
+  // Lanes whose clamped states do not tell how they were clamped.
+  Mask<T> unsure(const Rows<F>& rows) const {
+    Vec<T> lanes = splat<T>(1);
+    for (int i = 0; F::kTies && ties && i < F::kRows; ++i) lanes[i] = ties[rows.row[i]];
+    return greater(lanes, Vec<T>{});
+  }
   // Fills `tile` but for its states, and the states of `next`, the tile that comes before it in the scan.
-  SK_INLINE void read(const Rows<F>& rows, int64_t at, int width, Vec<T> initial_state, const Bounds& bounds, Tile& tile,
-                      Tile& next) const {
+  SK_INLINE void read(const Rows<F>& rows, int64_t at, int width, Vec<T> initial_state, const Bounds& bounds, Mask<T> unsure,
+                      Tile& tile, Tile& next) const {
     const int64_t beyond = kReverse ? at + width : at - F::kRows;
     load_tile<F, kDown>(grad_states, rows, at, width, tile.grad);
     load_tile<F, kDown>(p.gate, rows, at, width, tile.gate);
@@ -382,16 +412,19 @@ struct Backward {
       Mask<T> on_bound = none_set<T>();
       each_step<F, kDown>(width, [&](int k) { on_bound = on_bound | F::may_be_clamped(tile.state[k], bounds); });
       tile.clamped = any(on_bound);
-      if (tile.clamped) {  // only rows that need it read their tokens
-        const uint32_t wanted = lane_bits<T>(on_bound);
+      if (!tile.clamped) return;
+      each_step<F, kDown>(width, [&](int k) { tile.passage[k] = F::passage_by_state(tile.state[k], bounds); });
+      unsure = unsure & on_bound;
+      if (const uint32_t wanted = lane_bits<T>(unsure)) {  // only rows that need it read their tokens
+        Vec<T> token[F::kRows];
         for (int i = 0; i < F::kRows; ++i) {
           const T* from = p.token + (rows.offset[i] + at) * F::kWords;
-          tile.free[i] = wanted >> i * F::kWords & 1 ? load_first(from, width * F::kWords) : Vec<T>{};
+          token[i] = wanted >> i * F::kWords & 1 ? load_first(from, width * F::kWords) : Vec<T>{};
         }
-        F::turn(tile.free);
+        F::turn(token);
         each_step<F, kDown>(width, [&](int k) {
-          const Vec<T> free = F::multiply_add(F::factor(tile.gate[k]), tile.state_before(k, width), tile.free[k]);
-          tile.free[k] = select(on_bound, free, tile.state[k]);
+          const Vec<T> free = F::multiply_add(F::factor(tile.gate[k]), tile.state_before(k, width), token[k]);
+          tile.passage[k] = F::choose(unsure, F::passage(free, bounds), tile.passage[k]);
         });
       }
     }
@@ -401,7 +434,7 @@ struct Backward {
   static SK_INLINE void sweep(const Tile& tile, int width, const Bounds& bounds, const Step& f) {
     if (kClamp && tile.clamped)
       each_step<F, kDown>(width, [&](int k) {
-        f(k, [&](Vec<T> grad) { return F::through_clamp(grad, tile.free[k], bounds); });
+        f(k, [&](Vec<T> grad) { return F::through_clamp(grad, tile.passage[k], bounds); });
       });
     else
       each_step<F, kDown>(width, [&](int k) { f(k, [](Vec<T> grad) { return grad; }); });
@@ -422,12 +455,13 @@ struct Backward {
     if (begin == end) return carry;
     const Bounds bounds = F::bounds(p, rows.row);
     const Vec<T> initial_state = gather<F>(p.initial_state, rows);
+    const Mask<T> unsure_lanes = unsure(rows);
     Tile tiles[2];
     bool first = true, turn = false;
     each_tile<F, kDown>(begin, end, [&](int64_t at, int width) {
       Tile &tile = tiles[turn], &next = tiles[!turn];
       if (first) load_tile<F, kDown>(states, rows, at, width, tile.state);
-      read(rows, at, width, initial_state, bounds, tile, next);
+      read(rows, at, width, initial_state, bounds, unsure_lanes, tile, next);
       write(tile, rows, at, width, bounds, carry);
       first = false, turn = !turn;
     });
@@ -440,12 +474,13 @@ struct Backward {
     constexpr int kStretch = kStretchTiles * F::kRows;
     const Rows<F> lanes = Rows<F>::stretches(p, row, begin, kStretch);
     const Bounds bounds = F::bounds(p, lanes.row);
+    const Mask<T> unsure_lanes = unsure(lanes);
     Tile tiles[kStretchTiles + 2];  // one more at either end for `next`
     Map<F, false> map(bounds);
     load_tile<F, kDown>(states, lanes, kReverse ? 0 : kStretch - F::kRows, F::kRows, tiles[kReverse ? 1 : kStretchTiles].state);
     each_tile<F, kDown>(0, kStretch, [&](int64_t at, int width) {
       Tile* tile = tiles + 1 + at / F::kRows;
-      read(lanes, at, width, Vec<T>{}, bounds, *tile, tile[kReverse ? 1 : -1]);
+      read(lanes, at, width, Vec<T>{}, bounds, unsure_lanes, *tile, tile[kReverse ? 1 : -1]);
       sweep(*tile, width, bounds, [&](int k, const auto& clamp) {
         const auto gate = F::conjugate(tile->gate[k]);
         map.scale = F::multiply(gate, clamp(map.scale));
@@ -519,17 +554,17 @@ void over_rows(const Pass& pass, int64_t first, int64_t last, const T* begin, T*
 }
 
 template <class F, bool kReverse, Clamp kClamp>
-void forward(const Problem<typename F::T>& p, typename F::T* states, bool past_caches, int64_t* changed) {
+void forward(const Problem<typename F::T>& p, typename F::T* states, bool past_caches, int64_t* changed, bool* ties) {
   constexpr bool kComposes = kClamp == Clamp::kNone || F::kClampComposes;
-  over_rows<F, kReverse, kComposes>(Forward<F, kReverse, kClamp>{p, states, past_caches, changed}, 0, 0, p.initial_state,
-                                    static_cast<typename F::T*>(nullptr));
+  over_rows<F, kReverse, kComposes>(Forward<F, kReverse, kClamp>{p, states, past_caches, changed, ties}, 0, 0,
+                                    p.initial_state, static_cast<typename F::T*>(nullptr));
 }
 
 template <class F, bool kReverse, bool kClamp, class T = typename F::T>
-void backward(const Problem<T>& p, const T* grad_states, const T* states, T* grad_gate, T* grad_token, T* grad_initial,
-              bool past_caches) {
+void backward(const Problem<T>& p, const T* grad_states, const T* states, const bool* ties, T* grad_gate, T* grad_token,
+              T* grad_initial, bool past_caches) {
   constexpr bool kComposes = !kClamp || F::kClampComposes;
-  const Backward<F, kReverse, kClamp> pass{p, grad_states, states, grad_gate, grad_token, past_caches};
+  const Backward<F, kReverse, kClamp> pass{p, grad_states, states, grad_gate, grad_token, ties, past_caches};
   // The tile at the scan's start has the initial state before it: not among the stretches.
   over_rows<F, !kReverse, kComposes>(pass, kReverse ? 0 : F::kRows, kReverse ? F::kRows : 0,
                                      static_cast<const T*>(nullptr), grad_initial);
@@ -577,8 +612,10 @@ Problem<T> problem(const Tensor& gate, const std::optional<Tensor>& token, const
 
 void linear_scan_fwd(const Tensor gate, const Tensor token, const std::optional<Tensor> initial_state,
                      const std::optional<Tensor> lower, const std::optional<Tensor> upper, int64_t reverse_channels, bool count,
-                     Tensor states, Tensor saturation) {
+                     Tensor states, Tensor saturation, Tensor ties) {
   std::vector<int64_t> changed(count ? gate.size(0) * gate.size(1) : 0);
+  bool* tied = mutable_data<bool>(ties);
+  std::fill(tied, tied + ties.numel(), false);
   for_directions(gate, reverse_channels, upper.has_value(), [&]<class F>(F, auto clamp, auto backwards, int64_t first, int64_t some) {
     using T = typename F::T;
     T* to = mutable_data<T>(states);
@@ -586,9 +623,9 @@ void linear_scan_fwd(const Tensor gate, const Tensor token, const std::optional<
     constexpr bool kBack = backwards.value;
     if constexpr (clamp.value) {
       const auto run = count ? forward<F, kBack, Clamp::kCount> : forward<F, kBack, Clamp::kApply>;
-      run(p, to, streams<F>(gate, {to}), changed.data());
+      run(p, to, streams<F>(gate, {to}), changed.data(), tied);
     } else {
-      forward<F, kBack, Clamp::kNone>(p, to, streams<F>(gate, {to}), nullptr);
+      forward<F, kBack, Clamp::kNone>(p, to, streams<F>(gate, {to}), nullptr, nullptr);
     }
   });
   const double length = static_cast<double>(std::max<int64_t>(1, gate.size(2)));
@@ -600,13 +637,14 @@ void linear_scan_fwd(const Tensor gate, const Tensor token, const std::optional<
 
 void linear_scan_bwd(const Tensor grad_states, const Tensor gate, const std::optional<Tensor> token, const Tensor states,
                      const std::optional<Tensor> initial_state, const std::optional<Tensor> lower,
-                     const std::optional<Tensor> upper, int64_t reverse_channels, Tensor grad_gate, Tensor grad_token,
-                     Tensor grad_initial_state) {
+                     const std::optional<Tensor> upper, const Tensor ties, int64_t reverse_channels,
+                     Tensor grad_gate, Tensor grad_token, Tensor grad_initial_state) {
+  const bool* tied = ties.numel() > 0 ? data<bool>(ties) : nullptr;
   for_directions(gate, reverse_channels, upper.has_value(), [&]<class F>(F, auto clamp, auto backwards, int64_t first, int64_t some) {
     using T = typename F::T;
     T *to_gate = mutable_data<T>(grad_gate), *to_token = mutable_data<T>(grad_token);
     backward<F, backwards.value, clamp.value>(problem<T>(gate, token, initial_state, lower, upper, first, some), data<T>(grad_states),
-                                              data<T>(states), to_gate, to_token, mutable_data<T>(grad_initial_state),
+                                              data<T>(states), tied, to_gate, to_token, mutable_data<T>(grad_initial_state),
                                               streams<F>(gate, {to_gate, to_token}));
   });
 }
@@ -617,10 +655,10 @@ void linear_scan_bwd(const Tensor grad_states, const Tensor gate, const std::opt
 STABLE_TORCH_LIBRARY_FRAGMENT(stablekern_native, m) {
   m.def(
       "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper, int reverse_channels,"
-      " bool count, Tensor(a!) states, Tensor(b!) saturation) -> ()");
+      " bool count, Tensor(a!) states, Tensor(b!) saturation, Tensor(c!) ties) -> ()");
   m.def(
       "linear_scan_bwd(Tensor grad_states, Tensor gate, Tensor? token, Tensor states, Tensor? initial_state,"
-      " Tensor? lower, Tensor? upper, int reverse_channels, Tensor(a!) grad_gate, Tensor(b!) grad_token,"
+      " Tensor? lower, Tensor? upper, Tensor ties, int reverse_channels, Tensor(a!) grad_gate, Tensor(b!) grad_token,"
       " Tensor(c!) grad_initial_state) -> ()");
 }
 

@@ -26,7 +26,9 @@ $$\bar b_t = G_t, \qquad \bar a_t = G_t \overline{h_{t-1}}, \qquad r_{t-1} = \ov
 $J_t$ is 1, or for a real clamp $1[lo \le y_t \le hi]$ (inclusive, as in `torch.clamp`), or for a complex one with
 $|y_t| > r$ the projection $J v = (r / |y|)\,(v - n \,\mathrm{Re}(\bar n v))$, $n = y / |y|$. The product needs the
 true $h_{t-1}$, which the output holds: $(h_t - b_t) / a_t$ would cancel, and is wrong once a state has been clamped.
-$y_t$ is recomputed, from the same numbers by the same operations, where $h_t$ lies on a bound.
+Whether it passed a real clamp shows in $h_t$: inside the bounds it did, on one it did not, unless $y_t$ itself was that
+bound. Rows in which that happened are marked on the way forward. There, and for complex clamps, $y_t$ is recomputed
+where $h_t$ lies on a bound, from the same numbers by the same operations.
 
 Sources: Blelloch 1990, sec. 1.4.1 (scans of linear recurrences); Papadantonakis et al. 2005, FPT (saturated
 accumulation as a prefix of clipped maps, slope 1); Martin & Cundy 2018, arXiv:1709.04057, sec. 2.2 (the adjoint).
@@ -100,9 +102,14 @@ def _fake_fwd(
     upper: Tensor | None,
     reverse_channels: int,
     count: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     real = token.dtype.to_real() if token.is_complex() else token.dtype
-    return empty(token.shape, token), token.new_empty(token.shape[:2] if count else (0,), dtype=real)
+    saturation = token.new_empty(token.shape[:2] if count else (0,), dtype=real)
+    return (
+        empty(token.shape, token),
+        saturation,
+        token.new_empty(token.shape[:2] if lower is not None else (0,), dtype=torch.bool),
+    )
 
 
 def _fake_bwd(
@@ -113,6 +120,7 @@ def _fake_bwd(
     initial_state: Tensor | None,
     lower: Tensor | None,
     upper: Tensor | None,
+    ties: Tensor,
     reverse_channels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty(gate.shape, gate), empty(gate.shape, gate), empty(gate.shape[:2], gate)
@@ -120,15 +128,16 @@ def _fake_bwd(
 
 # The last `reverse_channels` go from the last step to the first. Bounds are real, (d); complex scans have `upper`, the
 # largest modulus, alone. `token` goes into the backward pass only where there are bounds. With `count`, `saturation` is
-# the share of a row's states that the clamp changed, (b, d).
+# the share of a row's states that the clamp changed, (b, d). `ties`, (b, d), is true for rows in which a real state was
+# on a bound before the clamp; (0) where there is no such clamp.
 _fwd = define(
     "linear_scan_fwd(Tensor gate, Tensor token, Tensor? initial_state, Tensor? lower, Tensor? upper,"
-    " int reverse_channels, bool count) -> (Tensor states, Tensor saturation)",
+    " int reverse_channels, bool count) -> (Tensor states, Tensor saturation, Tensor ties)",
     fake=_fake_fwd,
 )
 _bwd = define(
     "linear_scan_bwd(Tensor grad_states, Tensor gate, Tensor? token, Tensor states, Tensor? initial_state,"
-    " Tensor? lower, Tensor? upper, int reverse_channels)"
+    " Tensor? lower, Tensor? upper, Tensor ties, int reverse_channels)"
     " -> (Tensor grad_gate, Tensor grad_token, Tensor grad_initial_state)",
     fake=_fake_bwd,
 )
@@ -176,7 +185,8 @@ def _(*arguments):
 @launcher("linear_scan_fwd", device="cuda", backend="torch")
 @launcher("linear_scan_fwd", device="cpu", backend="torch")
 def _(gate, token, initial_state, lower, upper, reverse_channels, count):
-    _, saturation = _fake_fwd(gate, token, initial_state, lower, upper, reverse_channels, count)
+    _, saturation, ties = _fake_fwd(gate, token, initial_state, lower, upper, reverse_channels, count)
+    ties.zero_()
     gate, token = _turned(gate, reverse_channels), _turned(token, reverse_channels)
     states = torch.empty_like(token)
     state = token.new_zeros(token.shape[:2]) if initial_state is None else initial_state
@@ -185,16 +195,18 @@ def _(gate, token, initial_state, lower, upper, reverse_channels, count):
         free = gate[..., t] * state + token[..., t]
         if count:
             changed += _state_clamp.changed(free, lower, upper)
+        if lower is not None:
+            ties |= (free == lower) | (free == upper)
         state = _state_clamp.clamped(free, lower, upper)
         states[..., t] = state
     if count:
         torch.div(changed, max(token.shape[2], 1), out=saturation)
-    return _turned(states, reverse_channels), saturation
+    return _turned(states, reverse_channels), saturation, ties
 
 
 @launcher("linear_scan_bwd", device="cuda", backend="torch")
 @launcher("linear_scan_bwd", device="cpu", backend="torch")
-def _(grad_states, gate, token, states, initial_state, lower, upper, reverse_channels):
+def _(grad_states, gate, token, states, initial_state, lower, upper, ties, reverse_channels):
     grad_states, gate, states = (_turned(M, reverse_channels) for M in (grad_states, gate, states))
     token = None if token is None else _turned(token, reverse_channels)
     grad_gate, grad_token = torch.empty_like(gate), torch.empty_like(gate)
@@ -219,12 +231,12 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         gate, token, initial_state, lower, upper, ctx.reverse_channels, _ = inputs
-        states, saturation = output
-        ctx.mark_non_differentiable(saturation)
-        ctx.save_for_backward(gate, None if upper is None else token, states, initial_state, lower, upper)
+        states, saturation, ties = output
+        ctx.mark_non_differentiable(saturation, ties)
+        ctx.save_for_backward(gate, None if upper is None else token, states, initial_state, lower, upper, ties)
 
     @staticmethod
-    def backward(ctx, grad_states, _):
+    def backward(ctx, grad_states, *_):
         _check.first_order(_OP)
         grads = _bwd(grad_states, *ctx.saved_tensors, ctx.reverse_channels)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
@@ -299,5 +311,5 @@ def linear_scan(
     if return_saturation and upper is None:
         raise ValueError(message(_OP, "`return_saturation` needs a `state_clamp`", None))
     arguments = gate, token, initial_state, lower, upper, reverse_channels, return_saturation
-    states, saturation = apply(_LinearScan, *arguments)
+    states, saturation, _ = apply(_LinearScan, *arguments)
     return (states.to(dtype), saturation) if return_saturation else states.to(dtype)
