@@ -173,6 +173,7 @@ def test_states_that_are_on_a_bound_by_themselves_pass_the_gradient(backend_or_i
     token = torch.randint(-4, 5, shape, generator=g) / 2
     token[:, 5::6] += 0.0137  # never on a bound, nor at the next steps
     gate[:, 5::6] *= 0.99
+    gate[:, 4:5], token[:, 4:5] = 0, 0  # where 0 is a bound, on it at every step, and never beyond
     state = torch.randint(-1, 2, shape[:2], generator=g).float()
     results = with_gradients(linear_scan, gate, token, state, state_clamp=clamp, reverse=reverse)
     exact = with_gradients(reference, gate.double(), token.double(), state.double(), state_clamp=clamp, reverse=reverse)

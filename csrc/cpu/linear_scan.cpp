@@ -120,12 +120,14 @@ struct Complex {
 
   struct Bounds {
     Vec<T> radius, inverse;
+    Vec<T> usual;  // squares in units of the radius below it say how long y is
   };
   static Bounds bounds(const Problem<T>& p, const int64_t* rows) {
     Bounds b{};
     for (int i = 0; i < kLanes<T> && p.upper; ++i) {
       b.radius[i] = p.upper[rows[i / 2] % p.channels];
       b.inverse[i] = std::min(1 / b.radius[i], std::numeric_limits<T>::max());  // finite: 0 * inf would be NaN
+      b.usual[i] = b.radius[i] < std::numeric_limits<T>::min() ? 0 : std::numeric_limits<T>::infinity();
     }
     return b;
   }
@@ -137,15 +139,21 @@ struct Complex {
   struct Polar {
     Vec<T> unit, shrink;  // y / |y| and radius / |y|
   };
-  static SK_INLINE Polar polar(Vec<T> y, const Bounds& b) {
+  // `square` is that of `squared`.
+  static SK_INLINE Polar polar(Vec<T> y, Vec<T> square, const Bounds& b) {
+    const Vec<T> shrink = reciprocal_sqrt(square), unit = y * b.inverse * shrink;
+    const Mask<T> rare = !less(square, b.usual);
+    if (__builtin_expect(!any(rare), true)) return {unit, shrink};
     const Vec<T> largest = max(abs(y), abs(swap_pairs<T>(y))), scaled = y / largest;
     const Vec<T> length = sqrt(both(scaled * scaled));
-    return {scaled / length, b.radius / largest / length};
+    return {select(rare, scaled / length, unit), select(rare, b.radius / largest / length, shrink)};
   }
-  static SK_INLINE Mask<T> outside(Vec<T> y, const Bounds& b) { return greater(squared(y, b), splat<T>(1)); }
+  static SK_INLINE Mask<T> beyond(Vec<T> square) { return greater(square, splat<T>(1)); }
+  static SK_INLINE Mask<T> outside(Vec<T> y, const Bounds& b) { return beyond(squared(y, b)); }
   static SK_INLINE Vec<T> clamp(Vec<T> y, const Bounds& b) {
-    const Mask<T> far = outside(y, b);
-    if (__builtin_expect(any(far), false)) y = select(far, polar(y, b).unit * b.radius, y);
+    const Vec<T> square = squared(y, b);
+    const Mask<T> far = beyond(square);
+    if (__builtin_expect(any(far), false)) y = select(far, polar(y, square, b).unit * b.radius, y);
     return y;
   }
   static constexpr bool kTies = false;  // what passes depends on y itself
@@ -159,9 +167,10 @@ struct Complex {
   static SK_INLINE Passage passage_by_state(Vec<T> h, const Bounds&) { return h; }
   static SK_INLINE Passage choose(Mask<T> m, Passage yes, Passage no) { return select(m, yes, no); }
   static SK_INLINE Vec<T> through_clamp(Vec<T> grad, Passage y, const Bounds& b) {
-    const Mask<T> far = outside(y, b);
+    const Vec<T> square = squared(y, b);
+    const Mask<T> far = beyond(square);
     if (!any(far)) return grad;
-    const Polar n = polar(y, b);
+    const Polar n = polar(y, square, b);
     return select(far, n.shrink * fma(-n.unit, both(n.unit * grad), grad), grad);
   }
 };
@@ -382,7 +391,7 @@ struct Backward {
     Vec<T> grad[F::kRows], gate[F::kRows], state[F::kRows];
     typename F::Passage passage[F::kRows];
     Vec<T> before;
-    bool clamped;  // perhaps; `passage` is there only then
+    Mask<T> on_bound;  // rows with states that were clamped, perhaps; `passage` is there only if there are any
 
     SK_INLINE Vec<T> state_before(int k, int width) const {
       return kReverse ? (k == width - 1 ? before : state[k + 1]) : (k == 0 ? before : state[k - 1]);
@@ -395,6 +404,18 @@ struct Backward {
     for (int i = 0; F::kTies && ties && i < F::kRows; ++i) lanes[i] = ties[rows.row[i]];
     return greater(lanes, Vec<T>{});
   }
+  // The states of `tile`. Tokens that they make necessary are few and far apart: they are under way before they are read.
+  SK_INLINE void read_states(const Rows<F>& rows, int64_t at, int width, const Bounds& bounds, Mask<T> unsure,
+                             Tile& tile) const {
+    load_tile<F, kDown>(states, rows, at, width, tile.state);
+    if constexpr (kClamp) {
+      tile.on_bound = none_set<T>();
+      each_step<F, kDown>(width, [&](int k) { tile.on_bound = tile.on_bound | F::may_be_clamped(tile.state[k], bounds); });
+      const uint32_t wanted = lane_bits<T>(unsure & tile.on_bound);
+      for (int i = 0; wanted >> i * F::kWords; ++i)
+        if (wanted >> i * F::kWords & 1) prefetch<kVectorBytes>(p.token, (rows.offset[i] + at) * F::kWords * sizeof(T));
+    }
+  }
   // Fills `tile` but for its states, and the states of `next`, the tile that comes before it in the scan.
   SK_INLINE void read(const Rows<F>& rows, int64_t at, int width, Vec<T> initial_state, const Bounds& bounds, Mask<T> unsure,
                       Tile& tile, Tile& next) const {
@@ -403,18 +424,15 @@ struct Backward {
     load_tile<F, kDown>(p.gate, rows, at, width, tile.gate);
     if (rows.offset[0] + beyond >= rows.row[0] * p.length && rows.offset[F::kRows - 1] + beyond < last_end(rows)) {
       const int64_t left = last_end(rows) - rows.offset[F::kRows - 1] - beyond;
-      load_tile<F, kDown>(states, rows, beyond, static_cast<int>(std::min<int64_t>(F::kRows, left)), next.state);
+      read_states(rows, beyond, static_cast<int>(std::min<int64_t>(F::kRows, left)), bounds, unsure, next);
       tile.before = next.state[kReverse ? 0 : F::kRows - 1];
     } else {
       tile.before = initial_state;
     }
     if constexpr (kClamp) {
-      Mask<T> on_bound = none_set<T>();
-      each_step<F, kDown>(width, [&](int k) { on_bound = on_bound | F::may_be_clamped(tile.state[k], bounds); });
-      tile.clamped = any(on_bound);
-      if (!tile.clamped) return;
+      if (!any(tile.on_bound)) return;
       each_step<F, kDown>(width, [&](int k) { tile.passage[k] = F::passage_by_state(tile.state[k], bounds); });
-      unsure = unsure & on_bound;
+      unsure = unsure & tile.on_bound;
       if (const uint32_t wanted = lane_bits<T>(unsure)) {  // only rows that need it read their tokens
         Vec<T> token[F::kRows];
         for (int i = 0; i < F::kRows; ++i) {
@@ -432,7 +450,7 @@ struct Backward {
   // f(step, what the gradient becomes at the clamp), over a tile.
   template <class Step>
   static SK_INLINE void sweep(const Tile& tile, int width, const Bounds& bounds, const Step& f) {
-    if (kClamp && tile.clamped)
+    if (kClamp && any(tile.on_bound))
       each_step<F, kDown>(width, [&](int k) {
         f(k, [&](Vec<T> grad) { return F::through_clamp(grad, tile.passage[k], bounds); });
       });
@@ -460,7 +478,7 @@ struct Backward {
     bool first = true, turn = false;
     each_tile<F, kDown>(begin, end, [&](int64_t at, int width) {
       Tile &tile = tiles[turn], &next = tiles[!turn];
-      if (first) load_tile<F, kDown>(states, rows, at, width, tile.state);
+      if (first) read_states(rows, at, width, bounds, unsure_lanes, tile);
       read(rows, at, width, initial_state, bounds, unsure_lanes, tile, next);
       write(tile, rows, at, width, bounds, carry);
       first = false, turn = !turn;
@@ -477,7 +495,8 @@ struct Backward {
     const Mask<T> unsure_lanes = unsure(lanes);
     Tile tiles[kStretchTiles + 2];  // one more at either end for `next`
     Map<F, false> map(bounds);
-    load_tile<F, kDown>(states, lanes, kReverse ? 0 : kStretch - F::kRows, F::kRows, tiles[kReverse ? 1 : kStretchTiles].state);
+    read_states(lanes, kReverse ? 0 : kStretch - F::kRows, F::kRows, bounds, unsure_lanes,
+                tiles[kReverse ? 1 : kStretchTiles]);
     each_tile<F, kDown>(0, kStretch, [&](int64_t at, int width) {
       Tile* tile = tiles + 1 + at / F::kRows;
       read(lanes, at, width, Vec<T>{}, bounds, unsure_lanes, *tile, tile[kReverse ? 1 : -1]);

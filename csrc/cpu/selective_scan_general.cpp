@@ -15,6 +15,7 @@
 #include <cmath>
 #include <complex>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -105,20 +106,43 @@ struct Law {
   using E = Element<S>;
   E rate, enter, leave;  // A, and B and C where they are constant
   Vec<T> lower, upper;
+  // Of complex states: a square below `inner` is that of a modulus within `upper`, one below `usual` tells the modulus.
+  Vec<T> inner, usual;
 
-  // v before the clamp as a length, in the lane's own unit: v scale has no square that over- or underflows.
-  struct Size {
-    Vec<T> scale, scaled, outside;  // outside: the length itself
+  void bound(Vec<T> lower_, Vec<T> upper_, int64_t lanes) {
+    lower = lower_, upper = upper_;
+    const Vec<T> almost = upper * splat(1 - 8 * std::numeric_limits<T>::epsilon());
+    inner = select(less(almost, splat(2 * std::sqrt(std::numeric_limits<T>::min()))), Vec<T>{}, almost * almost);
+    for (int64_t k = lanes; k < kLanes<T>; ++k) inner[k] = std::numeric_limits<T>::infinity();  // no channel: never clamped
+    usual = select(equal(inner, Vec<T>{}), Vec<T>{}, splat(std::numeric_limits<T>::infinity()));
+  }
+  // Whether the states of all lanes are, which is mostly so.
+  SK_INLINE bool within(Vec<T> square) const { return __builtin_expect(!any(!less(square, inner)), true); }
+
+  struct Polar {
+    Mask<T> outside;
+    E unit;          // v / |v|
+    Vec<T> shrink;  // upper / |v|
   };
-  static SK_INLINE Size size_of(E free) {
-    const PowerOfTwo<T> unit = power_of_two<T>(part_size(free));
-    const Vec<T> scaled = modulus(free * unit.down);
-    return {unit.down, scaled, scaled * unit.up};
+  SK_INLINE Polar polar(E v, Vec<T> square) const {
+    const Vec<T> inverse = reciprocal_sqrt(square);
+    const Polar plain = {greater(square, upper * upper), v * inverse, upper * inverse};
+    const Mask<T> rare = !less(square, usual);
+    if (__builtin_expect(!any(rare), true)) return plain;
+    // In units in which no square over- or underflows.
+    const PowerOfTwo<T> unit = power_of_two<T>(part_size(v));
+    const E scaled = v * unit.down;
+    const Vec<T> size = modulus(scaled);
+    return {(rare & greater(size * unit.up, upper)) | (!rare & plain.outside),
+            select(rare, scaled * (splat<T>(1) / size), plain.unit),
+            select(rare, upper / size * unit.down, plain.shrink)};
   }
   SK_INLINE E clamp(E free) const {
     if constexpr (kIsComplex<S>) {
-      const Size size = size_of(free);
-      return select(greater(size.outside, upper), free * size.scale * (upper / size.scaled), free);
+      const Vec<T> square = add_square(free, Vec<T>{});
+      if (within(square)) return free;
+      const Polar v = polar(free, square);
+      return select(v.outside, v.unit * upper, free);
     } else {
       return min(upper, max(lower, free));  // NaN, the second operand, passes
     }
@@ -126,16 +150,17 @@ struct Law {
   // Where the clamp changes a state.
   SK_INLINE Mask<T> outside(E free) const {
     if constexpr (kIsComplex<S>)
-      return greater(size_of(free).outside, upper);
+      return polar(free, add_square(free, Vec<T>{})).outside;
     else
       return less(free, lower) | less(upper, free);
   }
   SK_INLINE E through_clamp(E grad, E free) const {
     if constexpr (kIsComplex<S>) {
-      const Size size = size_of(free);
-      const E normal = free * (size.scale / size.scaled);
-      const E tangent = grad - normal * real_part(conj_times(normal, grad));
-      return select(greater(size.outside, upper), tangent * (upper / size.scaled * size.scale), grad);
+      const Vec<T> square = add_square(free, Vec<T>{});
+      if (within(square)) return grad;
+      const Polar v = polar(free, square);
+      const E tangent = grad - v.unit * real_part(conj_times(v.unit, grad));
+      return select(v.outside, tangent * v.shrink, grad);
     } else {
       return select(less_equal(lower, free) & less_equal(free, upper), grad, Vec<T>{});
     }
@@ -238,8 +263,8 @@ void laws_in(const Problem<RealOf<S>>& p, int64_t group, Law<S>* laws) {
       laws->rate = gather<S>(p.A + at * kParts<S>, p.states, count);
       if (p.enter_constant) laws->enter = gather<S>(p.B + at * kParts<S>, p.states, count);
       if (p.leave_constant) laws->leave = gather<S>(p.C + at * kParts<S>, p.states, count);
-      if (p.lower) laws->lower = gather<T>(p.lower + at, p.states, count);
-      if (p.upper) laws->upper = gather<T>(p.upper + at, p.states, count);
+      const auto gathered = [&](const T* from) { return from ? gather<T>(from + at, p.states, count) : Vec<T>{}; };
+      laws->bound(gathered(p.lower), gathered(p.upper), count);
     }
 }
 
