@@ -252,7 +252,7 @@ SK_NOINLINE void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state
       for (int w = 0; w < W; ++w) store_block(save + (first + i) * save_row, state[(first + i) * blocks + w], w, s.count);
   for (int64_t t = 0; t < s.steps; ++t) {
     const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
-    Vec<T> sum[W], decay[W], token[W];  // copies: stores might alias what the strip points to
+    Vec<T> sum[W], other[W], decay[W], token[W];  // copies: stores might alias what the strip points to
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
       sum[w] = load_block(y + t * row, w, s.count);
@@ -267,11 +267,14 @@ SK_NOINLINE void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state
           if constexpr (kClamp == Clamp::kCount)
             count[w] += select(s.bounds[w].changes(free), splat<T>(1), Vec<T>{});
         });
-        sum[w] = fma(h[i][w], c, sum[w]);
+        if (i % 2)
+          other[w] = i == 1 ? h[i][w] * c : fma(h[i][w], c, other[w]);
+        else
+          sum[w] = fma(h[i][w], c, sum[w]);
       }
     }
 #pragma GCC unroll 2
-    for (int w = 0; w < W; ++w) store_block(y + t * row, sum[w], w, s.count);
+    for (int w = 0; w < W; ++w) store_block(y + t * row, N > 1 ? sum[w] + other[w] : sum[w], w, s.count);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
