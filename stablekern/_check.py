@@ -17,19 +17,25 @@ HALF = (torch.float16, torch.bfloat16)
 _LARGEST_FLOAT = sys.float_info.max
 
 
+def _dense(op: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(message(op, f"`{name}` must be a tensor", type(tensor).__name__))
+    if tensor.layout is not torch.strided:
+        raise TypeError(message(op, f"`{name}` must be dense", tensor.layout))
+
+
 def shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
     """Match tensors against patterns such as `"b l h p"` or `"... n n"` and return the size of each letter.
 
     A letter that stands in several places must have one size everywhere; a number must match itself; a leading
-    `...` takes any batch dimensions (they are not compared). Arguments that are None are passed over.
+    `...` takes any batch dimensions (they are not compared). Sparse tensors are refused, None is passed over.
     """
     sizes: dict[str, int] = {}
     owner: dict[str, str] = {}
     for name, (tensor, pattern) in arguments.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(message(op, f"`{name}` must be a tensor", type(tensor).__name__))
+        _dense(op, name, tensor)
         letters = pattern.split()
         batched = bool(letters) and letters[0] == "..."
         letters = letters[1:] if batched else letters
@@ -61,8 +67,7 @@ def dtypes(op: str, allowed: Collection[torch.dtype], **tensors: Any) -> torch.d
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(message(op, f"`{name}` must be a tensor", type(tensor).__name__))
+        _dense(op, name, tensor)
         if tensor.dtype not in allowed:
             names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
             raise TypeError(message(op, f"`{name}` must be one of {names}", str(tensor.dtype).removeprefix("torch.")))
@@ -82,8 +87,7 @@ def dtypes(op: str, allowed: Collection[torch.dtype], **tensors: Any) -> torch.d
 def required(op: str, **tensors: Any) -> None:
     """None stands for an absent tensor in `shapes` and `dtypes`: these must be there."""
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(message(op, f"`{name}` must be a tensor", type(tensor).__name__))
+        _dense(op, name, tensor)
 
 
 def flag(op: str, **values: Any) -> None:
