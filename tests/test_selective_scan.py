@@ -176,6 +176,11 @@ def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter, states):
     assert torch.isposinf(selective_scan(torch.full_like(u, torch.inf), *leaves[1:])).all(), "nor beyond the last state"
     assert torch.isfinite(grad_C).all(), "d y / d C does not depend on C"
     assert torch.isposinf(grad_B[..., :12]).all() and torch.isfinite(grad_B[..., 12:]).all()
+    state, ones, huge = torch.zeros(1, 3, states), torch.ones(1, 3), torch.full((1, 3), torch.inf)
+    with torch.no_grad():
+        both = torch.ones(1, states)
+        one_step = selective_state_update(state, huge, ones, A, both, both)
+    assert torch.isposinf(one_step).all() and torch.isposinf(state).all()
 
 
 def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):
@@ -308,9 +313,10 @@ def test_a_state_that_decays_at_once_leaves_no_trace(backend_or_interpreter, lim
     leaves = [t.requires_grad_() for t in (*args, torch.randn(2, 3, 2, dtype=torch.float64))]
     u, delta, A, B, C, h0 = leaves
     delta.data += 0.1
-    y = selective_scan(u, delta, A, B, C, initial_state=h0)
+    y, last = selective_scan(u, delta, A, B, C, initial_state=h0, return_last_state=True)
     alone = (delta * u)[:, 1] * (B * C).sum((1, 2))
     torch.testing.assert_close(y[:, 1], alone)
+    torch.testing.assert_close(last[:, 1], (delta * u)[:, 1, -1:] * B[:, 0, :, -1])
     wanted = u, A, B, C, h0
     ours, exact = (torch.autograd.grad(out.sum(), wanted, allow_unused=True) for out in (y[:, 1], alone))
     for a, b in zip(ours, exact, strict=True):
