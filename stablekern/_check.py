@@ -15,6 +15,7 @@ REAL = (torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 HALF = (torch.float16, torch.bfloat16)
 _LARGEST_FLOAT = sys.float_info.max
+_DENSE = torch.strided
 
 
 def shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
@@ -56,13 +57,15 @@ def shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
 
 
 def dtypes(op: str, allowed: Collection[torch.dtype], **tensors: Any) -> torch.dtype:
-    """Every tensor given must have one and the same dtype, out of `allowed`, and one device; None is passed over."""
+    """Every tensor given must be dense and have one dtype, out of `allowed`, and one device; None is passed over."""
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(message(op, f"`{name}` must be a tensor", type(tensor).__name__))
+        if tensor.layout is not _DENSE:
+            raise TypeError(message(op, f"`{name}` must be dense", tensor.layout))
         if tensor.dtype not in allowed:
             names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
             raise TypeError(message(op, f"`{name}` must be one of {names}", str(tensor.dtype).removeprefix("torch.")))
@@ -80,10 +83,12 @@ def dtypes(op: str, allowed: Collection[torch.dtype], **tensors: Any) -> torch.d
 
 
 def required(op: str, **tensors: Any) -> None:
-    """None stands for an absent tensor in `shapes` and `dtypes`: these must be there."""
+    """None stands for an absent tensor in `shapes` and `dtypes`: these must be there, and dense."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(message(op, f"`{name}` must be a tensor", type(tensor).__name__))
+        if tensor.layout is not _DENSE:
+            raise TypeError(message(op, f"`{name}` must be dense", tensor.layout))
 
 
 def flag(op: str, **values: Any) -> None:

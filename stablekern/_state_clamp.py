@@ -58,6 +58,8 @@ def bounds(op: str, state_clamp: StateClamp, like: Tensor, **sizes: int) -> tupl
                 forms = ", ".join(f"({' '.join(names[:i])})" for i in range(len(names) + 1))
                 rule = f"a tensor in `state_clamp` must have one of the shapes {forms}"
                 raise ValueError(message(op, rule, shape))
+            if bound.is_meta and not like.is_meta:
+                raise ValueError(message(op, "a tensor in `state_clamp` must hold values", "a meta tensor"))
             bound = bound.to(device=like.device, dtype=like.dtype)
             both.append(bound.reshape(shape + (1,) * (len(full) - len(shape))).expand(full))
         else:

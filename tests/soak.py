@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -208,116 +209,219 @@ def linear_scan_case(case: int) -> dict[str, float]:
     return {"error over that of the loop": worst}
 
 
-def _selective_scan_exact(
-    inputs: list[torch.Tensor | None],
-    weight: torch.Tensor,
-    softplus: bool,
-    clamp: float | None,
-    off: float = 0.0,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Output and gradients in float64, each with the largest sum of the sizes of the terms that it is a sum of.
+_Bounds = tuple[torch.Tensor, torch.Tensor]
 
-    Everything that does not depend on the state is done for all steps at once, (l, b, d, n); only the recurrence is a
-    loop. Its gradients with respect to exponents, tokens and readers are those terms, or a factor away from them. All
-    exponentials are wrong by the factor 1 + `off`.
+
+def _bounds(clamp: Any) -> _Bounds | None:
+    """The bounds of each state, to be broadcast to (d, n)."""
+    if clamp is None:
+        return None
+    low, high = (torch.as_tensor(c) for c in (clamp if isinstance(clamp, tuple) else (-clamp, clamp)))
+    return low[:, None] if low.dim() == 1 else low, high[:, None] if high.dim() == 1 else high
+
+
+def _clamped(free: torch.Tensor, bounds: _Bounds | None) -> torch.Tensor:
+    """The states after the clamp of a step; of complex ones the upper bound is that of the modulus."""
+    if bounds is None:
+        return free
+    low, high = (bound.to(free.real.dtype) for bound in bounds)
+    if not free.is_complex():
+        return torch.clamp(free, low, high)
+    outside = free.abs() > high
+    return torch.where(outside, free * (high / torch.where(outside, free.abs(), 1.0)), free)
+
+
+def _recurrence(
+    exponent: torch.Tensor, entering: torch.Tensor, start: torch.Tensor, bounds: _Bounds | None, off: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All states of a selective scan before and after the clamp, (l, b, d, n)."""
+    # Moduli and angles of the complex decays are wrong, each by the same.
+    wrong = complex(1 + off, off) if exponent.is_complex() else 1 + off
+    free, states = [], [start]
+    for decay, new in zip((exponent.exp() * wrong).unbind(0), entering.unbind(0), strict=True):
+        free.append(decay * states[-1] + new)
+        states.append(_clamped(free[-1], bounds))
+    return torch.stack(free), torch.stack(states[1:])
+
+
+class _Exact(NamedTuple):
+    """A selective scan in float64: outputs and gradients, and what the clamp did."""
+
+    results: dict[str, torch.Tensor]
+    sizes: dict[str, torch.Tensor]  # the largest sum of the sizes of the terms that a result is a sum of
+    changed: torch.Tensor  # which states the clamp changes, (l, b, d, n)
+    undecided: torch.Tensor  # which are so near to a bound that rounding to float32 may decide
+
+
+def _selective_scan_exact(
+    inputs: dict[str, torch.Tensor],
+    weights: tuple[torch.Tensor, torch.Tensor],
+    options: dict[str, Any],
+    off: float = 0.0,
+) -> _Exact:
+    """Everything that does not depend on the state is done for all steps at once, (l, b, d, n); only the recurrence is
+    a loop. Its gradients with respect to exponents, tokens and readers are the terms of the others, or a factor away
+    from them. All exponentials are wrong by the factor 1 + `off`, of complex ones the modulus and the angle.
     """
-    u, delta, A, B, C, D, z, bias = (None if x is None else x.double() for x in inputs)
-    channels, factor = u.shape[1], torch.ones_like(u) if z is None else torch.nn.functional.silu(z)
-    raw = delta + bias[:, None]
-    step = torch.nn.functional.softplus(raw) if softplus else raw
-    slope = torch.sigmoid(raw) if softplus else torch.ones_like(raw)
+    named = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float64)) for name, tensor in inputs.items()}
+    A, D, start = named["A"], named.get("D"), named.get("initial_state")
+    ahead = 0.0 if options["reverse"] else 0.5 if options["bidirectional"] else 1.0
+    kappa = 2.0 if A.is_complex() else 1.0
+
+    def turned(M: torch.Tensor) -> torch.Tensor:
+        """With the time of what runs backwards flipped, where there is time."""
+        if M.dim() == 2:
+            return M
+        first, back = M.tensor_split([round(ahead * M.shape[1])], dim=1)
+        return torch.cat((first, back.flip(-1)), 1)
+
+    u, delta, B, C = (turned(named[name]) for name in ("u", "delta", "B", "C"))
+    weight, z = turned(weights[0].double()), turned(named["z"]) if "z" in named else None
+    gate = torch.ones_like(u) if z is None else torch.nn.functional.silu(z)
+    raw = delta + named["delta_bias"][:, None] if "delta_bias" in named else delta
+    step = torch.nn.functional.softplus(raw) if options["delta_softplus"] else raw
+    slope = torch.sigmoid(raw) if options["delta_softplus"] else torch.ones_like(raw)
+    (b, channels, length), n = u.shape, A.shape[1]
 
     def steps(M: torch.Tensor) -> torch.Tensor:
-        """(b, d, l) to (l, b, d, 1), and (b, g, n, l) to (l, b, d, n)."""
+        """(b, d, l) to (l, b, d, 1), (b, g, n, l) and (d, n) to (l, b, d, n)."""
         if M.dim() == 3:
             return M.permute(2, 0, 1)[..., None]
+        if M.dim() == 2:
+            return M.expand(length, b, channels, n)
         return M.repeat_interleave(channels // M.shape[1], 1).permute(3, 0, 1, 2)
 
     def back(M: torch.Tensor) -> torch.Tensor:
         return M.permute(1, 2, 0)
 
+    def real(M: torch.Tensor) -> torch.Tensor:
+        return M.real if M.is_complex() else M
+
     enter, leave, now, token = steps(B), steps(C).clone().requires_grad_(), steps(step), steps(step * u)
     exponent, entering = (now * A).requires_grad_(), (token * enter).requires_grad_()
-    state, states = torch.zeros_like(exponent[0]), []
-    for decay, new in zip((exponent.exp() * (1 + off)).unbind(0), entering.unbind(0), strict=True):
-        state = decay * state + new
-        state = state if clamp is None else state.clamp(-clamp, clamp)
-        states.append(state)
-    read = torch.stack(states) * leave
-    grad_y = weight.double() * factor
-    q, G, by_leave = torch.autograd.grad(read.sum(-1), [exponent, entering, leave], grad_y.permute(2, 0, 1))
-    read = read.detach()
+    start = (A.new_zeros(b, channels, n) if start is None else start).requires_grad_()
+    bounds = _bounds(options["state_clamp"])
+    free, states = _recurrence(exponent, entering, start, bounds, off)
+    read = states * leave
+    grad_y = weight * gate
+    q, G, by_leave, by_start = torch.autograd.grad(
+        [kappa * real(read.sum(-1)), states[-1]],
+        [exponent, entering, leave, start],
+        [steps(grad_y)[..., 0], weights[1].to(A.dtype)],
+    )
+    free, read, last = free.detach(), read.detach(), states[-1].detach()
 
-    def over_group(terms: torch.Tensor) -> torch.Tensor:
-        """(l, b, d, n) to (b, g, n, l)"""
-        return terms.permute(1, 2, 3, 0).unflatten(1, (B.shape[1], -1)).sum(2)
+    def summed(terms: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+        """(l, b, d, n) to the shape of B or C."""
+        return terms.sum((0, 1)) if M.dim() == 2 else terms.permute(1, 2, 3, 0).unflatten(1, (M.shape[1], -1)).sum(2)
 
     def results(of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """With `abs` for `of`, the sizes."""
-        y = back(of(read).sum(-1)) + of(D[:, None] * u)
-        by_token = back(of(G * enter).sum(-1))
-        by_step = (of(u) * by_token + back(of(q * A).sum(-1))) * slope
+        skipped, by_skip = (0.0, 0.0) if D is None else (of(D[:, None] * u), of(D[:, None] * grad_y))
+        y = kappa * back(real(of(read)).sum(-1)) + skipped
+        by_token = back(real(of(G * enter.conj())).sum(-1))
+        by_step = (of(u) * by_token + back(real(of(q * A.conj())).sum(-1))) * slope
         found = {
-            "y": y * of(factor),
-            "u": of(step) * by_token + of(D[:, None] * grad_y),
-            "delta": by_step,
-            "A": of(q * now).sum((0, 1)),
-            "B": over_group(of(G * token)),
-            "C": over_group(of(by_leave)),
-            "D": of(grad_y * u).sum((0, 2)),
-        }
+            "y": turned(y * of(gate)), "last state": of(last),
+            "u": turned(step * by_token + by_skip), "delta": turned(by_step), "A": of(q * now).sum((0, 1)),
+            "B": turned(summed(of(G * token), B)), "C": turned(summed(of(by_leave), C)),
+            "D": of(grad_y * u).sum((0, 2)), "delta_bias": by_step.sum((0, 2)), "initial_state": of(by_start),
+        }  # fmt: skip
         if z is not None:
             sigmoid = torch.sigmoid(z)
-            found["z"] = of(weight.double() * sigmoid * (1 + z * (1 - sigmoid))) * y
-        return found | {"delta_bias": by_step.sum((0, 2))}
+            found["z"] = turned(of(weight * sigmoid * (1 + z * (1 - sigmoid))) * y)
+        return {name: value for name, value in found.items() if name in {"y", "last state", *named}}
 
-    sizes = results(torch.abs)
-    return {name: (truth, sizes[name].max()) for name, truth in results(lambda terms: terms).items()}
+    changed = undecided = torch.zeros_like(free, dtype=torch.bool)
+    if bounds is not None:
+        low, high = bounds
+        single = torch.complex64 if A.is_complex() else torch.float32
+        rounded, _ = _recurrence(*(M.detach().to(single) for M in (exponent, entering, start)), bounds)
+        bound = torch.maximum(low.abs(), high.abs())
+        doubt = 2 * (rounded - free).abs().amax((0, 1)) + torch.finfo(torch.float32).eps * bound
+        size = free.abs() if A.is_complex() else free
+        changed = (size > high) | (size < low)
+        undecided = ((size - high).abs() <= doubt) | ((size - low).abs() <= doubt)
+    sizes = {name: value.max() for name, value in results(torch.abs).items()}
+    return _Exact(results(lambda terms: terms), sizes, changed, undecided)
 
 
 def selective_scan_case(case: int) -> dict[str, float]:
-    """Output and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2).
+    """Outputs and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2).
 
-    To twice the error of the loop comes what exponentials that are 2 ulp too large at every step would do, and the
-    rounding of a result. Errors count relative to the largest sum of sizes of terms.
+    Every option: real and complex states, B and C of every form, optional inputs in half of the cases, softplus, either
+    direction or both, bounds of every form. To twice the error of the loop comes what exponentials that are 2 ulp too
+    large at every step would do (of complex ones 3, in modulus and angle), and the rounding of a result. Errors count
+    relative to the largest sum of sizes of terms. Where rounding decides whether the clamp changes a state, gradients,
+    which jump there, are not compared.
     """
     g = _generator("selective_scan", case)
     b, length, d, n = _integer(g, 1, 2), _integer(g, 1, 70), _integer(g, 1, 35), _integer(g, 1, 18)
     groups = 2 if d % 2 == 0 and _integer(g, 0, 1) else 1
     spread = 10.0 ** _integer(g, -2, 2)
+    complex_ = _integer(g, 0, 2) == 0
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64).float()
+    def normal(*shape: int, complex_: bool = False) -> torch.Tensor:
+        dtypes = (torch.complex128, torch.complex64) if complex_ else (torch.float64, torch.float32)
+        return torch.randn(shape, generator=g, dtype=dtypes[0]).to(dtypes[1])
 
-    inputs = [
-        normal(b, d, length), normal(b, d, length).abs() * 0.1 * spread, -normal(d, n).abs() - 0.01,
-        normal(b, groups, n, length), normal(b, groups, n, length), normal(d), normal(b, d, length), normal(d).abs(),
-    ]  # fmt: skip
+    A = -normal(d, n).abs() - 0.01
+    inputs = {
+        "u": normal(b, d, length), "delta": normal(b, d, length) * 0.1 * spread,
+        "A": torch.complex(A, 3 * normal(d, n)) if complex_ else A,
+    }  # fmt: skip
+    for name in "BC":
+        constant = _integer(g, 0, 3) == 0
+        inputs[name] = normal(*((d, n) if constant else (b, groups, n, length)), complex_=complex_)
+    optional = {
+        "D": normal(d), "z": normal(b, d, length), "delta_bias": normal(d).abs() * 0.1 * spread,
+        "initial_state": normal(b, d, n, complex_=complex_),
+    }  # fmt: skip
+    inputs |= {name: tensor for name, tensor in optional.items() if _integer(g, 0, 1)}
+    options: dict[str, Any] = {"delta_softplus": bool(_integer(g, 0, 1)), "state_clamp": None}
+    if not options["delta_softplus"]:
+        inputs["delta"] = inputs["delta"].abs()
     if _integer(g, 0, 1):
-        inputs[6] = None
-    softplus, clamp = bool(_integer(g, 0, 1)), 0.5 if _integer(g, 0, 3) == 0 else None
-    weight = normal(b, d, length)
+        each = normal(*((), (d,), (d, n))[_integer(g, 0, 2)]).abs()
+        high, low = (0.5, each + 0.05)[_integer(g, 0, 1)], (-0.4, 0.04 - each)[_integer(g, 0, 1)]
+        options["state_clamp"] = high if complex_ or _integer(g, 0, 1) else (low, high)
+    two = d % 2 == 0 and (groups == 2 or inputs["B"].dim() == inputs["C"].dim() == 2)
+    way = _integer(g, 0, 3)
+    options |= {"reverse": way == 2, "bidirectional": way == 3 and two}
+    packed = [name for name in "BC" if complex_ and inputs[name].dim() == 4 and _integer(g, 0, 1)]
+    weights = normal(b, d, length), normal(b, d, n, complex_=complex_)
+    shares = options["state_clamp"] is not None and bool(_integer(g, 0, 1))
 
-    def run(function: Callable) -> list[torch.Tensor]:
-        leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
-        y = function(*leaves, softplus, state_clamp=clamp)
-        return [y.detach(), *torch.autograd.grad(y, [x for x in leaves if x is not None], weight)]
+    def run(function: Callable, more: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        given = inputs | {name: torch.view_as_real(inputs[name]).flatten(-2) for name in packed}
+        leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
+        y, last, *share = function(**leaves, **options, **more, return_last_state=True)
+        grads = dict(zip(leaves, torch.autograd.grad([y, last], list(leaves.values()), weights), strict=True))
+        for name in packed:
+            grads[name] = torch.view_as_complex(grads[name].unflatten(-1, (length, 2)).contiguous())
+        return {"y": y.detach(), "last state": last.detach()} | grads, share
 
-    plain, ours = run(selective_spine.reference), run(stablekern.selective_scan)
-    exact = _selective_scan_exact(inputs, weight, softplus, clamp)
+    plain, _ = run(selective_spine.reference, {})
+    ours, share = run(stablekern.selective_scan, {"return_saturation": shares})
+    exact = _selective_scan_exact(inputs, weights, options)
     eps = torch.finfo(torch.float32).eps
-    shifted = _selective_scan_exact(inputs, weight, softplus, clamp, 2 * eps)
+    shifted = _selective_scan_exact(inputs, weights, options, (3 if complex_ else 2) * eps)
+    drawn = f"selective_scan case {case}: b={b} l={length} d={d} n={n} g={groups} {options} {packed} {list(inputs)}"
+    if shares:
+        least = (exact.changed & ~exact.undecided).sum((0, 3))
+        most = (exact.changed | exact.undecided).sum((0, 3))
+        counted = (share[0] * length * n).round()
+        if not bool(((least <= counted) & (counted <= most)).all()):
+            raise AssertionError(f"{drawn}: saturation")
+    names = ("y", "last state") if bool(exact.undecided.any()) else exact.results
     worst = 0.0
-    for (name, (truth, scale)), mine, theirs in zip(exact.items(), ours, plain, strict=True):
-        scale = scale.clamp_min(1e-30)
-        error = float((mine.double() - truth).abs().max() / scale)
-        exponentials = float((shifted[name][0] - truth).abs().max() / scale)
-        allowed = float((theirs.double() - truth).abs().max() / scale) + exponentials / 2 + eps
+    for name in names:
+        truth, scale = exact.results[name], exact.sizes[name].clamp_min(1e-30)
+        error = float((ours[name] - truth).abs().max() / scale)
+        exponentials = float((shifted.results[name] - truth).abs().max() / scale)
+        allowed = float((plain[name] - truth).abs().max() / scale) + exponentials / 2 + eps
         if not error <= 2 * allowed:
-            raise AssertionError(
-                f"selective_scan case {case}: b={b} l={length} d={d} n={n} g={groups} clamp={clamp}"
-                f" softplus={softplus}, {name}: {error} for {allowed}"
-            )
+            raise AssertionError(f"{drawn}, {name}: {error} for {allowed}")
         worst = max(worst, error / allowed)
     return {"error over that of the loop": worst}
 

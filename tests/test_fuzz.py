@@ -71,6 +71,20 @@ def test_what_was_found_once(name, data):
     fuzz_arguments.changed_call(name, bytes.fromhex(data))
 
 
+@pytest.mark.parametrize("name", sorted(fuzz_arguments.CALLS))
+def test_sparse_tensors_and_those_of_another_device_are_refused_by_name(name):
+    """In place of any one tensor; where there is just one, a meta tensor is what the others have to be on."""
+    tensors = {key for key, value in fuzz_arguments.CALLS[name]().items() if isinstance(value, torch.Tensor)}
+    for argument in tensors:
+        for change in (torch.Tensor.to_sparse, lambda x: x.to("meta")):
+            arguments = fuzz_arguments.CALLS[name]()
+            arguments[argument] = change(arguments[argument])
+            if len(tensors) == 1 and arguments[argument].is_meta:
+                continue
+            with pytest.raises((ValueError, TypeError), match=f"^stablekern.*`{argument}`"):
+                getattr(stablekern, name)(**arguments)
+
+
 def test_a_number_that_no_float_can_hold_is_refused():
     with pytest.raises(ValueError, match="^stablekern.mvdr_denominator: `loading` .* got an integer of 1329 bits"):
         stablekern.mvdr_denominator(torch.eye(3), torch.ones(3, 2), 10**400)

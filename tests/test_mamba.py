@@ -148,9 +148,11 @@ def test_half_precision_stays_near_float32(name, dtype):
 # ---------------------------------------------------------------- streaming
 
 
-def streamed(block: nn.Module, x: Tensor, pieces: list[int]) -> tuple[Tensor, snn.MambaCache]:
+def streamed(
+    block: nn.Module, x: Tensor, pieces: list[int], cache: snn.MambaCache | None = None
+) -> tuple[Tensor, snn.MambaCache]:
     """The outputs for pieces of the given lengths; those of length 1 by `step`."""
-    cache = block.allocate_inference_cache(len(x))
+    cache = block.allocate_inference_cache(len(x)) if cache is None else cache
     outputs = []
     for piece in x.split(pieces, dim=1):
         if piece.shape[1] == 1:
@@ -172,9 +174,14 @@ def test_pieces_are_the_whole(name, clamp, forced, monkeypatch):
         monkeypatch.setattr(mamba_parts, "_told_fallback", True)
     x = torch.randn(3, 17, 8, dtype=torch.float64)
     whole = block(x)
+    cache = block.allocate_inference_cache(3)
     for pieces in ([1] * 17, [9] + [1] * 8, [2, 1, 0, 3, 1, 10], [17]):
-        out, cache = streamed(block, x, pieces)
+        for state in cache:  # which makes it a new one
+            state.zero_()
+        out, _ = streamed(block, x, pieces, cache)
         torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-12)
+        alone, _ = streamed(block, x[2:], pieces)
+        torch.testing.assert_close(alone, whole[2:], rtol=1e-10, atol=1e-12)
         if clamp is not None and not forced:
             assert cache.ssm_state.abs().max() == clamp  # reached, and never passed
     if clamp is not None and not forced:
@@ -193,6 +200,12 @@ def test_streaming_in_float32_and_half(name):
     out, _ = streamed(block.float(), x, [30] + [1] * 30)
     error, allowed = (out - exact).abs().max(), (whole - exact).abs().max()
     assert error <= 2 * allowed + 8 * torch.finfo(torch.float32).eps * scale
+    for kept in (torch.bfloat16, torch.float64):
+        cache = block.allocate_inference_cache(2, dtype=kept)
+        out, _ = streamed(block, x, [30] + [1] * 30, cache)
+        assert cache.ssm_state.dtype == kept and out.dtype == torch.float32
+        narrow = max(torch.finfo(kept).eps, torch.finfo(torch.float32).eps)
+        assert (out - exact).norm() <= 8 * narrow * exact.norm()
     half = block.bfloat16()
     cache = half.allocate_inference_cache(2)
     assert cache.conv_state.dtype == torch.bfloat16 and cache.ssm_state.dtype == torch.float32
@@ -228,6 +241,14 @@ def test_inference_cache_shapes_and_refusals():
     assert not any(t.any() for t in cache)
     with pytest.raises(ValueError, match=r"nn.Mamba: `conv_state` must have the shape \(2, 16, 3\): got \(3, 16, 3\)"):
         mamba(torch.zeros(2, 4, 8), cache)
+    for block, x in ((mamba, torch.zeros(3, 4, 8)), (mamba2, torch.zeros(3, 4, 8))):
+        with pytest.raises(TypeError, match=r"nn.Mamba2?: `cache` must be a MambaCache, of .*: got tuple"):
+            block(x, tuple(cache))
+        with pytest.raises(TypeError, match=r"nn.Mamba2?: `ssm_state` must be a tensor: got NoneType"):
+            block.step(x[:, :1], block.allocate_inference_cache(3).conv_state, None)
+    for block in (mamba, mamba2, snn.BiMamba2(8, headdim=4)):
+        with pytest.raises(TypeError, match="`x` must be a tensor: got NoneType"):
+            block(None)
     with pytest.raises(ValueError, match=r"nn.Mamba2: `hidden_states` must have the shape \(b, 1, 8\)"):
         mamba2.step(torch.zeros(3, 2, 8), *mamba2.allocate_inference_cache(3))
     with pytest.raises(ValueError, match="nn.Mamba2: `reverse` starts at the last step and cannot stream"):

@@ -176,6 +176,11 @@ def test_nothing_leaks_out_of_unused_lanes(backend_or_interpreter, states):
     assert torch.isposinf(selective_scan(torch.full_like(u, torch.inf), *leaves[1:])).all(), "nor beyond the last state"
     assert torch.isfinite(grad_C).all(), "d y / d C does not depend on C"
     assert torch.isposinf(grad_B[..., :12]).all() and torch.isfinite(grad_B[..., 12:]).all()
+    state, ones, huge = torch.zeros(1, 3, states), torch.ones(1, 3), torch.full((1, 3), torch.inf)
+    with torch.no_grad():
+        both = torch.ones(1, states)
+        one_step = selective_state_update(state, huge, ones, A, both, both)
+    assert torch.isposinf(one_step).all() and torch.isposinf(state).all()
 
 
 def test_clamped_states_stay_inside_and_a_wide_clamp_changes_nothing(backend):
@@ -194,16 +199,16 @@ def test_nan_passes_the_clamp(backend, clamp):
     assert torch.isnan(y[0, 0, 1:]).all() and torch.isfinite(y[0, 1]).all()
 
 
-def test_a_saturated_step_forgets_its_past(backend):
-    """The gradient of a clamped state is that of `torch.clamp`: 0 outside, 1 on the bound itself."""
-    zero = torch.zeros(3, 1, 1)
-    h0 = torch.tensor([2.0, 1.0, 0.5]).view(3, 1, 1).requires_grad_()
-    _, last = selective_scan(
-        zero, zero, -torch.ones(1, 1), zero, zero, initial_state=h0, state_clamp=1.0, return_last_state=True
-    )
+def test_a_saturated_step_forgets_its_past(backend_or_interpreter):
+    """The gradient of a clamped state is that of `torch.clamp`: 0 outside, 1 on a bound itself, which changes none."""
+    zero = torch.zeros(5, 1, 1)
+    h0 = torch.tensor([2.0, 1.0, 0.5, -1.0, -2.0]).view(5, 1, 1).requires_grad_()
+    named = {"initial_state": h0, "state_clamp": 1.0, "return_last_state": True, "return_saturation": True}
+    _, last, share = selective_scan(zero, zero, -torch.ones(1, 1), zero, zero, **named)
     (grad,) = torch.autograd.grad(last.sum(), h0)
-    torch.testing.assert_close(last.flatten(), torch.tensor([1.0, 1.0, 0.5]), rtol=0, atol=0)
-    torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=0)
+    torch.testing.assert_close(last.flatten(), torch.tensor([1.0, 1.0, 0.5, -1.0, -1.0]), rtol=0, atol=0)
+    torch.testing.assert_close(grad.flatten(), torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]), rtol=0, atol=0)
+    torch.testing.assert_close(share.flatten(), torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("direction", [{}, {"reverse": True}, {"bidirectional": True}], ids=["", "reverse", "both"])
@@ -251,15 +256,17 @@ def test_saturation_of_all_and_of_nothing(backend_or_interpreter, form):
     torch.testing.assert_close(empty, torch.zeros(2, 5), rtol=0, atol=0)
 
 
-def test_a_saturated_complex_step_keeps_what_is_tangent():
-    """(r / |v|) (I - n n^T): a state 2 i with the bound 1 passes half of a real gradient, nothing of an imaginary."""
-    zero, rate = torch.zeros(1, 1, 1), -torch.ones(1, 1, dtype=torch.complex64)
-    h0 = torch.full((1, 1, 1), 2j, requires_grad=True)
-    none = torch.zeros(1, 1, 1, dtype=torch.complex64)
-    _, last = selective_scan(zero, zero, rate, none, none, initial_state=h0, state_clamp=1.0, return_last_state=True)
-    assert last.item() == 1j
-    assert torch.autograd.grad(last.real.sum(), h0, retain_graph=True)[0].item() == 0.5
-    assert torch.autograd.grad(last.imag.sum(), h0)[0].item() == 0
+def test_a_saturated_complex_step_keeps_what_is_tangent(backend_or_interpreter):
+    """(r / |v|) (I - n n^T): a state 2 i with the bound 1 passes half of a real gradient, nothing of an imaginary.
+    On the bound itself, i, it passes all."""
+    zero, rate = torch.zeros(2, 1, 1), -torch.ones(1, 1, dtype=torch.complex64)
+    h0 = torch.tensor([2j, 1j]).view(2, 1, 1).requires_grad_()
+    none = torch.zeros(2, 1, 1, dtype=torch.complex64)
+    named = {"initial_state": h0, "state_clamp": 1.0, "return_last_state": True, "return_saturation": True}
+    _, last, share = selective_scan(zero, zero, rate, none, none, **named)
+    assert last.flatten().tolist() == [1j, 1j] and share.flatten().tolist() == [1, 0]
+    assert torch.autograd.grad(last.real.sum(), h0, retain_graph=True)[0].flatten().tolist() == [0.5, 1]
+    assert torch.autograd.grad(last.imag.sum(), h0)[0].flatten().tolist() == [0, 1j]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -282,6 +289,38 @@ def test_the_decay_is_an_exponential_to_two_ulp(backend, dtype, limit):
     spacing = (torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)) - exact.to(dtype)).double()
     assert ((last.flatten().double() - exact).abs() <= 2 * spacing).all()
     assert (last.flatten()[4001:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_step_is_a_softplus_to_a_few_ulp(backend_or_interpreter, dtype):
+    """With all else 1, the output of the first step is the step: from those that vanish to those that are linear."""
+    delta = torch.linspace(-80, 80, 801, dtype=dtype)[None, :, None].requires_grad_()
+    one, A = torch.ones(1, 801, 1, dtype=dtype), -torch.ones(801, 1, dtype=dtype)
+    y = selective_scan(one, delta, A, one[:, :1], one[:, :1], delta_softplus=True)
+    (slope,) = torch.autograd.grad(y.sum(), delta)
+    exact = delta.detach().double()
+    vanishing = torch.exp(-exact.abs())
+    steps, slopes = exact.clamp_min(0) + torch.log1p(vanishing), torch.where(exact < 0, vanishing, 1) / (1 + vanishing)
+    for ours, truth in ((y.detach(), steps), (slope, slopes)):
+        torch.testing.assert_close(ours.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("limit", [-1e4, -torch.inf])
+def test_a_state_that_decays_at_once_leaves_no_trace(backend_or_interpreter, limit):
+    """Nothing but the step's own token is read of it, and no gradient comes through its past but that of its rate."""
+    args, _ = case(2, 3, 5, 1, 2, dtype=torch.float64)
+    args[2][1] = limit
+    leaves = [t.requires_grad_() for t in (*args, torch.randn(2, 3, 2, dtype=torch.float64))]
+    u, delta, A, B, C, h0 = leaves
+    delta.data += 0.1
+    y, last = selective_scan(u, delta, A, B, C, initial_state=h0, return_last_state=True)
+    alone = (delta * u)[:, 1] * (B * C).sum((1, 2))
+    torch.testing.assert_close(y[:, 1], alone)
+    torch.testing.assert_close(last[:, 1], (delta * u)[:, 1, -1:] * B[:, 0, :, -1])
+    wanted = u, A, B, C, h0
+    ours, exact = (torch.autograd.grad(out.sum(), wanted, allow_unused=True) for out in (y[:, 1], alone))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

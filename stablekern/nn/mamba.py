@@ -106,6 +106,7 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, cache: MambaCache | None = None) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
         """`cache`, of `allocate_inference_cache`: go on after the steps that it has seen, and move it on."""
+        _check.required(_OP, x=x)
         batch = _check.shapes(_OP, x=(x, f"b l {self.d_model}"))["b"]
         if cache is not None:
             mamba_parts.check_cache(_OP, cache, batch, self.conv1d, (self.d_inner, self.d_state))
@@ -122,7 +123,9 @@ class Mamba(nn.Module):
         low, B, C = self.x_proj(inner.mT).mT.split((self.dt_rank, self.d_state, self.d_state), dim=1)
         step = self.dt_proj.weight.to(low.dtype) @ low
         A = -torch.exp(wide(self.A_log))
-        if cache is not None and inner.shape[2] == 1 and not torch.is_grad_enabled():
+        deep = torch.promote_types(inner.dtype, torch.float32)
+        one_step = inner.shape[2] == 1 and not torch.is_grad_enabled()
+        if cache is not None and one_step and cache.ssm_state.dtype in (inner.dtype, deep):
             now, dt, enter, leave, gate = (v.squeeze(2) for v in (inner, step, B, C, z))
             bias, clamp = self.dt_proj.bias, self.state_clamp
             y = selective_state_update(
@@ -141,7 +144,7 @@ class Mamba(nn.Module):
             delta_softplus=True,
             return_last_state=cache is not None,
             state_clamp=self.state_clamp,
-            initial_state=None if cache is None else cache.ssm_state,
+            initial_state=None if cache is None else cache.ssm_state.to(deep),
         )
         if cache is not None:
             y, last_state = y
@@ -155,7 +158,7 @@ class Mamba(nn.Module):
         d_state).
 
         `max_seqlen` is ignored: the size does not depend on the length. `dtype` is that of the parameters if None, but
-        float32 at least for `ssm_state`.
+        float32 at least for `ssm_state`; states of another dtype than the block's are rounded to it after every piece.
         """
         return mamba_parts.allocate(_OP, self.conv1d, (self.d_inner, self.d_state), batch_size, dtype)
 

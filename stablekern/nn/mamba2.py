@@ -121,6 +121,7 @@ class Mamba2(nn.Module):
     ) -> Tensor:  # (b, l, d_model) -> (b, l, d_model)
         """`cache`, of `allocate_inference_cache`: go on after the steps that it has seen, and move it on. `reverse`
         runs the block backwards in time: the same as flipping its input and output."""
+        _check.required(_OP, x=x)
         batch = _check.shapes(_OP, x=(x, f"b l {self.d_model}"))["b"]
         if cache is not None:
             if reverse:
@@ -141,7 +142,8 @@ class Mamba2(nn.Module):
     def _scan(self, inner: Tensor, dt: Tensor, B: Tensor, C: Tensor, cache: MambaCache | None, reverse: bool) -> Tensor:
         A = -torch.exp(wide(self.A_log))
         one_step = inner.shape[1] == 1 and not torch.is_grad_enabled() and tuple(self.dt_limit) == (0.0, math.inf)
-        if cache is not None and one_step and cache.ssm_state.dtype in _check.REAL:
+        deep = torch.promote_types(inner.dtype, torch.float32)
+        if cache is not None and one_step and cache.ssm_state.dtype == deep:
             x, dt, enter, leave = (tensor.squeeze(1) for tensor in (inner, dt, B, C))
             y = ssd_state_update(
                 cache.ssm_state, x, dt, A, enter, leave, self.D, None, self.dt_bias, True, state_clamp=self.state_clamp
@@ -158,7 +160,7 @@ class Mamba2(nn.Module):
             dt_softplus=True,
             dt_limit=self.dt_limit,
             state_clamp=self.state_clamp,
-            initial_state=None if cache is None else cache.ssm_state,
+            initial_state=None if cache is None else cache.ssm_state.to(deep),
             return_last_state=cache is not None,
             reverse=reverse,
         )
@@ -174,7 +176,7 @@ class Mamba2(nn.Module):
         `ssm_state` (b, heads, headdim, d_state).
 
         `max_seqlen` is ignored: the size does not depend on the length. `dtype` is that of the parameters if None, but
-        float32 at least for `ssm_state`.
+        float32 at least for `ssm_state`; states of another dtype than the block's are rounded to it after every piece.
         """
         return mamba_parts.allocate(_OP, self.conv1d, (self.nheads, self.headdim, self.d_state), batch_size, dtype)
 
@@ -324,6 +326,7 @@ class BiMamba2(nn.Module):
     step = allocate_inference_cache
 
     def forward(self, x: Tensor) -> Tensor:  # (b, d_model, l) -> (b, d_model, l)
+        _check.required("nn.BiMamba2", x=x)
         _check.shapes("nn.BiMamba2", x=(x, f"b {self.d_model} l"))
         x = x.transpose(1, 2)
         for layer in self.layers:

@@ -116,6 +116,11 @@ def allocate(
 
 def check_cache(op: str, cache: MambaCache, batch: int, conv: nn.Conv1d, state: tuple[int, ...]) -> None:
     """The two states must have the shapes that `allocate` gives them."""
+    if not isinstance(cache, MambaCache):
+        raise TypeError(
+            message(op, "`cache` must be a MambaCache, of `allocate_inference_cache`", type(cache).__name__)
+        )
+    _check.required(op, conv_state=cache.conv_state, ssm_state=cache.ssm_state)
     weight = conv.weight
     shapes = {"conv_state": (batch, weight.shape[0], weight.shape[2]), "ssm_state": (batch, *state)}
     for name, shape in shapes.items():
@@ -126,6 +131,7 @@ def step(
     op: str, block: nn.Module, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of `block`, without gradient."""
+    _check.required(op, hidden_states=hidden_states)
     _check.shapes(op, hidden_states=(hidden_states, f"b 1 {block.d_model}"))
     with torch.no_grad():
         return block(hidden_states, MambaCache(conv_state, ssm_state)), conv_state, ssm_state

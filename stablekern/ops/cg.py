@@ -500,6 +500,7 @@ def select_solver(A: Any, *, columns: int = 1, maxiter: int | None = None) -> st
     """
     if not isinstance(A, Tensor):
         return "cg"
+    _check.required("select_solver", A=A)
     n = _check.shapes("select_solver", A=(A, "... n n"))["n"]
     _check.integer("select_solver", "columns", columns, low=0)
     steps = min(n, n if maxiter is None else _check.integer("select_solver", "maxiter", maxiter, low=0))

@@ -185,6 +185,8 @@ def gated_rms_norm(
     sizes = _check.shapes(_OP, y=(y, "... d"), z=(z, "... d"), weight=(weight, "d"))
     for name, tensor in (("y", y), ("z", z), ("weight", weight)):
         _check.dtypes(_OP, _check.REAL + _check.HALF, **{name: tensor})
+        if tensor.device != y.device:
+            raise ValueError(_check.message(_OP, f"`{name}` and `y` must be on one device", tensor.device, y.device))
     if y.shape != z.shape:
         raise ValueError(_check.message(_OP, "`y` and `z` must have one shape", tuple(y.shape), tuple(z.shape)))
     if sizes["d"] % _check.integer(_OP, "groups", groups, low=1) or not sizes["d"]:

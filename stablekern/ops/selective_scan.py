@@ -566,7 +566,8 @@ def selective_scan(
 
     **Raises:** `ValueError` for sizes that disagree, and, looked up for CPU tensors only, `lo > hi` or a negative step;
     `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` with a real part >= 0
-    (CPU tensors) without a clamp gives a `RuntimeWarning`: such a state does not decay, and overflows to inf.
+    (CPU tensors) without a clamp gives a `RuntimeWarning`: such a state does not decay, and overflows to inf (or NaN,
+    where the factor of a single step does).
 
     **Accuracy:** output and gradients at most twice the error of the sequential loop in the same dtype
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_selective_scan.py`).

@@ -184,7 +184,7 @@ def selective_state_update(
 
     **Raises:** `ValueError` for sizes that disagree, and, looked up for CPU tensors only, `lo > hi` or a negative step;
     `TypeError` for dtypes; `RuntimeError` if a gradient is asked for: call it under `torch.no_grad()`, or use
-    `selective_scan`.
+    `selective_scan`. Nothing is said of `A` >= 0, of which that warns.
 
     **Accuracy:** at most twice the error of the same step in plain torch (`tests/test_ops.py`).
     **Sources:** Gu & Dao 2023, arXiv:2312.00752.

@@ -177,7 +177,7 @@ def ssd_state_update(
 
     **Raises:** `ValueError` for sizes that disagree, and, looked up for CPU tensors only, `lo > hi` or a negative step;
     `TypeError` for dtypes; `RuntimeError` if a gradient is asked for: call it under `torch.no_grad()`, or use
-    `ssd_scan`.
+    `ssd_scan`. Nothing is said of `A` >= 0, of which that warns.
 
     **Accuracy:** at most twice the error of the same step in plain torch (`tests/test_ops.py`).
     **Sources:** Dao & Gu 2024, arXiv:2405.21060.

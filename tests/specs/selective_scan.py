@@ -162,6 +162,11 @@ SPECS = (
             (_call(state_clamp="1"), TypeError, "`state_clamp` must be a number, a tensor or a pair of them: got str"),
             (_call(state_clamp=torch.ones(3)), ValueError, r"one of the shapes \(\), \(d\), \(d n\): got \(3,\)"),
             (_call(state_clamp=torch.ones(4, requires_grad=True)), ValueError, "`state_clamp` is not differentiable"),
+            (
+                _call(state_clamp=torch.ones(4, device="meta")),
+                ValueError,
+                "in `state_clamp` must hold values: got a meta",
+            ),
             (_call(initial_state=lambda a: a["initial_state"].mT), ValueError, "`initial_state` and `u` disagree on"),
             (_call(bidirectional=True, reverse=True), ValueError, "`reverse` and `bidirectional` exclude each other"),
             (
