@@ -237,11 +237,18 @@ void enter_norms(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
+// Where a strip goes on in the next block of steps, or null. It takes a line or two of each row, in which the machine sees
+// no sequence; fetched a step at a time they come while there is something else to do.
+template <class T>
+struct Ahead {
+  const T *x, *y;
+};
+
 // Tile of N states: `state` [states][blocks], y += h C, the start state to `save` unless null, and to `changed` [W] how
 // many states the clamp changed, if that is counted.
 template <class T, int W, Clamp kClamp, int N>
 SK_NOINLINE void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state, int64_t blocks, T* save, int64_t save_row, T* y,
-                  int64_t row, Vec<T>* changed) {
+                  int64_t row, const Ahead<T>& ahead, Vec<T>* changed) {
   Vec<T> h[N][W], count[W] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
@@ -252,6 +259,8 @@ SK_NOINLINE void forward_tile(const Strip<T, W>& s, int64_t first, Vec<T>* state
       for (int w = 0; w < W; ++w) store_block(save + (first + i) * save_row, state[(first + i) * blocks + w], w, s.count);
   for (int64_t t = 0; t < s.steps; ++t) {
     const T *enter = s.enter + t * s.stride + first, *leave = s.leave + t * s.stride + first;
+    for (const T* rows : {ahead.x, ahead.y})
+      if (rows) prefetch<W * kVectorBytes, 2>(rows + t * row, 0);
     Vec<T> sum[W], other[W], decay[W], token[W];  // copies: stores might alias what the strip points to
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
@@ -297,6 +306,8 @@ void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& 
     for (int64_t t = 0; t < steps; ++t)
       store_block(y + offset + t * row, p.D ? skip * load_block(p.x + offset + t * row, w, s.count) : Vec<T>{}, w, s.count);
   }
+  Ahead<T> next{};
+  if (start + 2 * steps <= p.length) next = {p.x + offset + steps * row, y + offset + steps * row};
   T* save = nullptr;
   if (start % p.chunk == 0) save = chunk_states + (at.item * p.chunks() + start / p.chunk) * p.states * channels + everywhere;
   Vec<T> count[W] = {};
@@ -306,7 +317,8 @@ void forward_strip(const Problem<T>& p, const Place<T>& at, const HeadSteps<T>& 
     if constexpr (kClamp != Clamp::kNone)
       needed = s.template needed<N>(norms + first, [&](int i, int w) { return state[(first + i) * at.blocks() + w]; });
     with_clamp<kClamp>(needed, [&]<Clamp kDone>() {
-      forward_tile<T, W, kDone, N>(s, first, state, at.blocks(), save, channels, y + offset, row, count);
+      const Ahead<T> ahead = {first == 0 ? next.x : nullptr, first + N == p.states ? next.y : nullptr};
+      forward_tile<T, W, kDone, N>(s, first, state, at.blocks(), save, channels, y + offset, row, ahead, count);
     });
   });
   if constexpr (kClamp == Clamp::kCount)
@@ -371,12 +383,6 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
         steps = std::min({block, p.length - start, p.chunk - start % p.chunk});
         head_steps.fill(p, at, start, steps, least);
         if constexpr (kClamp != Clamp::kNone) enter_norms(p, at, start, steps, norms);
-        // A strip takes a line or two of each row: the next block comes row by row, as it lies in memory.
-        for (int64_t t = start + steps; t < std::min(p.length, start + 2 * steps); ++t)
-          for (int64_t c = 0; c < at.count; c += kLineBytes / sizeof(T)) {
-            const int64_t next = at.place(t) * p.channels() + at.channel + c;
-            __builtin_prefetch(p.x + next, 0, 2), __builtin_prefetch(y + next, 1, 2);
-          }
         for (int64_t b = 0; b < at.blocks(); b += 2) {
           const auto strip = b + 1 < at.blocks() ? forward_strip<T, 2, kClamp> : forward_strip<T, 1, kClamp>;
           strip(p, at, head_steps, b * kLanes<T>, start, steps, decay, token, norms, state + b, y, chunk_states, changed);
