@@ -115,7 +115,8 @@ def _ssd_scan_sizes(inputs: dict, weights: tuple[torch.Tensor, torch.Tensor], op
 def ssd_scan_case(case: int) -> dict[str, float]:
     """Outputs and gradients in float32 against float64, over the error of the sequential loop in float32 (bound 2).
 
-    Each optional input in half of the cases, softplus and limits of the steps, either direction or both.
+    Each optional input in half of the cases, softplus and limits of the steps, either direction or both. Where rounding
+    decides whether the clamp changes a state, gradients, which jump there, are not compared.
     """
     g = _generator("ssd_scan", case)
     b, length, h = _integer(g, 1, 3), _integer(g, 1, 70), _integer(g, 1, 5)
@@ -131,7 +132,7 @@ def ssd_scan_case(case: int) -> dict[str, float]:
         "x": normal(b, length, h, p), "dt": normal(b, length, h).abs() * 0.1 * spread, "A": -normal(h).abs() - 0.01,
         "B": normal(b, length, groups, n), "C": normal(b, length, groups, n),
     }  # fmt: skip
-    clamp = 0.5 if _integer(g, 0, 3) == 0 else None
+    clamp = (None, None, None, None, 0.5, (-0.3, 0.6), 4.0)[_integer(g, 0, 6)]
     weights = normal(b, length, h, p), normal(b, h, p, n)
     optional = {
         "D": normal(h, p) if _integer(g, 0, 1) else normal(h), "z": normal(b, length, h, p),
@@ -160,6 +161,13 @@ def ssd_scan_case(case: int) -> dict[str, float]:
         gate = torch.nn.functional.silu(inputs["z"]) if "z" in inputs else 1
         terms = (weights[0] * gate * inputs["x"]).abs().sum((0, 1) if inputs["D"].dim() == 2 else (0, 1, 3))
         sizes["D"] = terms.max()
+    if clamp is not None:
+        counts = [
+            stablekern.ssd_scan(**{k: x.to(dtype) for k, x in inputs.items()}, **options, return_saturation=True)[-1]
+            for dtype in (torch.float32, torch.float64)
+        ]
+        if (counts[0] != counts[1].float()).any():
+            exact = {name: exact[name] for name in ("y", "last state")}
     worst = 0.0
     for name, truth in exact.items():
         scale = sizes.get(name, truth.abs().max()).clamp_min(1e-30)

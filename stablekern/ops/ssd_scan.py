@@ -462,7 +462,8 @@ def ssd_scan(
 
     **Raises:** `ValueError` for sizes that disagree, a bad limit, and, looked up for CPU tensors only, `lo > hi` or a
     negative step; `TypeError` for dtypes; `RuntimeError` when second derivatives are asked for. An entry of `A` >= 0
-    (CPU tensors) without a clamp gives a `RuntimeWarning`: such a state does not decay, and overflows to inf.
+    (CPU tensors) without a clamp gives a `RuntimeWarning`: such a state does not decay, and overflows to inf (or NaN,
+    where the factor of a single step does).
 
     **Accuracy:** output and gradients at most twice the error of the sequential loop in the same dtype
     (`tests/test_ops.py`); the same bits for any number of threads (`tests/test_ssd_scan.py`).
