@@ -62,8 +62,9 @@ def minus_twice_log(u):
 @triton.jit
 def cos_sin_of_rest(rest):
     """Cosine and sine of `rest` * 2 pi / 2^34, `rest` a signed word: within an eighth of a turn, in float32."""
-    turn = (rest & ~0xFF).to(tl.float32)  # what a float32 has room for
-    fine = (rest & 0xFF).to(tl.float32)
+    size = tl.abs(rest).to(tl.uint32, bitcast=True)  # so that the two parts never cancel, and -2^31 has one too
+    turn = (size & 0xFFFFFF00).to(tl.float32)  # what a float32 has room for
+    fine = (size & 0xFF).to(tl.float32)
     x = turn * ANGLE_HIGH
     error = tl.fma(fine, ANGLE_HIGH, tl.fma(turn, ANGLE_LOW, tl.fma(turn, ANGLE_HIGH, -x)))
     z = x * x
@@ -77,7 +78,7 @@ def cos_sin_of_rest(rest):
     lost = tl.fma(z, -0.5, 1.0 - head)
     sine = x + tl.fma(s * z, x, error * head)
     cosine = head + tl.fma(c * z, z, tl.fma(-sine, error, lost))
-    return cosine, sine
+    return cosine, tl.where(rest < 0, -sine, sine)
 
 
 @triton.jit

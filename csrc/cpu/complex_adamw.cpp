@@ -31,8 +31,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;  // elements of one piece of work, a multiple of kTile
-constexpr int kQuietTile = 256;    // elements at a time where no normals are drawn
-constexpr int kTilesAhead = 4;     // whose numbers are under way while the normals of one tile are drawn
+constexpr int kQuietTile = 64;     // elements at a time where no normals are drawn
+constexpr int kTilesAhead = 4;     // whose numbers are under way while one tile is worked on
 
 using Kind = UnitKind;
 
@@ -61,28 +61,14 @@ struct Pointers {  // of one tile
 
 template <class T>
 SK_INLINE Vec<T> take(const T* p, int count) {
-  return count >= kLanes<T> ? load(p) : load_first(p, count);
+  return count >= kLanes<T> ? load(p) : load_first(p, std::max(count, 0));
 }
 template <class T>
 SK_INLINE void put(T* p, Vec<T> v, int count) {
   if (count >= kLanes<T>)
     store(p, v);
   else
-    store_first(p, v, count);
-}
-// `count` interleaved pairs.
-template <class T>
-SK_INLINE void take_pairs(const T* p, int count, Vec<T>& even, Vec<T>& odd) {
-  constexpr int lanes = kLanes<T>;
-  deinterleave<T>(take(p, 2 * count), 2 * count > lanes ? take(p + lanes, 2 * count - lanes) : Vec<T>{}, even, odd);
-}
-template <class T>
-SK_INLINE void put_pairs(T* p, Vec<T> even, Vec<T> odd, int count) {
-  constexpr int lanes = kLanes<T>;
-  Vec<T> first, second;
-  interleave<T>(even, odd, first, second);
-  put(p, first, 2 * count);
-  if (2 * count > lanes) put(p + lanes, second, 2 * count - lanes);
+    store_first(p, v, std::max(count, 0));
 }
 
 // 1 / sqrt(s) for s > 0, whose square is 1 / s: both are wanted, and estimates with a Newton step are much cheaper than
@@ -101,63 +87,61 @@ SK_INLINE Vec<T> gain_of(Vec<T> square, Vec<T> r, const Rule<T>& rule) {
   return splat<T>(rule.noise_scale) * min(cap, gain);
 }
 
-// Elements i to i + kLanes, or the first `here` of them.
+// Elements i to i + kLanes, or the first `here` of them. Complex numbers stay side by side, in two vectors; what they
+// share, one number for each, is doubled for that.
 template <class T, Kind kKind, Layout kLayout>
 SK_INLINE void update_vector(const Pointers<T>& at, int i, int here, const Rule<T>& rule, T step_size, T inverse_root) {
   constexpr bool side_by_side = kKind == Kind::kComplex;
-  constexpr int parts = kKind == Kind::kComplex || kKind == Kind::kPair ? 2 : 1;
-  Vec<T> g[2], m[2], p[2];
-  if constexpr (side_by_side) {
-    take_pairs(at.grad[0] + 2 * i, here, g[0], g[1]);
-    take_pairs(at.exp_avg[0] + 2 * i, here, m[0], m[1]);
-    take_pairs(at.value[0] + 2 * i, here, p[0], p[1]);
-  } else {
-    for (int part = 0; part < parts; ++part) {
-      g[part] = take(at.grad[part] + i, here);
-      m[part] = take(at.exp_avg[part] + i, here);
-      p[part] = take(at.value[part] + i, here);
-    }
+  constexpr int lanes = kLanes<T>, vectors = side_by_side || kKind == Kind::kPair ? 2 : 1;
+  const auto tensor = [](int k) { return side_by_side ? 0 : k; };
+  const auto start = [&](int k) { return side_by_side ? 2 * i + k * lanes : i; };
+  const auto count = [&](int k) { return side_by_side ? 2 * here - k * lanes : here; };
+  Vec<T> g[2], size[2], inverse[2], noise[2];
+  for (int k = 0; k < vectors; ++k) {
+    g[k] = take(at.grad[tensor(k)] + start(k), count(k));
+    if (rule.scales_grad) g[k] = g[k] / splat<T>(rule.grad_scale);
+    size[k] = g[k] * g[k];
   }
-  if (rule.scales_grad)
-    for (int part = 0; part < parts; ++part) g[part] = g[part] / splat<T>(rule.grad_scale);
-  Vec<T> size = g[0] * g[0];
-  if constexpr (parts == 2) size = fma(g[1], g[1], size);
-  Vec<T> v = fma(splat<T>(rule.take_second), size, splat<T>(rule.keep_second) * take(at.square + i, here));
+  if constexpr (side_by_side) deinterleave<T>(size[0], size[1], size[0], size[1]);
+  if constexpr (vectors == 2) size[0] = size[0] + size[1];
+  Vec<T> v = fma(splat<T>(rule.take_second), size[0], splat<T>(rule.keep_second) * take(at.square + i, here));
   put(at.square + i, v, here);
   if (at.largest != nullptr) {
     v = max(take(at.largest + i, here), v);
     put(at.largest + i, v, here);
   }
   const Vec<T> r = inverse_root_of<T>(fma(sqrt(v), splat<T>(inverse_root), splat<T>(rule.eps)));
-  const Vec<T> inverse = r * r;
-  for (int part = 0; part < parts; ++part) {
-    m[part] = fma(splat<T>(rule.take_first), g[part] - m[part], m[part]);
-    p[part] = fma(m[part] * inverse, splat<T>(-step_size), p[part] * splat<T>(rule.decay));
-  }
+  inverse[0] = inverse[1] = r * r;
+  if constexpr (side_by_side) interleave<T>(inverse[0], inverse[0], inverse[0], inverse[1]);
   if (rule.noisy) {
     const Vec<T> gain = gain_of(v, r, rule);
     if constexpr (kKind == Kind::kReal) {
-      p[0] = fma(gain, take(at.normals + i, here), p[0]);
+      noise[0] = gain * take(at.normals + i, here);
+    } else if constexpr (kLayout == Layout::kPlanes) {
+      noise[0] = gain * take(at.normals + i, here);
+      noise[1] = gain * take(at.normals + kTile / 2 + i, here);
+      if constexpr (side_by_side) interleave<T>(noise[0], noise[1], noise[0], noise[1]);
     } else {
-      Vec<T> n[2];
-      if constexpr (kLayout == Layout::kPlanes) {
-        n[0] = take(at.normals + i, here);
-        n[1] = take(at.normals + kTile / 2 + i, here);
+      const Vec<T> head = take(at.normals + 2 * i, 2 * here), tail = take(at.normals + 2 * i + lanes, 2 * here - lanes);
+      if constexpr (side_by_side) {
+        interleave<T>(gain, gain, noise[0], noise[1]);
+        noise[0] = noise[0] * head;
+        noise[1] = noise[1] * tail;
       } else {
-        take_pairs(at.normals + 2 * i, here, n[0], n[1]);
+        deinterleave<T>(head, tail, noise[0], noise[1]);
+        noise[0] = gain * noise[0];
+        noise[1] = gain * noise[1];
       }
-      p[0] = fma(gain, n[kKind == Kind::kSecond ? 1 : 0], p[0]);
-      if constexpr (parts == 2) p[1] = fma(gain, n[1], p[1]);
     }
+    if constexpr (kKind == Kind::kSecond) noise[0] = noise[1];
   }
-  if constexpr (side_by_side) {
-    put_pairs(at.exp_avg[0] + 2 * i, m[0], m[1], here);
-    put_pairs(at.value[0] + 2 * i, p[0], p[1], here);
-  } else {
-    for (int part = 0; part < parts; ++part) {
-      put(at.exp_avg[part] + i, m[part], here);
-      put(at.value[part] + i, p[part], here);
-    }
+  for (int k = 0; k < vectors; ++k) {
+    T *const average = at.exp_avg[tensor(k)] + start(k), *const value = at.value[tensor(k)] + start(k);
+    Vec<T> m = take(average, count(k)), p = take(value, count(k));
+    m = fma(splat<T>(rule.take_first), g[k] - m, m);
+    p = rule.noisy ? fma(p, splat<T>(rule.decay), noise[k]) : p * splat<T>(rule.decay);
+    put(average, m, count(k));
+    put(value, fma(m * inverse[k], splat<T>(-step_size), p), count(k));
   }
 }
 
@@ -192,11 +176,11 @@ constexpr int kWidth = kKind == Kind::kReal ? 1 : 2;  // normals per element
 template <Kind kKind>
 constexpr int kStep = kKind == Kind::kComplex ? 2 : 1;  // numbers per element in one tensor
 
-// Drawing a tile of normals takes about as long as the memory takes to bring its numbers, if it is asked for them in
-// time: a tile is more instructions than the processor looks ahead.
-template <class T, Kind kKind>
+// A tile takes about as long as the memory takes to bring its numbers, if it is asked for them in time: it is more
+// instructions than the processor looks ahead.
+template <class T, Kind kKind, int elements>
 SK_INLINE void prefetch_tile(const Unit& unit, int64_t e) {
-  constexpr int elements = kTile / kWidth<kKind>, bytes = elements * static_cast<int>(sizeof(T));
+  constexpr int bytes = elements * static_cast<int>(sizeof(T));
   e += kTilesAhead * elements;
   for (int part = 0; part < unit.members; ++part)
     for (const void* numbers : {static_cast<const void*>(unit.value[part]), unit.grad[part],
@@ -218,11 +202,12 @@ void run(const Unit& unit, int64_t begin, int64_t end, const Rule<T>& rule) {
     if (draws) {
       const int64_t tile = (unit.offset + e) * width / kTile;
       stop = std::min(end, (tile + 1) * (kTile / width) - unit.offset);
-      prefetch_tile<T, kKind>(unit, e);
+      prefetch_tile<T, kKind, kTile / width>(unit, e);
       draw_tile<layout>(tile, unit.stream, drawn);
       normals = drawn + (unit.offset + e - tile * (kTile / width));
-    } else if (rule.noisy) {
-      normals += e * width;
+    } else {
+      prefetch_tile<T, kKind, kQuietTile>(unit, e);
+      if (rule.noisy) normals += e * width;
     }
     const int count = static_cast<int>(stop - e);
     Pointers<T> at{};

@@ -1,7 +1,8 @@
 // Philox4x32-10 and Box-Muller over whole vectors: the stream of normals that stablekern/optim/philox.py defines.
 //
 // The words are the same integers everywhere. Float normals start from the same float32 uniform as the definition and
-// are then evaluated in float32: within 2 ulp of it. Double normals are evaluated number by number as defined.
+// are then evaluated in float32: within 2 ulp of it but for one in 10,000, and within 3. Double normals are evaluated
+// number by number as defined.
 #pragma once
 
 #include <cmath>
@@ -80,68 +81,88 @@ SK_INLINE Vec<float> unsigned_to_float(Words a) {
 #endif
 }
 
-// -2 ln u for u in [2^-33, 1], within one ulp of the result, also next to u = 1: u = 2^k (1 + f) with 1 + f in
-// [sqrt(1/2), sqrt(2)), ln(1 + f) = f - f^2 (1/2 - f r(f)), r minimax: of relative error 6e-9 in the logarithm. The
-// float next to 2 ln 2 is so close (3e-9) that a fused product needs no second part.
+// a b - 1, rounded once on machines without a fused multiply-add too.
+SK_INLINE Vec<float> product_less_one(Vec<float> a, Vec<float> b) {
+#if defined(SK_AVX512) || defined(SK_AVX2)
+  return fma(a, b, splat<float>(-1));
+#else
+  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+  return __builtin_convertvector(__builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) - 1.0, Vec<float>);
+#endif
+}
+
+// -2 ln u for u in [2^-33, 1], within 1.8 ulp of the result for u > 0.95, within one elsewhere: u = 2^k m with m in
+// [3/4, 3/2), and m = (1 + f) n / 20 with the nearest integer n. Tables give 20 / n and its logarithm: not quite, but a
+// float close to 20 / n of which the logarithm, doubled, is a float but for 1e-4 ulp; next to u = 1 they are 1 and 0.
+// The polynomial in f, |f| < 0.034, is minimax, of relative error 2e-8. The float next to 2 ln 2 is so close (3e-9)
+// that a fused product needs no second part.
 template <int kCount>
 SK_INLINE void minus_twice_log(const Vec<float> (&u)[kCount], Vec<float> (&out)[kCount]) {
-  constexpr float c[] = {0.3333333134651184f,  -0.2500081956386566f,  0.20001226663589478f, -0.16623356938362122f,
-                         0.14201757311820984f, -0.13160179555416107f, 0.1276158094406128f,  -0.07634507119655609f};
-  Vec<float> f[kCount], exponent[kCount], r[kCount];
+  alignas(kVectorBytes) static constexpr float kReciprocal[16] = {  // n = 16 to 30, then 15: by the last four bits of n
+      1.2502925395965576f, 1.176939845085144f,  1.1115492582321167f, 1.0521821975708008f,
+      1.0f,                0.9522200226783752f, 0.9093292355537415f, 0.8693417310714722f,
+      0.8333624601364136f, 0.8001205921173096f, 0.7693384289741516f, 0.7406965494155884f,
+      0.714263379573822f,  0.689561128616333f,  0.6667929291725159f, 1.3335720300674438f};
+  alignas(kVectorBytes) static constexpr float kTwiceItsLog[16] = {
+      0.4467551112174988f,  0.3258354365825653f,  0.21150954067707062f,  0.10173258185386658f,
+      0.0f,                 -0.0979183092713356f, -0.19009611010551453f, -0.2800379693508148f,
+      -0.364573210477829f,  -0.4459856450557709f, -0.5244486331939697f,  -0.6003285050392151f,
+      -0.6730070114135742f, -0.7433998584747314f, -0.8105514645576477f,  0.5757221579551697f};
+  Vec<float> f[kCount], power[kCount], start[kCount], r[kCount];
   for (int i = 0; i < kCount; ++i) {
     const IVec<float> bits = (IVec<float>)u[i];
-    const IVec<float> k = (bits - 0x3f3504f3) >> 23;
-    f[i] = (Vec<float>)(bits - (k << 23)) - 1.0f;
-    exponent[i] = __builtin_convertvector(k, Vec<float>);
-    r[i] = splat<float>(-2 * c[7]);
+    const IVec<float> k = (bits - 0x3f400000) & ~0x7fffff;  // times 2^23
+    const Vec<float> m = (Vec<float>)(bits - k);
+    const IVec<float> n = (IVec<float>)fma(m, splat<float>(20), splat<float>(0x1.8p23f));  // in its last bits
+    f[i] = product_less_one(m, look_up(kReciprocal, n));
+    start[i] = look_up(kTwiceItsLog, n);
+    power[i] = __builtin_convertvector(k, Vec<float>);
   }
-  for (int n = 6; n >= 0; --n)
-    for (int i = 0; i < kCount; ++i) r[i] = fma(r[i], f[i], splat<float>(-2 * c[n]));
-  for (int i = 0; i < kCount; ++i) r[i] = fma(f[i], r[i], splat<float>(1.0f));
-  for (int i = 0; i < kCount; ++i) r[i] = fma(f[i] * f[i], r[i], f[i] * -2.0f);
-  for (int i = 0; i < kCount; ++i) out[i] = fma(exponent[i], splat<float>(-1.3862943649291992f), r[i]);
+  for (int i = 0; i < kCount; ++i) r[i] = fma(f[i], splat<float>(0.50037813f), splat<float>(-0.66691333f));
+  for (int i = 0; i < kCount; ++i) r[i] = fma(r[i], f[i], splat<float>(1.0f));
+  for (int i = 0; i < kCount; ++i) r[i] = fma(r[i], f[i], splat<float>(-2.0f));
+  for (int i = 0; i < kCount; ++i) r[i] = fma(r[i], f[i], start[i]);
+  for (int i = 0; i < kCount; ++i) out[i] = fma(power[i], splat<float>(-1.3862943649291992f * 0x1p-23f), r[i]);
 }
 
 // Two normals per lane from two words; several sets at a time, so that their chains of dependent steps overlap.
 template <int kCount>
 SK_INLINE void box_muller(const Words (&first)[kCount], const Words (&second)[kCount], Vec<float> (&n0)[kCount],
                           Vec<float> (&n1)[kCount]) {
-  constexpr auto kUnit = static_cast<float>(kAngle / 4), kUnitError = static_cast<float>(kAngle / 4 - kUnit);
-  const Vec<float> unit = splat<float>(kUnit), minus_half = splat<float>(-0.5f), one = splat<float>(1.0f);
-  Vec<float> radius[kCount], x[kCount], error[kCount], z[kCount], s[kCount], c[kCount];
+  constexpr float kEighth = 0.7853981852531433f, kEighthError = -2.1855694143368964e-08f;  // pi / 4
+  Vec<float> radius[kCount], x[kCount], fine[kCount], sine[kCount], less[kCount];
+  IVec<float> quarter[kCount];
   for (int i = 0; i < kCount; ++i)
     radius[i] = fma(unsigned_to_float(first[i]), splat<float>(0x1p-32f), splat<float>(0x1p-33f));
   minus_twice_log(radius, radius);
   for (int i = 0; i < kCount; ++i) radius[i] = sqrt(radius[i]);
   for (int i = 0; i < kCount; ++i) {
-    // Four times the angle as a signed fraction of 2^32: from the nearest quarter turn, within half of one. Its low
-    // digits, for which a float has no place, make `error`: the angle is x + error.
-    const IVec<float> rest = (IVec<float>)(second[i] << 2);
-    const Vec<float> turn = __builtin_convertvector(rest & ~0xff, Vec<float>);
-    const Vec<float> fine = __builtin_convertvector(rest & 0xff, Vec<float>);
-    x[i] = turn * unit;
-    error[i] = fma(fine, unit, fma(turn, splat<float>(kUnitError), fma(turn, unit, -x[i])));
+    // Bits 30 and 31 number the nearest quarter turn, those below them are the way from there plus an eighth of a turn.
+    // What the last five of these add, for which a float has no place, is `fine`: the angle is kEighth * x + fine.
+    quarter[i] = (IVec<float>)(second[i] + 0x20000010u);
+    const IVec<float> way = quarter[i] << 2;
+    x[i] = __builtin_convertvector((way & ~0x7f) ^ INT32_MIN, Vec<float>) * 0x1p-31f;
+    const Vec<float> rest = __builtin_convertvector(way & 0x7f, Vec<float>);  // plus 64
+    fine[i] = fma(rest, splat<float>(kEighth * 0x1p-31f), splat<float>(-64 * kEighth * 0x1p-31f));
+  }
+  for (int i = 0; i < kCount; ++i) {  // sine, and cosine less 1
+    const Vec<float> z = x[i] * x[i];
+    sine[i] = fma(z, splat<float>(-3.5975267e-05f), splat<float>(0.0024900441f));
+    less[i] = fma(z, splat<float>(3.5303378e-06f), splat<float>(-0.00032594008f));
+    sine[i] = fma(sine[i], z, splat<float>(-0.08074545f));
+    less[i] = fma(less[i], z, splat<float>(0.015854327f));
+    sine[i] = fma(sine[i], z, splat<float>(kEighthError));
+    less[i] = fma(less[i], z, splat<float>(-0.30842513f));
+    sine[i] = fma(x[i], splat<float>(kEighth), fma(sine[i], x[i], fine[i]));
+    less[i] = less[i] * z;
   }
   for (int i = 0; i < kCount; ++i) {
-    z[i] = x[i] * x[i];
-    s[i] = fma(splat<float>(-0.0001951729936990887f), z[i], splat<float>(0.008332177996635437f));
-    c[i] = fma(splat<float>(2.4438451873720624e-05f), z[i], splat<float>(-0.001388736767694354f));
-    s[i] = fma(s[i], z[i], splat<float>(-0.16666655242443085f));
-    c[i] = fma(c[i], z[i], splat<float>(0.04166664555668831f));
-  }
-  for (int i = 0; i < kCount; ++i) {
-    // 1 - z/2 with what its rounding lost.
-    const Vec<float> head = fma(z[i], minus_half, one);
-    const Vec<float> lost = fma(z[i], minus_half, one - head);
-    s[i] = x[i] + fma(s[i] * z[i], x[i], error[i] * head);
-    c[i] = head + fma(c[i] * z[i], z[i], fnma(s[i], error[i], lost));
-  }
-  for (int i = 0; i < kCount; ++i) {
-    // The quarter turn: bit 30 exchanges the two, bit 31 is the sign of the sine, that of the next quarter the cosine's.
-    const Words quarter = second[i] + 0x20000000u;
-    const Mask<float> straight = equal_to<float>((IVec<float>)(quarter & 0x40000000u), 0);
-    n0[i] = radius[i] * flip_sign(select<float>(straight, c[i], s[i]), sign_of((Vec<float>)(quarter + 0x40000000u)));
-    n1[i] = radius[i] * flip_sign(select<float>(straight, s[i], c[i]), sign_of((Vec<float>)quarter));
+    // Half a turn changes both signs; a quarter exchanges the two, and then the sine's sign.
+    const Vec<float> r = flip_sign(radius[i], sign_of((Vec<float>)quarter[i]));
+    const IVec<float> along = (IVec<float>)fma(r, less[i], r), across = (IVec<float>)(r * sine[i]);
+    const Mask<float> even = equal_to<float>(quarter[i] & 0x40000000, 0);
+    n0[i] = (Vec<float>)select_int<float>(even, along, across ^ INT32_MIN);
+    n1[i] = (Vec<float>)select_int<float>(even, across, along);
   }
 }
 

@@ -546,6 +546,21 @@ SK_INLINE Vec<T> permute(Vec<T> v, IVec<T> index) {
   return r;
 }
 
+// Lane i becomes table[index[i] & 15].
+SK_INLINE Vec<float> look_up(const float (&table)[16], IVec<float> index) {
+#if defined(SK_AVX512)
+  return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+#elif defined(SK_AVX2)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), (__m256i)index);
+  return (Vec<float>)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+#else
+  Vec<float> r;
+  for (int i = 0; i < kLanes<float>; ++i) r[i] = table[index[i] & 15];
+  return r;
+#endif
+}
+
 // Even and odd elements of two consecutive vectors, and back: planes of interleaved complex numbers.
 template <class T>
 SK_INLINE void deinterleave(Vec<T> first, Vec<T> second, Vec<T>& even, Vec<T>& odd) {
