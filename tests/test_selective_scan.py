@@ -269,6 +269,37 @@ def test_a_saturated_complex_step_keeps_what_is_tangent(backend_or_interpreter):
     assert torch.autograd.grad(last.imag.sum(), h0)[0].flatten().tolist() == [0, 1j]
 
 
+@pytest.mark.parametrize("radius", [1e-30, 0.7, 3e29, torch.inf])
+def test_complex_radii_of_any_size(backend_or_interpreter, radius):
+    """Of each channel alone: NaN in one changes no bit of the others."""
+    g = torch.Generator().manual_seed(5)
+    u = (10.0 ** torch.linspace(-30, 30, 37)).view(1, 37, 1).requires_grad_()
+    A = torch.complex(-torch.ones(37, 3), torch.ones(37, 3))
+    B = torch.randn(1, 3, 1, generator=g, dtype=torch.complex64)
+
+    def states(u):
+        options = {"state_clamp": radius, "return_last_state": True}
+        return selective_scan(u, torch.ones_like(u), A, B, torch.ones_like(B), **options)[1]
+
+    last = states(u)
+    free, exact = u.detach().double() * B.mT.to(torch.complex128), last.detach().to(torch.complex128)
+    eps = torch.finfo(torch.float32).eps
+    long = free.abs() > radius * (1 + 4 * eps)
+    assert long.any() == (radius < torch.inf)
+    assert ((exact - free)[~long].abs() <= 4 * eps * free[~long].abs()).all()
+    assert ((exact - free / free.abs() * radius)[long].abs() <= 8 * eps * radius).all()
+    (grad,) = torch.autograd.grad(last.real.sum(), u)
+    assert torch.isfinite(grad).all()
+    unclamped = B[0, :, 0].real.sum().expand_as(grad)
+    inside = ~long.any(-1, keepdim=True)
+    torch.testing.assert_close(grad[inside], unclamped[inside], rtol=8 * eps, atol=8 * eps)
+    assert (grad[long.all(-1, keepdim=True)].abs() <= 8 * eps).all()  # along the radius nothing passes
+    spoilt = states(u.detach().index_fill(1, torch.tensor([5]), torch.nan))
+    others = torch.arange(37) != 5
+    assert torch.isnan(spoilt[:, 5]).all()
+    torch.testing.assert_close(spoilt[:, others], last[:, others], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("limit", [None, -torch.inf])
 def test_the_decay_is_an_exponential_to_two_ulp(backend, dtype, limit):
