@@ -97,7 +97,7 @@ def line(result: dict) -> str:
     return (
         f"{result['op']:<13} {result['case']:<28} {result['direction']:<8} {result['backend']:<7}"
         f" {result['ms']:9.2f} ms"
-        f"  {result['ratio']:7.1f}x of {result['baseline']} ({result['baseline_ms']:.0f} ms)"
+        f"  {result['ratio']:7.{1 if result['ratio'] >= 1 else 2}f}x of {result['baseline']} ({result['baseline_ms']:.0f} ms)"
         f"  {100 * result['share_of_limit']:.0f} % of the limit{gate}{facts}{busy}"
     )
 

@@ -118,13 +118,15 @@ template <class T>
 struct HeadSteps {
   int64_t stride;
   T *step, *decay;
-  T* slope;  // of the step, or null
+  T* slope;    // of the step, or null
+  T* slowest;  // [heads], the largest decay, or null: NaN if the last one is, of a NaN rate
 
   static int64_t padded(int64_t heads) { return (heads + kLanes<T> - 1) / kLanes<T> * kLanes<T> + kLanes<T>; }
 
   // Lowers `smallest` to the least step, before it is limited.
   void fill(const Problem<T>& p, const Place<T>& at, int64_t start, int64_t steps, Vec<T>& smallest) const {
     const Vec<T> least = splat(p.least), most = splat(p.most), one = splat<T>(1);
+    if (slowest) std::fill_n(slowest, stride, T(0));
     for (int64_t t = 0; t < steps; ++t) {
       const T* row = p.dt + at.place(start + t) * p.heads + at.head;
       for (int64_t head = 0; head < at.heads; head += kLanes<T>) {
@@ -135,7 +137,9 @@ struct HeadSteps {
         smallest = min(of.value, smallest);
         const Vec<T> limited = min(most, max(least, of.value));  // NaN, the second operand, passes
         store(step + t * stride + head, limited);
-        store(decay + t * stride + head, exp<T>(limited * load_first(p.A + at.head + head, here)));
+        const Vec<T> decays = exp<T>(limited * load_first(p.A + at.head + head, here));
+        store(decay + t * stride + head, decays);
+        if (slowest) store(slowest + head, max(load(slowest + head), decays));
         if (slope)
           store(slope + t * stride + head, select(less(of.value, least) | less(most, of.value), Vec<T>{}, of.slope));
       }
@@ -189,22 +193,20 @@ struct Strip {
   // the bounds reach, and `token_norm`.
   template <bool kClamp>
   SK_INLINE void prepare(const HeadSteps<T>& per_head, const T* x, int64_t row) {
-    Vec<T> squares[W] = {}, slowest[W] = {};
+    Vec<T> squares[W] = {};
     for (int64_t t = 0; t < steps; ++t)
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
         const Vec<T> a = spread(per_head.decay + t * per_head.stride, w);
         const Vec<T> entering = spread(per_head.step + t * per_head.stride, w) * load_block(x + t * row, w, count);
         decay[t * W + w] = a, token[t * W + w] = entering;
-        if constexpr (kClamp) {
-          squares[w] = fma(entering, entering, squares[w]);
-          slowest[w] = max(slowest[w], a);  // NaN if the last one is: a NaN rate. A NaN step is one of `squares`
-        }
+        if constexpr (kClamp) squares[w] = fma(entering, entering, squares[w]);
       }
     if constexpr (kClamp)
       for (int w = 0; w < W; ++w) {
         token_norm[w] = norm_bound<T>(squares[w], steps);
-        reach[w].include(bounds[w], less_equal(slowest[w], splat<T>(1)));
+        // A NaN step, which `slowest` need not show, is one of `squares`.
+        reach[w].include(bounds[w], less_equal(spread(per_head.slowest, w), splat<T>(1)));
         reach[w].leave_out_from(std::max<int64_t>(0, count - w * kLanes<T>));
       }
   }
@@ -357,13 +359,13 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
   std::vector<T> least_of(tasks);
   torch::stable::parallel_for(0, tasks, slabs.grain, [&](int64_t begin, int64_t end) {
     const int64_t block = std::min<int64_t>(kBlockSteps, p.chunk), per_head = HeadSteps<T>::padded(slabs.size / p.width);
-    T *step, *head_decay;
+    T *step, *head_decay, *slowest;
     Vec<T> *decay, *token, *state;
     T* norms;         // of B, over a block of steps
     double* changed;  // how often, per channel
     Arena arena;
     const auto each = [&](const auto& visit) {
-      visit(step, block * per_head), visit(head_decay, block * per_head);
+      visit(step, block * per_head), visit(head_decay, block * per_head), visit(slowest, per_head);
       visit(decay, block * 2), visit(token, block * 2);
       visit(state, p.states * (slabs.size / kLanes<T>));
       visit(norms, padded_to_lanes<T>(p.states));
@@ -372,7 +374,7 @@ void forward(const Problem<T>& p, const T* initial_state, T* y, T* last_state, T
     each([&]<class V>(V*&, int64_t count) { arena.reserve<V>(count); });
     arena.allocate();
     each([&]<class V>(V*& pointer, int64_t count) { pointer = arena.take<V>(count); });
-    const HeadSteps<T> head_steps{per_head, step, head_decay, nullptr};
+    const HeadSteps<T> head_steps{per_head, step, head_decay, nullptr, kClamp == Clamp::kNone ? nullptr : slowest};
     for (int64_t task = begin; task < end; ++task) {
       const Place<T> at(p, slabs, task);
       const int64_t boundary = (at.item * p.channels() + at.channel) * p.states;
@@ -427,6 +429,7 @@ struct Scratch {
     const int64_t heads = slabs.size / width;
     per_head.stride = HeadSteps<T>::padded(heads);
     for (auto* row : {&per_head.step, &per_head.decay, &per_head.slope}) visit(*row, steps * per_head.stride);
+    visit(per_head.slowest, per_head.stride);
     for (auto* strip : {&decay, &token, &grad_y, &y, &by_token, &by_decay}) visit(*strip, padded(steps) * 2);
     visit(trail, (steps + 1) * kTile * 2);
     visit(inside, steps * kTile * 2);
