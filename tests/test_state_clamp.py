@@ -122,6 +122,18 @@ def test_bits_do_not_depend_on_what_the_neighbours_need(backend, name, dtype, to
         assert torch.equal(of_channels[0][:, ~sick], of_channels[1][:, ~sick]), k
 
 
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("name", SCANS)
+def test_a_decay_that_is_nan_at_one_step_is_not_clamped_away(backend, name, clamp):
+    """A rate of -inf and a step of 0, between steps of which the decay is 0, and beside tokens that are all finite."""
+    function, reference, inputs = SCANS[name]
+    args, optional = inputs(torch.float64, False)
+    args[2][3] = -torch.inf
+    args[1].select(1 if name == "ssd_scan" else 2, 7).zero_()  # of (b, l, h) or (b, d, l)
+    ours, exact = (f(*args, **optional, state_clamp=clamp).isnan() for f in (function, reference))
+    assert exact.any() and torch.equal(ours, exact)
+
+
 @pytest.mark.parametrize("name", SCANS)
 def test_states_that_grow_reach_a_bound_that_their_tokens_do_not(backend, name):
     args, optional = SCANS[name][2](torch.float64, False)

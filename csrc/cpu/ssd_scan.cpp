@@ -119,7 +119,7 @@ struct HeadSteps {
   int64_t stride;
   T *step, *decay;
   T* slope;    // of the step, or null
-  T* slowest;  // [heads], the largest decay, or null: NaN if the last one is, of a NaN rate
+  T* slowest;  // [heads], the largest decay, NaN if one is, or null
 
   static int64_t padded(int64_t heads) { return (heads + kLanes<T> - 1) / kLanes<T> * kLanes<T> + kLanes<T>; }
 
@@ -139,7 +139,7 @@ struct HeadSteps {
         store(step + t * stride + head, limited);
         const Vec<T> decays = exp<T>(limited * load_first(p.A + at.head + head, here));
         store(decay + t * stride + head, decays);
-        if (slowest) store(slowest + head, max(load(slowest + head), decays));
+        if (slowest) store(slowest + head, larger_modulus<T>(load(slowest + head), decays));
         if (slope)
           store(slope + t * stride + head, select(less(of.value, least) | less(most, of.value), Vec<T>{}, of.slope));
       }
@@ -205,7 +205,6 @@ struct Strip {
     if constexpr (kClamp)
       for (int w = 0; w < W; ++w) {
         token_norm[w] = norm_bound<T>(squares[w], steps);
-        // A NaN step, which `slowest` need not show, is one of `squares`.
         reach[w].include(bounds[w], less_equal(spread(per_head.slowest, w), splat<T>(1)));
         reach[w].leave_out_from(std::max<int64_t>(0, count - w * kLanes<T>));
       }

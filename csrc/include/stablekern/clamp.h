@@ -78,17 +78,22 @@ SK_INLINE T largest_norm(const T* norms) {
   return largest;
 }
 
+// The larger of the modulus `most` and that of v; NaN, once met, stays: moduli are ordered as their bits are, and it comes
+// last.
+template <class T>
+SK_INLINE Vec<T> larger_modulus(Vec<T> most, Vec<T> v) {
+  const IVec<T> bits = (IVec<T>)most, own = (IVec<T>)abs(v);
+  return (Vec<T>)(own > bits ? own : bits);
+}
+
 // What needs to be done to N states from `state(i)` on, by the norms of their tokens and B. Where any of it is NaN: kApply.
 template <int N, class T, class State>
 SK_INLINE Clamp clamp_needed(Vec<T> tokens, T norm, const State& state, const Reach<T>& reach) {
   constexpr T kRounding = T(1.001);  // far more than that of the steps and norms
-  IVec<T> bits = (IVec<T>)abs(state(0));  // moduli are ordered as their bits are, and NaN comes last
+  Vec<T> largest = abs(state(0));
 #pragma GCC unroll 16
-  for (int i = 1; i < N; ++i) {
-    const IVec<T> own = (IVec<T>)abs(state(i));
-    bits = own > bits ? own : bits;
-  }
-  const Vec<T> most = fma(tokens, splat(norm), (Vec<T>)bits) * splat(kRounding);
+  for (int i = 1; i < N; ++i) largest = larger_modulus<T>(largest, state(i));
+  const Vec<T> most = fma(tokens, splat(norm), largest) * splat(kRounding);
   if (!any(!less(most, reach.free))) return Clamp::kNone;
   return any(!less(most, reach.calm)) ? Clamp::kApply : Clamp::kModulus;
 }
